@@ -1,0 +1,35 @@
+# make run    from a bare clone to data/08_reporting/report.html
+# make test   the whole test suite
+# Both make their own .venv; they need Python 3.11 or newer, make, and the package registry.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export KEDRO_DISABLE_TELEMETRY := 1
+export DO_NOT_TRACK := 1
+export DVC_NO_ANALYTICS := 1
+export MLFLOW_DISABLE_TELEMETRY := true
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.PHONY: run test check clean
+
+run: $(VENV)/installed
+	dvc repro
+	@echo "The report: data/08_reporting/report.html"
+
+test: $(VENV)/installed
+	pytest
+
+check: $(VENV)/installed
+	ruff check .
+	ruff format --check .
+	mypy
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint constraints.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,80 @@
+"""What every MLflow run of this project carries: all parameters, flattened, and the tags that tell runs apart."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from kedro.framework.context import KedroContext
+from kedro.framework.hooks import hook_impl
+from kedro.io import DataCatalog
+from kedro.pipeline import Pipeline
+from kedro_mlflow.framework.hooks import MlflowHook
+
+from almrr_pipeline.config import Parameters
+
+LONGEST_VALUE = 500
+"""MLflow's limit for the text of a parameter, which it refuses to exceed."""
+
+
+class TrackingHook(MlflowHook):  # type: ignore[misc]  # kedro-mlflow is not typed
+    """kedro-mlflow's hook, logging the parameters as a whole instead of each node's share."""
+
+    @hook_impl
+    def after_context_created(self, context: KedroContext) -> None:
+        """Set tracking up, and keep the parameters for the run to come."""
+        super().after_context_created(context)
+        self._parameters: Parameters = context.config_loader.parameters
+        self._project = Path(context.project_path)
+
+    @hook_impl
+    def before_pipeline_run(self, run_params: dict[str, Any], pipeline: Pipeline, catalog: DataCatalog) -> None:
+        """Start the run, then log its parameters and tags."""
+        super().before_pipeline_run(run_params=run_params, pipeline=pipeline, catalog=catalog)
+        if not self._is_mlflow_enabled:
+            return
+        categories = list(run_params.get("namespaces") or self._parameters.categories)
+        own = self._parameters.for_category(categories[0]) if len(categories) == 1 else self._parameters
+        mlflow.log_params(flatten(own.model_dump(mode="json")))
+        stages = run_params.get("pipeline_names") or ["all"]
+        mlflow.set_tags(run_tags(self._project, stage="+".join(stages), category="+".join(categories)))
+        if len(categories) == 1:
+            mlflow.set_tag("mlflow.runName", f"{'+'.join(stages)} {categories[0]}")
+
+    def _log_param(self, name: str, value: Any) -> None:  # noqa: ANN401
+        """Leave out kedro-mlflow's own logging, which would write each typed section as one string."""
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested values as `section.name: text`, cut to the length that MLflow takes."""
+    flat: dict[str, str] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{prefix}{name}."))
+        else:
+            flat[f"{prefix}{name}"] = str(value)[:LONGEST_VALUE]
+    return flat
+
+
+def run_tags(project: Path, *, stage: str, category: str) -> dict[str, str]:
+    """Stage, category, git commit and the DVC experiment's name, where there is one."""
+    tags = {"stage": stage, "category": category, "git_commit": git_commit(project)}
+    if experiment := os.environ.get("DVC_EXP_NAME"):
+        tags["dvc_experiment"] = experiment
+    return tags
+
+
+def git_commit(project: Path) -> str:
+    """The commit that is checked out, with `+` where files differ from it, or `unknown` outside of git."""
+    described = subprocess.run(
+        ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"],
+        cwd=project,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return described.stdout.strip() or "unknown"

@@ -1,0 +1,5 @@
+"""Anomaly maps of the test pictures, and what they are worth."""
+
+from almrr_pipeline.pipelines.evaluate.pipeline import create_pipeline
+
+__all__ = ["create_pipeline"]

@@ -1,0 +1,5 @@
+"""Pictures, anomaly sources and backbone weights: fetched, verified, listed."""
+
+from almrr_pipeline.pipelines.fetch.pipeline import create_pipeline
+
+__all__ = ["create_pipeline"]

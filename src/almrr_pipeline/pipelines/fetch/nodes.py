@@ -1,0 +1,61 @@
+"""Steps of the fetch pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from almrr_pipeline.config import BackboneSettings, DataSettings
+from almrr_pipeline.pipelines.datasets import FillsFolder
+from almrr_pipeline.sources.manifest import build_manifest
+from almrr_pipeline.sources.registry import FetchRequest, fetch_textures, source_for
+from almrr_pipeline.sources.weights import fetch_backbone
+
+
+def request_textures(data: DataSettings, seed: int, scratch: Path) -> FillsFolder:
+    """Fetch the anomaly sources into a folder."""
+    request = _request(data, seed, scratch)
+    return lambda folder: fetch_textures(data.textures, target=folder, request=request)
+
+
+def request_backbone_weights(backbone: BackboneSettings) -> FillsFolder:
+    """Fetch the frozen backbone's weights into a folder."""
+    return lambda folder: fetch_backbone(
+        name=backbone.name,
+        weights=backbone.weights,
+        sha256=backbone.sha256,
+        stride_in_1x1=backbone.stride_in_1x1,
+        feature_location=backbone.feature_location,
+        target=folder,
+    )
+
+
+def request_pictures(category: str, data: DataSettings, seed: int, scratch: Path) -> FillsFolder:
+    """Fetch a category's pictures into a folder."""
+    source, request = source_for(category), _request(data, seed, scratch)
+    return lambda folder: source.fetch(category, target=folder, request=request)
+
+
+def list_pictures(category: str, pictures: Path, data_folder: Path, data: DataSettings) -> pd.DataFrame:
+    """Open every picture once, and list them with their part in the protocol."""
+    source = source_for(category)
+    return build_manifest(
+        source.items(category, pictures),
+        root=data_folder,
+        expected=source.expected(category),
+        strict=data.strict,
+    )
+
+
+def _request(data: DataSettings, seed: int, scratch: Path) -> FetchRequest:
+    return FetchRequest(
+        scratch=scratch / "downloads",
+        mirror=data.mirror,
+        local=data.source,
+        addresses=data.addresses,
+        sha256=data.sha256,
+        accept_licenses=frozenset(data.accept_licenses),
+        strict=data.strict,
+        seed=seed,
+    )

@@ -1,0 +1,41 @@
+"""source -> pictures -> manifest, for each category; anomaly sources and backbone weights for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kedro.pipeline import Pipeline, node, pipeline
+
+from almrr_pipeline.pipelines.fetch.nodes import (
+    list_pictures,
+    request_backbone_weights,
+    request_pictures,
+    request_textures,
+)
+
+
+def create_pipeline(categories: Sequence[str]) -> Pipeline:
+    """Two shared steps, tagged `shared`, and a namespace per category."""
+    shared = pipeline(
+        [
+            node(request_textures, ["params:data", "params:seed", "scratch_folder"], "textures"),
+            node(request_backbone_weights, "params:backbone", "backbone_weights"),
+        ],
+        tags="shared",
+    )
+    return sum((_of_category(category) for category in categories), start=shared)
+
+
+def _of_category(category: str) -> Pipeline:
+    return pipeline(
+        [
+            node(
+                request_pictures,
+                ["params:category", "params:data", "params:seed", "scratch_folder"],
+                "pictures",
+            ),
+            node(list_pictures, ["params:category", "pictures", "data_folder", "params:data"], "manifest"),
+        ],
+        namespace=category,
+        inputs={"data_folder", "scratch_folder"},
+    )

@@ -1,0 +1,5 @@
+"""The pool of simulated anomalies (stage 1 of the paper), from normal training pictures alone."""
+
+from almrr_pipeline.pipelines.synthesize.pipeline import create_pipeline
+
+__all__ = ["create_pipeline"]

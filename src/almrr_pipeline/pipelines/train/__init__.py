@@ -1,0 +1,5 @@
+"""The weights, and the thresholds from normal pictures held out of the training."""
+
+from almrr_pipeline.pipelines.train.pipeline import create_pipeline
+
+__all__ = ["create_pipeline"]

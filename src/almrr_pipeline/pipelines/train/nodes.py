@@ -1,0 +1,111 @@
+"""Steps of the train pipeline."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import mlflow
+import pandas as pd
+
+from almrr_pipeline.config import (
+    BackboneSettings,
+    DataSettings,
+    EvaluateSettings,
+    ModelSettings,
+    ScanSettings,
+    ThresholdSettings,
+    TrainSettings,
+)
+from almrr_pipeline.inference.calibration import calibrate
+from almrr_pipeline.inference.settings import InferenceSettings
+from almrr_pipeline.model.almrr import ALMRR
+from almrr_pipeline.model.backbone import build_backbone
+from almrr_pipeline.pipelines.datasets import FillsFolder
+from almrr_pipeline.sources.manifest import training_split
+from almrr_pipeline.synthesis.pool import Pool
+from almrr_pipeline.training.fit import fit
+
+
+def assemble_network(
+    backbone_weights: Path,
+    backbone: BackboneSettings,
+    data: DataSettings,
+    model: ModelSettings,
+    scan: ScanSettings,
+    seed: int,
+) -> ALMRR:
+    """Build the untrained network around the frozen backbone; its initial weights derive from the seed."""
+    frozen = build_backbone(
+        backbone.name,
+        weights=backbone_weights / "backbone.safetensors",
+        stride_in_1x1=backbone.stride_in_1x1,
+        feature_location=backbone.feature_location,
+    )
+    return ALMRR(frozen, image_size=data.image_size, scan_backend=scan.backend, seed=seed, **model.model_dump())
+
+
+def fit_network(
+    network: ALMRR, pool: Pool, train: TrainSettings, category: str, seed: int, scratch: Path
+) -> tuple[ALMRR, pd.DataFrame]:
+    """Train; an interrupted training of equal parameters, data and code goes on where its last checkpoint stands."""
+    history = fit(
+        network,
+        pool,
+        seed=seed,
+        scratch=scratch / "training" / category,
+        on_metrics=_log_live,
+        **train.model_dump(),
+    )
+    return network, history
+
+
+def find_thresholds(
+    network: ALMRR,
+    manifest: pd.DataFrame,
+    data_folder: Path,
+    data: DataSettings,
+    threshold: ThresholdSettings,
+    evaluate: EvaluateSettings,
+    category: str,
+) -> InferenceSettings:
+    """Derive the thresholds from normal training pictures that the training has not seen."""
+    _, held_out = training_split(manifest, fraction=data.calibration)
+    thresholds = calibrate(
+        network,
+        [data_folder / name for name in held_out],
+        image_size=data.image_size,
+        tiling=data.tiling,
+        batch_size=evaluate.batch_size,
+        smoothing=evaluate.smoothing,
+        false_alarm_rate=threshold.false_alarm_rate,
+    )
+    return InferenceSettings(
+        category=category,
+        image_size=data.image_size,
+        tiling=data.tiling,
+        smoothing=evaluate.smoothing,
+        thresholds=thresholds,
+    )
+
+
+def pack_model(network: ALMRR, history: pd.DataFrame, inference: InferenceSettings) -> FillsFolder:
+    """Put weights, architecture, history and thresholds into one folder that predicts by itself."""
+
+    def fill(folder: Path) -> None:
+        network.save(folder)
+        inference.save(folder)
+        history.to_csv(folder / "history.csv", index=False)
+
+    return fill
+
+
+def forget_checkpoints(model: Path, category: str, scratch: Path) -> None:
+    """Remove the checkpoints, once the finished model is in its place."""
+    shutil.rmtree(scratch / "training" / category, ignore_errors=True)
+
+
+def _log_live(step: int, values: Mapping[str, float]) -> None:
+    if mlflow.active_run():
+        mlflow.log_metrics(dict(values), step=step)

@@ -1,0 +1,17 @@
+"""Kedro's settings for this project."""
+
+from __future__ import annotations
+
+from almrr_pipeline.config_loader import ParamsYamlLoader, tracking_uri
+from almrr_pipeline.hooks import TrackingHook
+from almrr_pipeline.project import project_root
+
+CONFIG_LOADER_CLASS = ParamsYamlLoader
+CONFIG_LOADER_ARGS = {
+    "base_env": "base",
+    "default_run_env": "local",
+    "custom_resolvers": {"tracking_uri": lambda: tracking_uri(project_root())},
+}
+
+DISABLE_HOOKS_FOR_PLUGINS = ("kedro-mlflow",)  # TrackingHook is kedro-mlflow's hook with our parameters and tags
+HOOKS = (TrackingHook(),)
