@@ -1,0 +1,317 @@
+"""Pictures of results: panels for the report, overlays for `almrr predict`, and the choice of what to show.
+
+Drawn with numpy and Pillow alone: a panel takes some ten milliseconds, so that a whole test set can be drawn.
+"""
+
+from __future__ import annotations
+
+import io
+from functools import cache
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
+
+from almrr_pipeline.errors import AlmrrError
+from almrr_pipeline.images import ImageArray, MaskArray, resize_image, resize_mask
+from almrr_pipeline.reporting.heat import HEAT_TABLE, colour_map
+
+AnomalyMap = npt.NDArray[np.float32]
+"""Anomaly map, float32 in [0, 1], shape (H, W)."""
+ExampleKind = Literal["best", "typical", "worst"]
+Colour = tuple[int, int, int]
+
+# Yellow and blue-violet stay apart for every kind of colour vision, and both from grey, brown and green textures.
+FOUND_COLOUR: Colour = (255, 212, 0)
+"""Outline of what lies above the threshold."""
+TRUTH_COLOUR: Colour = (64, 196, 255)
+"""Outline of the ground truth."""
+_SHADE: Colour = (12, 14, 18)
+_BACKGROUND: Colour = (18, 20, 25)
+_EMPTY: Colour = (34, 37, 44)
+_TEXT: Colour = (214, 218, 226)
+_QUIET: Colour = (138, 145, 158)
+_ALARM: Colour = (255, 116, 92)
+_CLEAR: Colour = (112, 214, 150)
+
+_TILE = 272
+"""Edge of the square box that a panel's tile is fitted into, in pixels."""
+_GAP = 6
+_FOOT = 26
+_FONT_SIZE = 13
+_SMALLEST_OVERLAY = 360
+"""A picture narrower than this is enlarged in draw_overlay, so that its caption can be read."""
+_HEAT_OPACITY = 0.6
+
+
+def draw_panel(
+    image: ImageArray, mask: MaskArray | None, anomaly_map: AnomalyMap, *, threshold: float | None
+) -> ImageArray:
+    """Draw one result side by side: image | ground truth | anomaly map | image with outlines.
+
+    The outlines run just outside what they enclose: what lies above the threshold in yellow, the ground truth in blue.
+
+    Args:
+        image: uint8 RGB, shape (H, W, 3).
+        mask: ground truth of the picture, bool (H', W'), resized to the picture; None where there is none.
+        anomaly_map: float32 in [0, 1], any shape, resized to the picture.
+        threshold: pixel threshold, drawn on the scale of the heat map too; None draws the ground truth's outline alone.
+
+    Returns:
+        uint8 RGB, 1118 pixels wide, at most 310 high.
+
+    Raises:
+        AlmrrError: an argument has the wrong number of axes.
+    """
+    _check_shapes(image, mask, anomaly_map)
+    size = _fit(image.shape[:2], _TILE)
+    picture, heat = resize_image(image, size), _resize_map(anomaly_map, size)
+    truth = None if mask is None else resize_mask(mask, size)
+    tiles = [picture, _draw_truth(truth, size), colour_map(heat), _draw_outlines(picture, truth, heat, threshold)]
+    canvas = Image.new("RGB", (4 * _TILE + 5 * _GAP, size[0] + 2 * _GAP + _FOOT), _BACKGROUND)
+    for column, tile in enumerate(tiles):
+        left = _GAP + column * (_TILE + _GAP)
+        canvas.paste(Image.fromarray(tile), (left + (_TILE - size[1]) // 2, _GAP))
+    _write_feet(ImageDraw.Draw(canvas), size[0] + _GAP, truth, threshold)
+    _draw_scale(canvas, left=_GAP + 2 * (_TILE + _GAP), top=size[0] + _GAP, threshold=threshold)
+    return np.asarray(canvas)
+
+
+def draw_overlay(
+    image: ImageArray, anomaly_map: AnomalyMap, *, threshold: float | None, score: float, is_anomalous: bool | None
+) -> ImageArray:
+    """Draw the result for one picture: heat where the map is high, an outline at the threshold, the verdict below.
+
+    Args:
+        image: uint8 RGB, shape (H, W, 3).
+        anomaly_map: float32 in [0, 1], any shape, resized to the picture.
+        threshold: pixel threshold of the outline; None draws none.
+        score: anomaly score of the whole picture.
+        is_anomalous: the verdict; None where the model has no threshold.
+
+    Returns:
+        uint8 RGB, of the picture's size with a strip added below; narrow pictures are enlarged by a whole factor.
+
+    Raises:
+        AlmrrError: an argument has the wrong number of axes.
+    """
+    _check_shapes(image, None, anomaly_map)
+    factor = -(-_SMALLEST_OVERLAY // image.shape[1])
+    size = (image.shape[0] * factor, image.shape[1] * factor)
+    picture, heat = resize_image(image, size), _resize_map(anomaly_map, size)
+    opacity = _HEAT_OPACITY * heat[..., None]
+    warm = np.rint((1.0 - opacity) * picture + opacity * colour_map(heat)).astype(np.uint8)
+    return np.concatenate([_draw_outlines(warm, None, heat, threshold), _write_verdict(size[1], score, is_anomalous)])
+
+
+def encode_picture(picture: ImageArray, *, quality: int = 82) -> bytes:
+    """Compress a drawn picture as WebP, sharp at coloured lines; uint8 RGB (H, W, 3) in, the file's bytes out."""
+    stream = io.BytesIO()
+    Image.fromarray(picture).save(stream, "WEBP", quality=quality, method=6, use_sharp_yuv=True)
+    return stream.getvalue()
+
+
+def outline(region: MaskArray, *, width: int) -> MaskArray:
+    """Mark the line, `width` pixels wide, that runs around a region just outside it; bool (H, W) in and out."""
+    if not region.any():
+        return np.zeros_like(region)
+    square = np.ones((3, 3), dtype=bool)
+    return np.asarray(ndimage.binary_dilation(region, square, iterations=width) & ~region)
+
+
+def choose_examples(scores: pd.DataFrame, count: int) -> dict[ExampleKind, pd.DataFrame]:
+    """Choose the pictures that show what the model does well, usually, and badly.
+
+    How clearly a defect was found is its share of defective pictures with a lower score, averaged with the same share
+    for `pixel_ap` where that is known.
+
+    - best: defective pictures found most clearly.
+    - worst: missed defects, least clear first, and false alarms, highest score first, in turn; where there are fewer
+      errors than places, the pictures that came nearest to one.
+    - typical: defective pictures around the median, and one normal picture of median score if there is room for two.
+
+    No picture is chosen twice; of few pictures, each kind has its share. Equal pictures are taken in the order of their
+    names, whatever the order of the rows.
+
+    Args:
+        scores: a row a picture: image, label (normal | defective), score; is_anomalous and pixel_ap may be missing or
+            empty. Other columns are kept.
+        count: pictures of each kind.
+
+    Returns:
+        Kind to the chosen rows, in the order in which they are to be shown.
+
+    Raises:
+        AlmrrError: a column is missing.
+    """
+    missing = {"image", "label", "score"} - set(scores.columns)
+    if missing:
+        raise AlmrrError(f"The scores lack the column(s) {', '.join(sorted(missing))}; evaluate the category again.")
+    ranked = _rank_pictures(scores)
+    best = ranked[ranked.defective & ~ranked.wrong].sort_values("clarity", ascending=False, kind="stable")
+    best = best.head(min(count, _share(int(ranked.defective.sum()))))
+    rest = ranked.drop(index=best.index)
+    worst = _take_worst(rest, min(count, _share(len(ranked))))
+    typical = _take_typical(ranked, best.index.union(worst.index), count)
+    chosen: dict[ExampleKind, pd.DataFrame] = {"best": best, "typical": typical, "worst": worst}
+    return {kind: rows[list(scores.columns)] for kind, rows in chosen.items()}
+
+
+def caption_example(row: pd.Series) -> str:
+    """Say in one line what a picture is and what became of it: file name, defect, score, verdict."""
+    defective, verdict = row["label"] == "defective", _read_verdict(row.get("is_anomalous"))
+    outcomes = {(True, True): "found", (True, False): "missed", (False, True): "false alarm", (False, False): "passed"}
+    parts = [str(row["image"]).rsplit("/", 1)[-1], str(row.get("defect", row["label"])), f"score {row['score']:.3f}"]
+    if verdict is not None:
+        parts.append(outcomes[defective, verdict])
+    localised = row.get("pixel_ap")
+    if localised is not None and not pd.isna(localised):
+        parts.append(f"pixel AP {localised:.2f}")
+    return " · ".join(parts)
+
+
+class _Foot(NamedTuple):
+    """A tile's label: its column, its words and their colour."""
+
+    column: int
+    text: str
+    colour: Colour
+
+
+def _check_shapes(image: ImageArray, mask: MaskArray | None, anomaly_map: AnomalyMap) -> None:
+    if image.ndim != 3 or image.shape[2] != 3 or anomaly_map.ndim != 2 or (mask is not None and mask.ndim != 2):
+        shapes = f"{image.shape}, {None if mask is None else mask.shape}, {anomaly_map.shape}"
+        raise AlmrrError(f"A picture (H, W, 3), a mask (H, W) and a map (H, W) are needed to draw, not {shapes}.")
+
+
+def _fit(shape: tuple[int, ...], edge: int) -> tuple[int, int]:
+    """Rows and columns of a picture that is scaled until its longer edge is `edge`."""
+    scale = edge / max(shape)
+    return max(1, round(shape[0] * scale)), max(1, round(shape[1] * scale))
+
+
+def _resize_map(anomaly_map: AnomalyMap, size: tuple[int, int]) -> AnomalyMap:
+    values = np.ascontiguousarray(np.nan_to_num(anomaly_map, nan=0.0), dtype=np.float32)
+    if values.shape == size:
+        return values
+    return np.asarray(Image.fromarray(values).resize(size[::-1], Image.Resampling.BILINEAR))
+
+
+def _draw_truth(truth: MaskArray | None, size: tuple[int, int]) -> ImageArray:
+    tile = np.full((*size, 3), _EMPTY, dtype=np.uint8)
+    if truth is not None:
+        tile[truth] = 255
+    return tile
+
+
+def _draw_outlines(
+    picture: ImageArray, truth: MaskArray | None, heat: AnomalyMap, threshold: float | None
+) -> ImageArray:
+    """Draw both outlines on a copy, each with a dark edge that parts it from bright textures."""
+    drawn = picture.copy()
+    found = None if threshold is None else np.asarray(heat > threshold)
+    for region, colour, width in ((truth, TRUTH_COLOUR, 1), (found, FOUND_COLOUR, 2)):
+        if region is not None:
+            drawn[outline(region, width=width + 1)] = _SHADE
+            drawn[outline(region, width=width)] = colour
+    return drawn
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
+
+
+def _write_feet(draw: ImageDraw.ImageDraw, top: int, truth: MaskArray | None, threshold: float | None) -> None:
+    kind = "no ground truth" if truth is None else "ground truth" if truth.any() else "ground truth: no defect"
+    feet = [_Foot(0, "image", _QUIET), _Foot(1, kind, _QUIET)]
+    feet.append(_Foot(3, "no threshold" if threshold is None else f"above {threshold:.3g}", _QUIET))
+    for foot in feet:
+        draw.text((_GAP + foot.column * (_TILE + _GAP), top + 8), foot.text, foot.colour, _font(_FONT_SIZE))
+    right = 4 * (_TILE + _GAP)
+    keys = [("found", FOUND_COLOUR)] * (threshold is not None) + [("truth", TRUTH_COLOUR)] * (truth is not None)
+    for word, colour in keys:
+        right -= round(draw.textlength(word, _font(_FONT_SIZE)))
+        draw.text((right, top + 8), word, _TEXT, _font(_FONT_SIZE))
+        draw.line((right - 16, top + 17, right - 5, top + 17), colour, 2)
+        right -= 28
+
+
+def _draw_scale(canvas: Image.Image, *, left: int, top: int, threshold: float | None) -> None:
+    """Draw the heat map's scale, 0 to 1, with a mark at the threshold."""
+    draw, font = ImageDraw.Draw(canvas), _font(_FONT_SIZE)
+    draw.text((left, top + 8), "anomaly map", _QUIET, font)
+    start, width, height = left + 106, _TILE - 106 - 14, 9
+    bar = np.broadcast_to(HEAT_TABLE[np.linspace(0, 255, width).astype(np.uint8)], (height, width, 3))
+    canvas.paste(Image.fromarray(np.ascontiguousarray(bar)), (start, top + 12))
+    draw.text((start - 13, top + 8), "0", _QUIET, font)
+    draw.text((start + width + 6, top + 8), "1", _QUIET, font)
+    if threshold is not None:
+        at = start + round(min(max(threshold, 0.0), 1.0) * (width - 1))
+        draw.line((at, top + 9, at, top + 12 + height + 2), FOUND_COLOUR, 2)
+
+
+def _write_verdict(width: int, score: float, is_anomalous: bool | None) -> ImageArray:
+    """Draw the strip below a picture: the verdict in words and colour, the score at the right."""
+    size = max(_FONT_SIZE + 3, width // 40)
+    words = {None: ("no threshold", _QUIET), True: ("defective", _ALARM), False: ("normal", _CLEAR)}
+    word, colour = words[is_anomalous]
+    strip = Image.new("RGB", (width, 2 * size), _BACKGROUND)
+    draw, font, middle = ImageDraw.Draw(strip), _font(size), size
+    draw.ellipse((size // 2, middle - size // 3, size // 2 + 2 * (size // 3), middle + size // 3), colour)
+    draw.text((size // 2 + size, middle), word, colour, font, anchor="lm")
+    draw.text((width - size // 2, middle), f"score {score:.3f}", _TEXT, font, anchor="rm")
+    return np.asarray(strip)
+
+
+def _read_verdict(value: object) -> bool | None:
+    """A cell of the column is_anomalous: True, False, or None where it is empty."""
+    if value is None or value is pd.NA or (isinstance(value, float) and np.isnan(value)) or value == "":
+        return None
+    return value == "True" if isinstance(value, str) else bool(value)
+
+
+def _share(pictures: int) -> int:
+    """A third of the pictures, rounded up: what one kind may take when there are few."""
+    return -(-pictures // 3)
+
+
+def _rank_pictures(scores: pd.DataFrame) -> pd.DataFrame:
+    """Sort by name and add how clearly each defect was found and whether the verdict was wrong."""
+    ranked = scores.sort_values("image", kind="stable").reset_index(drop=True)
+    ranked["defective"] = ranked["label"] == "defective"
+    columns = [name for name in ("score", "pixel_ap") if name in ranked]
+    shares = ranked.loc[ranked.defective, columns].astype(float).rank(pct=True, method="min")
+    ranked["clarity"] = shares.mean(axis=1)
+    verdicts = [_read_verdict(value) for value in ranked.get("is_anomalous", pd.Series([None] * len(ranked)))]
+    ranked["wrong"] = [
+        verdict is not None and verdict != defective
+        for verdict, defective in zip(verdicts, ranked.defective, strict=True)
+    ]
+    return ranked
+
+
+def _take_worst(ranked: pd.DataFrame, count: int) -> pd.DataFrame:
+    """Errors first, then the nearest to one; defective and normal pictures in turn within each."""
+    defective = ranked[ranked.defective].sort_values("clarity", kind="stable")
+    normal = ranked[~ranked.defective].sort_values("score", ascending=False, kind="stable")
+    order = pd.concat([side.assign(turn=side.groupby("wrong").cumcount()) for side in (defective, normal)])
+    order = order.assign(right=~order["wrong"], normal=~order["defective"])
+    return order.sort_values(["right", "turn", "normal"], kind="stable").head(count)
+
+
+def _take_typical(ranked: pd.DataFrame, taken: pd.Index, count: int) -> pd.DataFrame:
+    """Pictures around the median: defective ones, and a normal one if there is room for two."""
+    defective, normal = ranked[ranked.defective], ranked[~ranked.defective]
+    normals = count if defective.empty else int(count >= 2 and not normal.empty)
+    located = _nearest_median(defective, "clarity", taken, count - normals)
+    return pd.concat([located, _nearest_median(normal, "score", taken, normals)])
+
+
+def _nearest_median(rows: pd.DataFrame, column: str, taken: pd.Index, count: int) -> pd.DataFrame:
+    distance = (rows[column] - rows[column].median()).abs().round(9)  # so that a tie is one, rounding errors or not
+    distance = distance.drop(index=taken, errors="ignore")
+    return rows.loc[distance.sort_values(kind="stable").index[:count]]

@@ -1,0 +1,299 @@
+"""What the pictures must show: the right tiles, outlines that surround, colours in order, examples that are just."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from scipy import ndimage
+
+from almrr_pipeline.errors import AlmrrError
+from almrr_pipeline.reporting.heat import HEAT_TABLE, colour_map
+from almrr_pipeline.reporting.overlays import (
+    FOUND_COLOUR,
+    TRUTH_COLOUR,
+    caption_example,
+    choose_examples,
+    draw_overlay,
+    draw_panel,
+    encode_picture,
+    outline,
+)
+
+PANEL_WIDTH = 4 * 272 + 5 * 6
+
+
+@pytest.fixture
+def image() -> np.ndarray:
+    return np.full((272, 272, 3), 128, np.uint8)
+
+
+@pytest.fixture
+def square() -> np.ndarray:
+    mask = np.zeros((272, 272), bool)
+    mask[100:150, 60:140] = True
+    return mask
+
+
+def tile(panel: np.ndarray, column: int) -> np.ndarray:
+    """One of the four pictures of a panel whose image has the tile's size."""
+    left = 6 + column * (272 + 6)
+    return panel[6 : 6 + 272, left : left + 272]
+
+
+def coloured(picture: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
+    return np.asarray((picture == colour).all(axis=-1))
+
+
+def test_heat_lightness_rises_evenly() -> None:
+    linear = np.where(
+        HEAT_TABLE / 255 <= 0.04045, HEAT_TABLE / 255 / 12.92, ((HEAT_TABLE / 255 + 0.055) / 1.055) ** 2.4
+    )
+    luminance = linear @ [0.2126, 0.7152, 0.0722]
+    lightness = np.where(luminance > 0.008856, 116 * np.cbrt(luminance) - 16, 903.3 * luminance)  # CIE L*
+    steps = np.diff(lightness[:: len(lightness) // 16])
+    assert (steps > 0).all()
+    assert steps.max() < 3 * steps.min()
+
+
+def test_heat_table_is_inferno() -> None:
+    colormaps = pytest.importorskip("matplotlib").colormaps
+    expected = np.asarray(colormaps["inferno"].colors) * 255
+    assert np.abs(HEAT_TABLE - expected).max() <= 1.5
+
+
+def test_colour_map_has_a_fixed_scale_and_clips() -> None:
+    colours = colour_map(np.array([[-3.0, 0.0, 1.0, 7.0, np.nan]]))
+    assert (colours[0, [0, 1, 4]] == HEAT_TABLE[0]).all()
+    assert (colours[0, [2, 3]] == HEAT_TABLE[255]).all()
+    assert (colour_map(np.full((2, 2), 0.2)) != HEAT_TABLE[255]).any()
+
+
+@given(
+    corner=st.tuples(st.integers(4, 20), st.integers(4, 20)),
+    extent=st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    width=st.integers(1, 3),
+)
+@settings(max_examples=40, deadline=None)
+def test_outline_surrounds_the_region(corner: tuple[int, int], extent: tuple[int, int], width: int) -> None:
+    region = np.zeros((40, 40), bool)
+    region[corner[0] : corner[0] + extent[0], corner[1] : corner[1] + extent[1]] = True
+    line = outline(region, width=width)
+    assert not (line & region).any()
+    outside, _ = ndimage.label(~line)  # 4-connected: a closed line leaves no way out
+    assert set(np.unique(outside[region])).isdisjoint(np.unique(outside[0]))
+    assert line.sum() == (extent[0] + 2 * width) * (extent[1] + 2 * width) - extent[0] * extent[1]
+
+
+def test_outline_of_nothing_is_nothing() -> None:
+    assert not outline(np.zeros((5, 5), bool), width=2).any()
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(272, 272), (100, 40), (700, 1024), (3, 900)])
+def test_panel_has_four_tiles_whatever_the_shape(rows: int, columns: int) -> None:
+    picture = np.zeros((rows, columns, 3), np.uint8)
+    panel = draw_panel(picture, np.zeros((rows, columns), bool), np.zeros((64, 64), np.float32), threshold=0.5)
+    height = max(1, round(rows * 272 / max(rows, columns)))
+    assert panel.dtype == np.uint8
+    assert panel.shape == (height + 2 * 6 + 26, PANEL_WIDTH, 3)
+
+
+def test_panel_shows_image_truth_heat_and_outlines(image: np.ndarray, square: np.ndarray) -> None:
+    heat = np.where(np.roll(square, 30, axis=0), 0.9, 0.1).astype(np.float32)
+    panel = draw_panel(image, square, heat, threshold=0.5)
+    assert (tile(panel, 0) == image).all()
+    assert (coloured(tile(panel, 1), (255, 255, 255)) == square).all()
+    assert (tile(panel, 2) == colour_map(heat)).all()
+    assert (coloured(tile(panel, 3), FOUND_COLOUR) == outline(heat > 0.5, width=2)).all()
+    truth = coloured(tile(panel, 3), TRUTH_COLOUR)
+    assert truth.any()
+    assert not (truth & ~outline(square, width=1)).any()
+
+
+def test_panel_draws_the_ground_truth_alone_without_a_threshold(image: np.ndarray, square: np.ndarray) -> None:
+    panel = tile(draw_panel(image, square, square.astype(np.float32), threshold=None), 3)
+    assert (coloured(panel, TRUTH_COLOUR) == outline(square, width=1)).all()
+    assert not coloured(panel, FOUND_COLOUR).any()
+
+
+def test_panel_tells_a_missing_mask_from_an_empty_one(image: np.ndarray) -> None:
+    heat = np.zeros((272, 272), np.float32)
+    absent = draw_panel(image, None, heat, threshold=0.5)
+    empty = draw_panel(image, np.zeros((272, 272), bool), heat, threshold=0.5)
+    assert (tile(absent, 1) == tile(empty, 1)).all()
+    assert (absent != empty).any()
+
+
+def test_panel_brings_map_and_mask_to_the_picture(image: np.ndarray) -> None:
+    mask, heat = np.zeros((8, 8), bool), np.zeros((16, 16), np.float32)
+    mask[:4], heat[:8] = True, 1.0
+    panel = draw_panel(image, mask, heat, threshold=0.5)
+    assert (coloured(tile(panel, 1), (255, 255, 255)) == (np.arange(272) < 136)[:, None]).all()
+    found = np.flatnonzero(coloured(tile(panel, 3), FOUND_COLOUR)[:, 100])
+    assert abs(found.min() - 136) <= 1
+
+
+def test_drawing_leaves_its_arguments_alone(image: np.ndarray, square: np.ndarray) -> None:
+    heat = square.astype(np.float32)
+    before = image.copy(), square.copy(), heat.copy()
+    draw_panel(image, square, heat, threshold=0.5)
+    draw_overlay(image, heat, threshold=0.5, score=0.7, is_anomalous=True)
+    assert all((a == b).all() for a, b in zip(before, (image, square, heat), strict=True))
+
+
+def test_drawing_refuses_shapes_it_cannot_draw(image: np.ndarray) -> None:
+    with pytest.raises(AlmrrError, match=r"\(272, 272\)"):
+        draw_panel(image[..., 0], None, np.zeros((8, 8), np.float32), threshold=None)
+    with pytest.raises(AlmrrError, match="map"):
+        draw_overlay(image, np.zeros((1, 8, 8), np.float32), threshold=None, score=0.0, is_anomalous=None)
+
+
+def test_overlay_keeps_the_picture_where_nothing_is_anomalous() -> None:
+    picture = np.random.default_rng(0).integers(0, 255, (400, 500, 3), dtype=np.uint8)
+    overlay = draw_overlay(picture, np.zeros((32, 32), np.float32), threshold=0.5, score=0.1, is_anomalous=False)
+    assert (overlay[:400] == picture).all()
+    assert overlay.shape[0] > 400
+    assert overlay.shape[1] == 500
+
+
+def test_overlay_outlines_and_warms_the_defect(image: np.ndarray, square: np.ndarray) -> None:
+    overlay = draw_overlay(image, square.astype(np.float32), threshold=0.5, score=0.9, is_anomalous=True)
+    drawn = overlay[: 272 * 2 : 2, ::2]
+    assert coloured(drawn, FOUND_COLOUR).any()
+    assert (drawn[square].astype(int) != 128).any(axis=-1).all()
+
+
+def test_overlay_states_its_three_verdicts_differently(image: np.ndarray) -> None:
+    heat = np.zeros((8, 8), np.float32)
+    strips = [
+        draw_overlay(image, heat, threshold=None, score=0.5, is_anomalous=verdict).tobytes()
+        for verdict in (True, False, None)
+    ]
+    assert len(set(strips)) == 3
+
+
+def test_overlay_enlarges_a_narrow_picture() -> None:
+    overlay = draw_overlay(
+        np.zeros((50, 100, 3), np.uint8), np.zeros((8, 8), np.float32), threshold=0.5, score=1.0, is_anomalous=True
+    )
+    assert overlay.shape[1] == 400
+
+
+def test_encoding_keeps_size_and_colours_and_repeats_itself(image: np.ndarray, square: np.ndarray) -> None:
+    panel = draw_panel(image, square, square.astype(np.float32), threshold=0.5)
+    encoded = encode_picture(panel)
+    decoded = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB")).astype(int)
+    assert decoded.shape == panel.shape
+    assert np.abs(decoded - panel).mean() < 4
+    assert encoded == encode_picture(panel)
+
+
+def table(**columns: list[object]) -> pd.DataFrame:
+    return pd.DataFrame(columns)
+
+
+@pytest.fixture
+def scores() -> pd.DataFrame:
+    """Nine defects of rising score, d0 and d1 missed; five normals of falling score, n0 a false alarm."""
+    defective, normal = np.linspace(0.1, 0.9, 9), np.linspace(0.6, 0.0, 5)
+    return table(
+        image=[f"d{k}.png" for k in range(9)] + [f"n{k}.png" for k in range(5)],
+        label=["defective"] * 9 + ["normal"] * 5,
+        defect=["scratch"] * 9 + ["good"] * 5,
+        score=[*defective, *normal],
+        is_anomalous=[*(defective > 0.25), *(normal > 0.5)],
+    )
+
+
+def test_examples_are_best_typical_and_worst(scores: pd.DataFrame) -> None:
+    chosen = {kind: list(rows["image"]) for kind, rows in choose_examples(scores, 3).items()}
+    assert chosen["best"] == ["d8.png", "d7.png", "d6.png"]
+    assert chosen["worst"] == ["d0.png", "n0.png", "d1.png"]
+    assert chosen["typical"] == ["d4.png", "d3.png", "n2.png"]
+
+
+def test_examples_do_not_depend_on_the_order_of_rows(scores: pd.DataFrame) -> None:
+    scores["score"] = scores["score"].round(0)  # many ties
+    shuffled = scores.sample(frac=1.0, random_state=1)
+    first, second = choose_examples(scores, 2), choose_examples(shuffled, 2)
+    assert all(list(first[kind]["image"]) == list(second[kind]["image"]) for kind in first)
+
+
+def test_examples_weigh_how_well_the_defect_was_located(scores: pd.DataFrame) -> None:
+    scores["pixel_ap"] = [0.5] * 8 + [0.0] + [np.nan] * 5
+    best = choose_examples(scores, 1)["best"]
+    assert list(best["image"]) == ["d7.png"]
+
+
+def test_missed_defects_are_never_the_best(scores: pd.DataFrame) -> None:
+    scores["is_anomalous"] = scores["label"] == "normal"
+    chosen = choose_examples(scores, 3)
+    assert chosen["best"].empty
+    assert len(chosen["worst"]) == 3
+
+
+@pytest.mark.parametrize("verdicts", [None, "", np.nan, pd.NA])
+def test_examples_need_no_threshold(scores: pd.DataFrame, verdicts: object) -> None:
+    scores["is_anomalous"] = pd.Series([verdicts] * len(scores), dtype=object)
+    chosen = choose_examples(scores, 2)
+    assert list(chosen["worst"]["image"]) == ["d0.png", "n0.png"]
+    assert list(chosen["best"]["image"]) == ["d8.png", "d7.png"]
+
+
+def test_examples_survive_a_csv_file(scores: pd.DataFrame) -> None:
+    scores["is_anomalous"] = scores["is_anomalous"].astype(object)
+    scores.loc[3, "is_anomalous"] = None
+    read = pd.read_csv(io.StringIO(scores.to_csv(index=False)))
+    assert list(choose_examples(read, 3)["worst"]["image"]) == ["d0.png", "n0.png", "d1.png"]
+
+
+@given(
+    labels=st.lists(st.sampled_from(["normal", "defective"]), max_size=12),
+    count=st.integers(1, 4),
+    seed=st.integers(0, 9),
+)
+@settings(max_examples=60, deadline=None)
+def test_no_picture_is_an_example_twice(labels: list[str], count: int, seed: int) -> None:
+    values = np.random.default_rng(seed).random(len(labels))
+    frame = table(
+        image=[f"{k}.png" for k in range(len(labels))],
+        label=labels,
+        score=list(values),
+        is_anomalous=list(values > 0.5),
+    )
+    chosen = choose_examples(frame, count)
+    names = [name for rows in chosen.values() for name in rows["image"]]
+    assert len(names) == len(set(names))
+    assert all(len(rows) <= count for rows in chosen.values())
+    assert (chosen["best"]["label"] == "defective").all()
+    assert bool(names) == bool(labels)
+    assert all(list(rows.columns) == list(frame.columns) for rows in chosen.values())
+
+
+def test_examples_name_a_missing_column() -> None:
+    with pytest.raises(AlmrrError, match="score"):
+        choose_examples(table(image=["a"], label=["normal"]), 1)
+
+
+@pytest.mark.parametrize(
+    ("label", "verdict", "word"),
+    [
+        ("defective", True, "found"),
+        ("defective", False, "missed"),
+        ("normal", "True", "false alarm"),
+        ("normal", "False", "passed"),
+    ],
+)
+def test_caption_says_what_became_of_the_picture(label: str, verdict: object, word: str) -> None:
+    row = pd.Series({"image": "a/b/x.png", "label": label, "defect": "hole", "score": 0.25, "is_anomalous": verdict})
+    assert caption_example(row) == f"x.png · hole · score 0.250 · {word}"
+
+
+def test_caption_leaves_out_what_is_unknown() -> None:
+    row = pd.Series({"image": "x.png", "label": "defective", "score": 0.25, "is_anomalous": np.nan, "pixel_ap": 0.5})
+    assert caption_example(row) == "x.png · defective · score 0.250 · pixel AP 0.50"
