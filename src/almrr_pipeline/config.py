@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from almrr_pipeline.errors import AlmrrError
 
@@ -192,6 +193,10 @@ class ReportSettings(Section):
     title: str = "ALMRR: defects on textured surfaces"
 
 
+OVERRIDABLE = frozenset({"data", "synthesis", "model", "scan", "train", "threshold", "evaluate", "report"})
+"""Sections that may differ by category; the backbone's weights are fetched once for all."""
+
+
 class Parameters(Section):
     """All of params.yaml."""
 
@@ -216,16 +221,24 @@ class Parameters(Section):
             raise ValueError("categories: a category is named twice")
         return self
 
+    @model_validator(mode="after")
+    def _overrides_name_sections(self) -> Self:
+        for category, sections in self.overrides.items():
+            for unknown in sections.keys() - OVERRIDABLE:
+                raise ValueError(
+                    f"overrides.{category}.{unknown}: not a section that may differ; those are "
+                    + ", ".join(sorted(OVERRIDABLE))
+                )
+        return self
+
     def for_category(self, category: str) -> Parameters:
         """These parameters with the category's own overrides merged in.
 
         Raises:
-            AlmrrError: an override names an unknown section or value.
+            AlmrrError: an override names an unknown value or one out of its range.
         """
         values = self.model_dump(mode="json")
         for section, changes in self.overrides.get(category, {}).items():
-            if not isinstance(values.get(section), dict):
-                raise AlmrrError(f"params.yaml: overrides.{category}.{section}: there is no such section; remove it.")
             values[section] = _merged(values[section], changes)
         return parse_parameters(values)
 
@@ -239,7 +252,7 @@ def parse_parameters(values: dict[str, Any]) -> Parameters:
     try:
         return Parameters.model_validate(values)
     except ValidationError as error:
-        raise AlmrrError("params.yaml: " + "; ".join(_sentences(error)) + ".") from None
+        raise AlmrrError("params.yaml: " + "; ".join(map(_sentence, error.errors())) + ".") from None
 
 
 def load_parameters(path: Path) -> Parameters:
@@ -265,9 +278,10 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _sentences(error: ValidationError) -> list[str]:
-    return [
-        f"{'.'.join(map(str, item['loc'])) or 'values'}: "
-        + ("unknown parameter; check its spelling" if item["type"] == "extra_forbidden" else f"{item['msg']} (got {item['input']!r})")
-        for item in error.errors()
-    ]
+def _sentence(item: ErrorDetails) -> str:
+    where = ".".join(map(str, item["loc"]))
+    if item["type"] == "extra_forbidden":
+        return f"{where}: unknown parameter; check its spelling"
+    if item["type"] == "value_error":  # raised by our own validators, which say where
+        return f"{where}: {item['ctx']['error']}" if where else str(item["ctx"]["error"])
+    return f"{where}: {item['msg']} (got {item['input']!r})"
