@@ -1,0 +1,417 @@
+"""ALMRR: Anomaly Localization Mamba with Feature Reconstruction and Refinement (arXiv 2407.17705, PRCV 2024)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from almrr_pipeline.errors import AlmrrError
+from almrr_pipeline.model.backbone import Backbone, build_backbone
+from almrr_pipeline.model.reconstruction import MFRM
+from almrr_pipeline.model.refinement import FRM
+from almrr_pipeline.model.regional_features import RegionalFeatures
+
+RefinementInput = Literal["mean", "projection"]
+FORMAT = "almrr"
+FORMAT_VERSION = 1
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+SIDE_MULTIPLE = 16
+"""Of an image's sides: the deepest map has stride 16."""
+SMALLEST_SIDE = 128
+"""The U-Net halves a grid of a quarter of the side five times."""
+SMALLEST_DEVIATION = 0.01
+"""Floor of a channel's deviation, over the median of all: one silent on normal pictures must not drown the others."""
+
+
+@dataclass(frozen=True)
+class TrainingOutput:
+    """What the loss needs.
+
+    Attributes:
+        target: phi, the features of the normal pictures, (B, C, h, w).
+        reconstruction: F_hat, the repaired features of the augmented pictures, (B, C, h, w).
+        logits: (B, 2, H, W) at the size of the picture, channel 1 for defective. They are logarithms of probabilities,
+            which are logits too: their softmax is the paper's map, softmax first and resized after.
+    """
+
+    target: Tensor
+    reconstruction: Tensor
+    logits: Tensor
+
+
+class ALMRR(nn.Module):
+    """Features of a picture, their reconstruction as if nothing were wrong, and a map of where the two disagree.
+
+    Args:
+        backbone: the frozen feature extractor.
+        image_size: rows and columns of the pictures, multiples of 16, at least 128.
+        latent: channels between the 1x1 convolutions of the MFRM.
+        dim: width of a token.
+        depth: bidirectional Mamba blocks.
+        state: states per channel of the scan.
+        expand: inner width of a block over `dim`.
+        conv: width of the blocks' depthwise causal convolutions.
+        patch: side of a patch of the features' grid, 1, 2 or 4.
+        drop_path: probability of leaving out a block in training, rising linearly from 0 to this.
+        decoder: widths of the decoder's first two stages.
+        refinement_width: base width of the U-Net.
+        refinement_input: "mean", the paper's channel means of F_hat and F; or "projection", a learned linear map of
+            their channels, one for both.
+        refinement_channels: outputs of that projection.
+        standardize: whether features are standardised channel by channel, after `fit_standardization`.
+        scan_backend: implementation of the selective scan; not saved with the weights.
+
+    Raises:
+        AlmrrError: a size or width does not fit.
+    """
+
+    feature_mean: Tensor
+    feature_deviation: Tensor
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        image_size: tuple[int, int] = (256, 256),
+        latent: int = 1024,
+        dim: int = 192,
+        depth: int = 8,
+        state: int = 16,
+        expand: int = 2,
+        conv: int = 4,
+        patch: int = 4,
+        drop_path: float = 0.1,
+        decoder: tuple[int, int] = (256, 512),
+        refinement_width: int = 64,
+        refinement_input: RefinementInput = "mean",
+        refinement_channels: int = 1,
+        standardize: bool = False,
+        scan_backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        check_image_size(image_size)
+        self.hyperparameters: dict[str, Any] = {
+            "image_size": list(image_size),
+            "latent": latent,
+            "dim": dim,
+            "depth": depth,
+            "state": state,
+            "expand": expand,
+            "conv": conv,
+            "patch": patch,
+            "drop_path": drop_path,
+            "decoder": list(decoder),
+            "refinement_width": refinement_width,
+            "refinement_input": refinement_input,
+            "refinement_channels": refinement_channels,
+            "standardize": standardize,
+        }
+        self.image_size = (image_size[0], image_size[1])
+        self.standardize = standardize
+        channels = sum(backbone.channels)
+        self.backbone = backbone
+        self.regional_features = RegionalFeatures(self.image_size)
+        self.register_buffer("feature_mean", torch.zeros(channels))
+        self.register_buffer("feature_deviation", torch.ones(channels))
+        self.mfrm = MFRM(
+            channels=channels,
+            grid=self.regional_features.grid,
+            latent=latent,
+            dim=dim,
+            depth=depth,
+            state=state,
+            expand=expand,
+            conv=conv,
+            patch=patch,
+            drop_path=drop_path,
+            decoder=(decoder[0], decoder[1]),
+            scan_backend=scan_backend,
+        )
+        self.summary = _build_summary(refinement_input, channels, refinement_channels)
+        self.frm = FRM(2 * refinement_channels, width=refinement_width)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map anomalies.
+
+        Args:
+            images: RGB, float in [0, 1], shape (B, 3, H, W) with (H, W) = `image_size`.
+
+        Returns:
+            Anomaly map, float in [0, 1], shape (B, H, W): the probability that a pixel is defective.
+
+        Raises:
+            AlmrrError: the images have another shape, type or range, or are not finite.
+        """
+        check_images(images, self.image_size)
+        features = self.embed(images)  # F (B, C, h, w)                  stage 2
+        reconstruction = self.reconstruct(features)  # F_hat (B, C, h, w)         stage 3, MFRM
+        logits = self.refine(reconstruction, features)  # (B, 2, h, w)                stage 4, FRM
+        return self.upsample(logits.softmax(dim=1))[:, 1]  # (B, H, W)
+
+    def training_forward(self, normal: Tensor, augmented: Tensor) -> TrainingOutput:
+        """Run both branches of the paper's figure: phi from the normal pictures, F from the augmented ones.
+
+        Args:
+            normal: RGB, float in [0, 1], shape (B, 3, H, W).
+            augmented: the same pictures with simulated anomalies.
+
+        Raises:
+            AlmrrError: shapes or types do not fit. (Values are not looked at: a GPU would have to wait at every step.)
+        """
+        check_shape(normal, self.image_size)
+        check_shape(augmented, self.image_size)
+        target, features = self.embed(torch.cat([normal, augmented])).chunk(2)  # phi, F (B, C, h, w) each
+        reconstruction = self.reconstruct(features)  # F_hat (B, C, h, w)
+        probabilities = self.upsample(self.refine(reconstruction, features).softmax(dim=1))  # (B, 2, H, W)
+        # The smallest normal float keeps the logarithm finite, and its gradient alive, where the softmax underflows.
+        logits = probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log()
+        return TrainingOutput(target=target, reconstruction=reconstruction, logits=logits)
+
+    @torch.no_grad()
+    def embed(self, images: Tensor) -> Tensor:
+        """Stage 2: regional features (B, C, h, w) of the frozen backbone, standardised if asked for; no gradient."""
+        features: Tensor = self.regional_features(self.backbone(images))
+        if self.standardize:
+            mean, deviation = self.feature_mean.to(features.dtype), self.feature_deviation.to(features.dtype)
+            features = (features - mean[:, None, None]) / deviation[:, None, None]
+        return features
+
+    def reconstruct(self, features: Tensor) -> Tensor:
+        """Stage 3, MFRM: F (B, C, h, w) -> F_hat (B, C, h, w)."""
+        return self.mfrm(features)  # type: ignore[no-any-return]
+
+    def refine(self, reconstruction: Tensor, features: Tensor) -> Tensor:
+        """Stage 4, FRM: summaries of F_hat and F, stacked, through the U-Net; logits (B, 2, h, w)."""
+        stacked = torch.cat([self.summary(reconstruction), self.summary(features)], dim=1)  # (B, 2 k, h, w)
+        return self.frm(stacked)  # type: ignore[no-any-return]
+
+    def upsample(self, x: Tensor) -> Tensor:
+        """Resize (B, c, h, w) to the size of the picture, (B, c, H, W)."""
+        return F.interpolate(x, size=self.image_size, mode="bilinear", align_corners=True)
+
+    @torch.no_grad()
+    def fit_standardization(self, batches: Iterable[Tensor]) -> None:
+        """Set the mean and deviation of every feature channel over normal pictures; changes the model in place.
+
+        Args:
+            batches: RGB, float in [0, 1], shape (B, 3, H, W) each.
+
+        Raises:
+            AlmrrError: the model does not standardise, there are no pictures, or they do not fit.
+        """
+        if not self.standardize:
+            raise AlmrrError("This model does not standardise its features; build it with standardize=True.")
+        channels, device = len(self.feature_mean), self.feature_mean.device
+        count, mean = 0, torch.zeros(channels, dtype=torch.float64, device=device)
+        squares = torch.zeros_like(mean)  # sum of squared distances from the mean
+        self.feature_mean.zero_()
+        self.feature_deviation.fill_(1.0)
+        for images in batches:
+            check_images(images, self.image_size)
+            values = self.embed(images).transpose(0, 1).flatten(1).double()  # (C, B h w)
+            # Chan's update: one pass, and no difference of large sums.
+            added, shift = values.shape[1], values.mean(1) - mean
+            squares += values.var(1, correction=0) * added + shift.square() * (count * added / (count + added))
+            mean += shift * (added / (count + added))
+            count += added
+        if count == 0:
+            raise AlmrrError("There is no normal picture to standardise the features with.")
+        deviation = (squares / count).sqrt()
+        self.feature_mean.copy_(mean)
+        self.feature_deviation.copy_(deviation.clamp_min(SMALLEST_DEVIATION * deviation.median().clamp_min(1e-6)))
+
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of MFRM, FRM and the projection, if there is one; the backbone has none to train."""
+        return (parameter for parameter in self.parameters() if parameter.requires_grad)
+
+    def save(self, folder: Path) -> None:
+        """Write model.safetensors (backbone included) and config.json into an existing folder.
+
+        Each file is written beside its place and renamed, so that no half-written one is ever found.
+        """
+        config = {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "backbone": self.backbone.hyperparameters,
+            "model": self.hyperparameters,
+        }
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        with _beside(folder / WEIGHTS_FILE) as path:
+            save_file(tensors, path, metadata={"format": "pt"})
+        with _beside(folder / CONFIG_FILE) as path:
+            path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path, *, device: str | torch.device = "cpu", scan_backend: str = "auto") -> Self:
+        """Rebuild a saved model, in evaluation mode, without hub or download.
+
+        Raises:
+            AlmrrError: the folder holds no model, or its config does not fit its weights; says what differs.
+        """
+        config = read_config(folder)
+        try:
+            backbone = build_backbone(weights=None, **config["backbone"])
+            model = cls(backbone, scan_backend=scan_backend, **config["model"])
+        except TypeError as error:
+            raise AlmrrError(f"{folder / CONFIG_FILE} holds a value this version does not know ({error}).") from error
+        tensors = _read_tensors(folder / WEIGHTS_FILE)
+        _check_fit(model, tensors, folder)
+        model.load_state_dict(tensors)
+        return model.eval().to(device)
+
+
+def check_image_size(image_size: tuple[int, int]) -> None:
+    """Refuse a size that strides and pooling do not divide.
+
+    Raises:
+        AlmrrError: says which sizes fit.
+    """
+    for side in image_size:
+        if side % SIDE_MULTIPLE or side < SMALLEST_SIDE:
+            below = max(side // SIDE_MULTIPLE * SIDE_MULTIPLE, SMALLEST_SIDE)
+            raise AlmrrError(
+                f"image_size {tuple(image_size)}: each side must be a multiple of {SIDE_MULTIPLE} and at least "
+                f"{SMALLEST_SIDE}; instead of {side} take {below} or {below + SIDE_MULTIPLE}."
+            )
+
+
+def check_shape(images: Tensor, image_size: tuple[int, int]) -> None:
+    """Refuse images whose shape or type the model was not built for.
+
+    Raises:
+        AlmrrError: says what was expected.
+    """
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise AlmrrError(
+            f"Images must have the shape (B, 3, H, W), channels in the order RGB; got {tuple(images.shape)}."
+        )
+    if not images.is_floating_point():
+        raise AlmrrError(f"Images must be floats in [0, 1]; these are {images.dtype}. Divide 8-bit values by 255.")
+    if tuple(images.shape[2:]) != tuple(image_size):
+        rows, columns = images.shape[2:]
+        check_image_size((rows, columns))
+        raise AlmrrError(f"This model was built for images of {tuple(image_size)}; got {(rows, columns)}. Resize them.")
+
+
+def check_images(images: Tensor, image_size: tuple[int, int]) -> None:
+    """Refuse images that would give a map without meaning. One pass over the values; skipped while a graph is traced.
+
+    Raises:
+        AlmrrError: says what was expected.
+    """
+    check_shape(images, image_size)
+    if torch.compiler.is_compiling() or len(images) == 0:
+        return
+    low, high = (float(value) for value in torch.aminmax(images))  # NaN if any is
+    if not (low > float("-inf") and high < float("inf")):
+        raise AlmrrError("Images hold values that are not finite (NaN or infinity); look at how they were read.")
+    if low < 0.0 or high > 1.0:
+        raise AlmrrError(
+            f"Images must lie in [0, 1]; these reach from {low:.4g} to {high:.4g}. Divide 8-bit values by 255; "
+            "the model normalises by itself."
+        )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read the config.json of a saved model.
+
+    Raises:
+        AlmrrError: it is missing, cannot be read, or is of another format or version.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise AlmrrError(f"{folder} holds no model: there is no {CONFIG_FILE}.") from None
+    except (ValueError, OSError) as error:
+        raise AlmrrError(f"{path} cannot be read ({error}).") from error
+    known = isinstance(config, dict) and config.get("format") == FORMAT
+    if not known or not isinstance(config.get("backbone"), dict) or not isinstance(config.get("model"), dict):
+        raise AlmrrError(f"{path} does not describe an ALMRR model.")
+    if config.get("version") != FORMAT_VERSION:
+        raise AlmrrError(
+            f"{path} is of format version {config.get('version')!r}; this package reads version {FORMAT_VERSION}."
+        )
+    return dict(config)
+
+
+def _build_summary(kind: str, channels: int, outputs: int) -> nn.Module:
+    """What the FRM is given of a feature map."""
+    if kind == "mean" and outputs == 1:
+        return ChannelMean()
+    if kind == "projection" and outputs >= 1:
+        return ChannelProjection(channels, outputs)
+    raise AlmrrError(
+        f"refinement_input {kind!r} with refinement_channels {outputs}: take 'mean' with 1, or 'projection' with any."
+    )
+
+
+class ChannelMean(nn.Module):
+    """The paper's summary: the mean over the channels, (B, C, h, w) -> (B, 1, h, w)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Average over the channels."""
+        return x.mean(dim=1, keepdim=True)
+
+
+class ChannelProjection(nn.Conv2d):
+    """A learned linear summary, (B, C, h, w) -> (B, k, h, w).
+
+    The first output begins as the mean; the others as random directions of the same length, orthogonal to it and to
+    each other.
+    """
+
+    def __init__(self, channels: int, outputs: int) -> None:
+        super().__init__(channels, outputs, 1, bias=False)
+        directions = torch.randn(channels, outputs)
+        directions[:, 0] = 1.0
+        orthonormal, triangle = torch.linalg.qr(directions)  # (C, k)
+        orthonormal[:, 0] *= triangle[0, 0].sign()
+        with torch.no_grad():
+            self.weight.copy_((orthonormal / channels**0.5).T[:, :, None, None])
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A path to write to, which takes the place of `path` once that succeeded, and is removed if it did not."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise AlmrrError(f"{path.parent} holds no weights: there is no {path.name}.") from None
+    except (SafetensorError, OSError) as error:
+        raise AlmrrError(f"{path} cannot be read as weights ({error}).") from error
+
+
+def _check_fit(model: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Compare names and shapes of a model and of a weights file."""
+    own = model.state_dict()
+    differences = [f"{name} is not in the weights" for name in own if name not in tensors]
+    differences += [f"{name} is not in the model" for name in tensors if name not in own]
+    differences += [
+        f"{name} is {tuple(tensors[name].shape)} in the weights, {tuple(own[name].shape)} in the model"
+        for name in own
+        if name in tensors and tensors[name].shape != own[name].shape
+    ]
+    if differences:
+        more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
+        raise AlmrrError(f"{folder / CONFIG_FILE} does not fit {WEIGHTS_FILE}: {'; '.join(differences[:3])}{more}.")

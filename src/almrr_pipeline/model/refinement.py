@@ -1,0 +1,59 @@
+"""The feature refinement module, FRM (stage 4 of the paper): DRAEM's discriminative U-Net on summaries of F_hat and F.
+
+The network is written from its description in DRAEM (Zavrtanik et al., ICCV 2021, arXiv 2108.07610).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+_WIDTHS = (1, 2, 4, 8, 8, 8)
+"""Channels of the six encoder blocks, in multiples of the base width."""
+
+
+class FRM(nn.Module):
+    """U-Net of six encoder and five decoder blocks with two output channels: normal and defective.
+
+    Args:
+        inputs: input channels, 2 in the paper (the channel means of F_hat and F).
+        width: base width, 64 in the paper.
+    """
+
+    def __init__(self, inputs: int, *, width: int) -> None:
+        super().__init__()
+        widths = [width * factor for factor in _WIDTHS]
+        self.encoder = nn.ModuleList(double_convolution(i, o) for i, o in zip([inputs, *widths], widths, strict=False))
+        self.pool = nn.MaxPool2d(2)
+        # From the deepest: each halves the channels on the way up where the encoder doubled them on the way down.
+        outputs = [widths[4], *(widths[k] // 2 for k in (3, 2, 1)), widths[0]]
+        self.up = nn.ModuleList(convolution(i, o) for i, o in zip([widths[5], *outputs], outputs, strict=False))
+        skips = widths[4::-1]
+        self.decoder = nn.ModuleList(double_convolution(o + s, o) for o, s in zip(outputs, skips, strict=True))
+        self.out = nn.Conv2d(width, 2, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Segment: (B, inputs, h, w) -> logits (B, 2, h, w)."""
+        skips = []
+        for block in self.encoder[:-1]:
+            x = block(x)
+            skips.append(x)  # (B, width * factor, h / 2^k, w / 2^k)
+            x = self.pool(x)
+        x = self.encoder[-1](x)  # (B, 8 width, h / 32, w / 32)
+        for up, block, skip in zip(self.up, self.decoder, reversed(skips), strict=True):
+            # To the skip's size: twice the map's, except where a side was odd and the pooling dropped its last line.
+            x = F.interpolate(x, size=skip.shape[-2:], mode="bilinear", align_corners=True)
+            x = block(torch.cat([up(x), skip], dim=1))
+        logits: Tensor = self.out(x)
+        return logits
+
+
+def convolution(inputs: int, outputs: int) -> nn.Sequential:
+    """3x3 convolution, batch norm, ReLU."""
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+def double_convolution(inputs: int, outputs: int) -> nn.Sequential:
+    """Twice a 3x3 convolution, batch norm and ReLU."""
+    return nn.Sequential(*convolution(inputs, outputs), *convolution(outputs, outputs))
