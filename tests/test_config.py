@@ -75,6 +75,15 @@ def test_overrides_hold_for_their_category_alone(values: dict[str, Any]) -> None
     assert parameters.for_category("sample_brick") == parameters
 
 
+def test_a_seed_in_the_name_repeats_a_category_with_its_overrides(values: dict[str, Any]) -> None:
+    values["categories"] = ["nanotwice", "nanotwice_seed3"]
+    values["overrides"] = {"nanotwice": {"train": {"steps": 7}}}
+    parameters = parse_parameters(values)
+    assert parameters.for_category("nanotwice").seed == 0
+    assert parameters.for_category("nanotwice_seed3").seed == 3
+    assert parameters.for_category("nanotwice_seed3").train.steps == 7
+
+
 @pytest.mark.parametrize("section", ["trian", "backbone"])
 def test_an_override_of_what_cannot_differ_is_refused(values: dict[str, Any], section: str) -> None:
     """Categories share one backbone's weights, so it cannot be overridden for one of them."""

@@ -5,6 +5,7 @@ Sections are frozen and refuse unknown names, so that a typing mistake ends a ru
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -193,6 +194,8 @@ class ReportSettings(Section):
     title: str = "ALMRR: defects on textured surfaces"
 
 
+_REPEATED = re.compile(r"(?P<data_set>.+)_seed(?P<seed>\d+)")
+
 OVERRIDABLE = frozenset({"data", "synthesis", "model", "scan", "train", "threshold", "evaluate", "report"})
 """Sections that may differ by category; the backbone's weights are fetched once for all."""
 
@@ -232,15 +235,27 @@ class Parameters(Section):
         return self
 
     def for_category(self, category: str) -> Parameters:
-        """These parameters with the category's own overrides merged in.
+        """These parameters with the category's own overrides merged in, and its seed if its name says one.
+
+        `mt_defect_seed3` is `mt_defect`, with that category's overrides, synthesised and trained from seed 3.
 
         Raises:
             AlmrrError: an override names an unknown value or one out of its range.
         """
         values = self.model_dump(mode="json")
-        for section, changes in self.overrides.get(category, {}).items():
-            values[section] = _merged(values[section], changes)
+        data_set, seed = split_seed(category)
+        for name in dict.fromkeys((data_set, category)):
+            for section, changes in self.overrides.get(name, {}).items():
+                values[section] = _merged(values[section], changes)
+        if seed is not None:
+            values["seed"] = seed
         return parse_parameters(values)
+
+
+def split_seed(category: str) -> tuple[str, int | None]:
+    """Split a category id into its data set and the seed it is repeated with: `nanotwice_seed2` -> (`nanotwice`, 2)."""
+    repeated = _REPEATED.fullmatch(category)
+    return (repeated["data_set"], int(repeated["seed"])) if repeated else (category, None)
 
 
 def parse_parameters(values: dict[str, Any]) -> Parameters:

@@ -45,6 +45,24 @@ class TrackingHook(MlflowHook):  # type: ignore[misc]  # kedro-mlflow is not typ
         if len(categories) == 1:
             mlflow.set_tag("mlflow.runName", f"{'+'.join(stages)} {categories[0]}")
 
+    @hook_impl
+    def after_dataset_saved(self, dataset_name: str, data: Any) -> None:  # noqa: ANN401  whatever was saved
+        """Log the metrics of a category as they are found, and those of a report with a child run per category."""
+        if not self._is_mlflow_enabled:
+            return
+        if dataset_name.endswith(".metrics"):
+            mlflow.log_metrics(numbers(data))
+        elif dataset_name == "summary":
+            mlflow.log_metrics(numbers(data["mean"]))
+            for category, metrics in data["categories"].items():
+                self._log_child(category, metrics)
+
+    def _log_child(self, category: str, metrics: Mapping[str, Any]) -> None:
+        with mlflow.start_run(run_name=category, nested=True):
+            mlflow.log_params(flatten(self._parameters.for_category(category).model_dump(mode="json")))
+            mlflow.set_tags(run_tags(self._project, stage="report", category=category))
+            mlflow.log_metrics(numbers(metrics))
+
     def _log_param(self, name: str, value: Any) -> None:  # noqa: ANN401
         """Leave out kedro-mlflow's own logging, which would write each typed section as one string."""
 
@@ -58,6 +76,15 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             flat[f"{prefix}{name}"] = str(value)[:LONGEST_VALUE]
     return flat
+
+
+def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers at the top of a metrics.json: what is undefined, and what is nested, stays out."""
+    return {
+        name: float(value)
+        for name, value in metrics.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
 
 
 def run_tags(project: Path, *, stage: str, category: str) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kedro.pipeline import Pipeline
 
-from almrr_pipeline.config import load_parameters
+from almrr_pipeline.config import load_parameters, split_seed
 from almrr_pipeline.pipelines import evaluate, fetch, predict, report, synthesize, train
 from almrr_pipeline.project import project_root
 from almrr_pipeline.sources.registry import source_for
@@ -18,7 +18,7 @@ def register_pipelines() -> dict[str, Pipeline]:
     """
     categories = load_parameters(project_root() / "params.yaml").categories
     for category in categories:
-        source_for(category)  # an unknown one ends the run here, before any work
+        source_for(split_seed(category)[0])  # an unknown one ends the run here, before any work
     stages = {
         "fetch": fetch.create_pipeline(categories),
         "synthesize": synthesize.create_pipeline(categories),

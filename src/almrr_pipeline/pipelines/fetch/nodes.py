@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from almrr_pipeline.config import BackboneSettings, DataSettings
+from almrr_pipeline.config import BackboneSettings, DataSettings, split_seed
 from almrr_pipeline.pipelines.datasets import FillsFolder
 from almrr_pipeline.sources.manifest import build_manifest
 from almrr_pipeline.sources.registry import FetchRequest, fetch_textures, source_for
@@ -33,17 +33,19 @@ def request_backbone_weights(backbone: BackboneSettings) -> FillsFolder:
 
 def request_pictures(category: str, data: DataSettings, seed: int, scratch: Path) -> FillsFolder:
     """Fetch a category's pictures into a folder."""
-    source, request = source_for(category), _request(data, seed, scratch)
-    return lambda folder: source.fetch(category, target=folder, request=request)
+    data_set, _ = split_seed(category)
+    source, request = source_for(data_set), _request(data, seed, scratch)
+    return lambda folder: source.fetch(data_set, target=folder, request=request)
 
 
 def list_pictures(category: str, pictures: Path, data_folder: Path, data: DataSettings) -> pd.DataFrame:
     """Open every picture once, and list them with their part in the protocol."""
-    source = source_for(category)
+    data_set, _ = split_seed(category)
+    source = source_for(data_set)
     return build_manifest(
-        source.items(category, pictures),
+        source.items(data_set, pictures),
         root=data_folder,
-        expected=source.expected(category),
+        expected=source.expected(data_set),
         strict=data.strict,
     )
 

@@ -38,4 +38,5 @@ def _of_category(category: str) -> Pipeline:
         ],
         namespace=category,
         inputs={"data_folder", "scratch_folder"},
+        parameters={"params:seed"},  # a category repeated with another seed has the same pictures
     )

@@ -1,0 +1,277 @@
+"""The project used as its user would: every command of README.md and docs/, on a copy, with tiny settings."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+pytestmark = pytest.mark.xdist_group("project")  # one copy, made once
+
+TINY = """\
+# @package _global_
+suite: tiny
+categories:
+  - sample_brick
+  - sample_grass
+data:
+  textures: package
+  image_size:
+    - 128
+    - 128
+backbone:
+  name: tf_efficientnet_lite0
+  weights: package
+synthesis:
+  samples: 16
+model:
+  latent: 16
+  dim: 16
+  depth: 1
+  decoder:
+    - 8
+    - 8
+  refinement_width: 4
+train:
+  steps: 4
+  batch_size: 4
+  learning_rate: 1.0e-3
+  log_every: 1
+evaluate:
+  bootstrap: 20
+report:
+  examples: 1
+"""
+
+
+class Project:
+    """A copy of the project, and its commands."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        binaries = Path(sys.executable).parent
+        self.environment = {
+            **os.environ,
+            "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(folder / "src"),
+            "KEDRO_DISABLE_TELEMETRY": "1",
+            "DO_NOT_TRACK": "1",
+            "DVC_NO_ANALYTICS": "1",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@b", "GIT_COMMITTER_NAME": "a", "GIT_COMMITTER_EMAIL": "a@b",
+        }  # fmt: skip
+        self.environment.pop("MLFLOW_TRACKING_URI", None)
+
+    def run(self, *command: str, fails: bool = False) -> str:
+        """Run a command in the project's root and return what it printed."""
+        done = subprocess.run(
+            command,
+            cwd=self.folder,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        assert (done.returncode != 0) == fails, f"{' '.join(command)} returned {done.returncode}:\n{done.stdout}"
+        return done.stdout
+
+    def metrics(self) -> dict[str, object]:
+        """The numbers of record."""
+        found: dict[str, object] = json.loads((self.folder / "data/08_reporting/metrics.json").read_text())
+        return found
+
+
+@pytest.fixture(scope="module")
+def fresh(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A clone with uncommitted changes included and a tiny suite, committed; nothing has run yet."""
+    folder = tmp_path_factory.mktemp("clone") / "project"
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=project, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    for name in listed.stdout.splitlines():
+        if (project / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(project / name, folder / name)
+    (folder / "conf/suite/tiny.yaml").write_text(TINY)
+    config = folder / "conf/config.yaml"
+    config.write_text(config.read_text().replace("suite: sample", "suite: tiny"))
+    copy = Project(folder)
+    copy.run("git", "init", "-q")
+    _compose(copy)
+    copy.run("git", "add", "-A")
+    copy.run("git", "commit", "-qm", "a clone")
+    return copy
+
+
+@pytest.fixture(scope="module")
+def built(fresh: Project) -> Project:
+    """The same after `dvc repro`, with its outcome committed."""
+    fresh.run("dvc", "repro")
+    fresh.run("git", "add", "-A")
+    fresh.run("git", "commit", "-qm", "what came of it")
+    return fresh
+
+
+def _compose(copy: Project) -> None:
+    """Write params.yaml as `dvc exp run` does before it runs."""
+    code = (
+        "from dvc.utils.hydra import compose_and_dump; from pathlib import Path; "
+        "compose_and_dump('params.yaml', str(Path('conf').resolve()), None, 'config', '', [])"
+    )
+    copy.run(sys.executable, "-c", code)
+
+
+def test_the_shipped_params_yaml_is_what_dvc_composes(project: Path, tmp_path: Path) -> None:
+    shutil.copytree(project / "conf", tmp_path / "conf")
+    _compose(Project(tmp_path))
+    assert (tmp_path / "params.yaml").read_text() == (project / "params.yaml").read_text()
+
+
+@pytest.mark.parametrize("suite", ["sample", "textures", "mvtec", "mt_defect", "nanotwice", "paper"])
+def test_every_suite_composes_to_valid_parameters(project: Path, tmp_path: Path, suite: str) -> None:
+    from almrr_pipeline.config import load_parameters, split_seed
+    from almrr_pipeline.sources.registry import source_for
+
+    shutil.copytree(project / "conf", tmp_path / "conf")
+    config = tmp_path / "conf/config.yaml"
+    config.write_text(config.read_text().replace("suite: sample", f"suite: {suite}"))
+    _compose(Project(tmp_path))
+    parameters = load_parameters(tmp_path / "params.yaml")
+    assert parameters.suite == suite
+    assert all(source_for(split_seed(category)[0]) for category in parameters.categories)
+
+
+def test_repro_ends_in_tables_pictures_and_runs(built: Project) -> None:
+    reporting = built.folder / "data/08_reporting"
+    table = pd.read_csv(reporting / "metrics.csv")
+    assert {"sample_brick", "sample_grass", "mean"} <= set(table["category"])
+    assert "<html" in (reporting / "report.html").read_text()
+    assert list((reporting / "categories/sample_brick/overlays").glob("*.png"))
+    assert (built.folder / "mlflow.db").is_file()
+
+
+def test_a_second_repro_runs_nothing(built: Project) -> None:
+    printed = built.run("dvc", "repro")
+    assert "Running stage" not in printed
+    assert "up to date" in built.run("dvc", "status")
+
+
+def test_git_is_clean_but_for_the_lock_file(built: Project) -> None:
+    assert built.run("git", "status", "--porcelain") == ""
+    changed = built.run("git", "diff", "--name-only", "HEAD~1", "HEAD").split()
+    assert changed == ["dvc.lock"]
+
+
+def test_one_stage_of_one_category_runs_alone(built: Project) -> None:
+    assert "Running stage" not in built.run("dvc", "repro", "train@sample_brick")
+    printed = built.run("dvc", "repro", "--force", "--single-item", "evaluate@sample_brick")
+    assert printed.count("Running stage") == 1
+
+
+def test_the_same_commit_gives_the_same_numbers(built: Project) -> None:
+    before = built.metrics()
+    weights = (built.folder / "data/06_models/sample_brick/model.safetensors").read_bytes()
+    built.run("dvc", "repro", "--force", "--no-run-cache")
+    assert built.metrics() == before
+    assert (built.folder / "data/06_models/sample_brick/model.safetensors").read_bytes() == weights
+
+
+def test_metrics_parameters_and_plots_can_be_shown(built: Project) -> None:
+    assert "pixel_auroc" in built.run("dvc", "metrics", "show")
+    assert "steps" in built.run("dvc", "params", "diff", "--all")
+    printed = built.run("dvc", "plots", "show")
+    assert "index.html" in printed
+
+
+def test_a_push_and_a_pull_bring_everything_back(built: Project, tmp_path: Path) -> None:
+    built.run("dvc", "remote", "add", "--local", "--force", "--default", "here", str(tmp_path / "remote"))
+    built.run("dvc", "push", "-q")
+    before = built.metrics()
+    shutil.rmtree(built.folder / "data/08_reporting")
+    shutil.rmtree(built.folder / ".dvc/cache")
+    built.run("dvc", "pull", "-q")
+    assert built.metrics() == before
+    assert "Running stage" not in built.run("dvc", "repro", "--pull", "--allow-missing")
+
+
+def test_kedro_runs_a_pipeline_by_either_name(built: Project) -> None:
+    before = built.metrics()
+    built.run("kedro", "run", "--pipelines", "evaluate", "--namespaces", "sample_brick")
+    built.run("kedro", "run", "--pipeline", "evaluate")
+    assert built.metrics() == before
+
+
+def test_kedro_lists_its_catalog(built: Project) -> None:
+    assert "manifest" in built.run("kedro", "catalog", "describe-datasets", "--pipeline", "fetch")
+
+
+def test_kedro_viz_builds_its_page(built: Project) -> None:
+    built.run("kedro", "viz", "build")
+    assert (built.folder / "build/index.html").is_file()
+    shutil.rmtree(built.folder / "build")
+
+
+def test_two_experiments_can_be_compared(built: Project) -> None:
+    built.run("dvc", "exp", "run", "-S", "train.learning_rate=0.01", "--name", "faster", "--force")
+    assert yaml.safe_load((built.folder / "params.yaml").read_text())["train"]["learning_rate"] == 0.01
+    assert "faster" in built.run("dvc", "exp", "show", "--no-pager")
+    assert "mean" in built.run("dvc", "metrics", "diff")
+    assert "learning_rate" in built.run("dvc", "params", "diff")
+    _compare_in_mlflow(built)
+
+
+def _compare_in_mlflow(built: Project) -> None:
+    """Both reports are parent runs with parameters and final metrics, and a child for each category."""
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{built.folder / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("almrr").experiment_id], max_results=1000)
+    reports = [run for run in runs if run.data.tags.get("stage") == "report" and "category" in run.data.tags]
+    parents = [run for run in reports if "mlflow.parentRunId" not in run.data.tags]
+    children = [run for run in reports if "mlflow.parentRunId" in run.data.tags]
+    assert {"0.001", "0.01"} <= {run.data.params["train.learning_rate"] for run in parents}
+    assert any(run.data.tags.get("dvc_experiment") == "faster" for run in parents)
+    assert all("pixel_auroc" in run.data.metrics for run in parents)
+    assert {run.data.tags["category"] for run in children} == {"sample_brick", "sample_grass"}
+    training = [run for run in runs if run.data.tags.get("stage") == "train"]
+    curve = client.get_metric_history(training[-1].info.run_id, "loss")
+    assert [point.step for point in curve] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value", "said"),
+    [
+        ("train", "stpes", 3, "train.stpes: unknown parameter"),
+        ("train", "steps", "many", "train.steps"),
+        (None, "categories", ["mvtec_carpit"], "mvtec_carpet"),
+        ("backbone", "weights", "nowhere/resnet50.pth", "nowhere/resnet50.pth"),
+        ("data", "mirror", "nowhere/mirror", "nowhere/mirror"),
+    ],
+)
+def test_bad_input_ends_in_one_sentence(
+    fresh: Project, tmp_path: Path, section: str | None, name: str, value: object, said: str
+) -> None:
+    folder = tmp_path / "project"
+    ignore = shutil.ignore_patterns("data", ".git", ".dvc", "mlflow.db", ".almrr")
+    shutil.copytree(fresh.folder, folder, ignore=ignore)
+    path = folder / "params.yaml"
+    values = yaml.safe_load(path.read_text())
+    (values if section is None else values[section])[name] = value
+    if name == "mirror":
+        values["categories"] = ["nanotwice"]
+    path.write_text(yaml.safe_dump(values))
+    printed = Project(folder).run("kedro", "run", "--pipelines", "fetch", fails=True)
+    errors = printed[printed.index("Error: ") :]
+    assert said in errors
+    assert "Traceback" not in printed
+    assert not [path for path in (folder / "data").rglob("*") if path.is_file()]
