@@ -194,6 +194,13 @@ class ReportSettings(Section):
     title: str = "ALMRR: defects on textured surfaces"
 
 
+class PredictSettings(Section):
+    """What `kedro run --pipelines predict` looks at; `almrr predict` takes the same on its command line."""
+
+    images: str | None = None
+    """A picture or a folder of pictures."""
+
+
 _REPEATED = re.compile(r"(?P<data_set>.+)_seed(?P<seed>\d+)")
 
 OVERRIDABLE = frozenset({"data", "synthesis", "model", "scan", "train", "threshold", "evaluate", "report"})
@@ -215,6 +222,7 @@ class Parameters(Section):
     threshold: ThresholdSettings = ThresholdSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     report: ReportSettings = ReportSettings()
+    predict: PredictSettings = PredictSettings()
     overrides: dict[str, dict[str, dict[str, Any]]] = {}
     """Category: section: values that differ for this category alone."""
 

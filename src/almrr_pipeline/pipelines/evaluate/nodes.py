@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from PIL import Image
 
 from almrr_pipeline.config import EvaluateSettings, ReportSettings, ScanSettings
-from almrr_pipeline.evaluation.evaluate import evaluate as evaluate_maps
-from almrr_pipeline.evaluation.maps import AnomalyMaps, GroundTruth
-from almrr_pipeline.evaluation.scores import tabulate_scores
-from almrr_pipeline.inference.predictor import Predictor
+from almrr_pipeline.evaluation.maps import AnomalyMaps, GroundTruth, tabulate_scores
+from almrr_pipeline.evaluation.scores import evaluate as evaluate_maps
+from almrr_pipeline.images import read_image
+from almrr_pipeline.inference.predictor import Predictor, image_score
 from almrr_pipeline.inference.settings import InferenceSettings
 from almrr_pipeline.pipelines.datasets import FillsFolder
-from almrr_pipeline.reporting.overlays import write_examples
-from almrr_pipeline.sources.manifest import test_rows
+from almrr_pipeline.reporting.overlays import caption_example, choose_examples, draw_panel
 
 
 def map_anomalies(
@@ -23,5 +23,90 @@ def map_anomalies(
 ) -> FillsFolder:
     """Predict the anomaly map of every test picture, at the size that the metrics are taken at."""
     predictor = Predictor(model, batch_size=evaluate.batch_size, scan_backend=scan.backend)
-    pictures = [data_folder / name for name in test_rows(manifest)["image"]]
+    pictures = [data_folder / name for name in _test_rows(manifest)["image"]]
     return AnomalyMaps.writer(predictor.maps(pictures, at="network"))
+
+
+def score_pictures(maps: AnomalyMaps, manifest: pd.DataFrame, model: Path, data_folder: Path) -> pd.DataFrame:
+    """Score every test picture, and hold the scores against the model's own threshold."""
+    settings = InferenceSettings.load(model)
+    rows = _test_rows(manifest)
+    return tabulate_scores(
+        rows,
+        maps,
+        _ground_truth(rows, maps, data_folder),
+        scores=[image_score(anomaly_map, settings.smoothing) for anomaly_map in maps],
+        threshold=settings.thresholds.image.value if settings.thresholds else None,
+    )
+
+
+def measure(
+    maps: AnomalyMaps,
+    scores: pd.DataFrame,
+    manifest: pd.DataFrame,
+    model: Path,
+    data_folder: Path,
+    evaluate: EvaluateSettings,
+    seed: int,
+) -> tuple[dict[str, Any], pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Compute all metrics and the ROC, precision-recall and per-region overlap curves of the pixels."""
+    thresholds = InferenceSettings.load(model).thresholds
+    rows = _test_rows(manifest)
+    found = evaluate_maps(
+        maps,
+        _ground_truth(rows, maps, data_folder),
+        scores["score"],
+        scores["label"] == "defective",
+        list(scores["defect"]),
+        image_threshold=thresholds.image if thresholds else None,
+        pixel_threshold=thresholds.pixel if thresholds else None,
+        aupro_limits=evaluate.aupro_limits,
+        bootstrap=evaluate.bootstrap,
+        seed=seed,
+        oracle=evaluate.oracle,
+    )
+    return found.metrics, found.roc, found.pr, found.pro
+
+
+def draw_examples(
+    maps: AnomalyMaps,
+    scores: pd.DataFrame,
+    manifest: pd.DataFrame,
+    model: Path,
+    data_folder: Path,
+    report: ReportSettings,
+) -> FillsFolder:
+    """Draw the best, the typical and the worst cases, and list them with a caption each."""
+    thresholds = InferenceSettings.load(model).thresholds
+    rows = _test_rows(manifest)
+    truth = _ground_truth(rows, maps, data_folder)
+    places = {image: index for index, image in enumerate(rows["image"])}
+    chosen = [
+        (kind, places[row["image"]], row)
+        for kind, examples in choose_examples(scores, report.examples).items()
+        for _, row in examples.iterrows()
+    ]
+
+    def fill(folder: Path) -> None:
+        listed = []
+        for place, (kind, index, row) in enumerate(chosen):
+            panel = draw_panel(
+                read_image(data_folder / row["image"]),
+                truth[index],
+                maps[index],
+                threshold=thresholds.pixel.value if thresholds else None,
+            )
+            name = f"{place:02d}_{kind}.png"
+            Image.fromarray(panel).save(folder / name)
+            listed.append({"kind": kind, "file": name, "caption": caption_example(row)})
+        pd.DataFrame(listed, columns=["kind", "file", "caption"]).to_csv(folder / "overlays.csv", index=False)
+
+    return fill
+
+
+def _test_rows(manifest: pd.DataFrame) -> pd.DataFrame:
+    return manifest[manifest["split"] == "test"].reset_index(drop=True)
+
+
+def _ground_truth(rows: pd.DataFrame, maps: AnomalyMaps, data_folder: Path) -> GroundTruth:
+    return GroundTruth([data_folder / name if name else None for name in rows["mask"]], maps)
