@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from sklearn.metrics import average_precision_score
+
+from almrr_pipeline.evaluation.maps import AnomalyMaps, GroundTruth, tabulate_scores
+
+
+@pytest.fixture
+def maps(tmp_path: Path) -> AnomalyMaps:
+    folder = tmp_path / "maps"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    AnomalyMaps.writer(generator.random(size, np.float32) for size in ((6, 8), (4, 4), (5, 5)))(folder)
+    return AnomalyMaps.load(folder)
+
+
+@pytest.fixture
+def truth(tmp_path: Path, maps: AnomalyMaps) -> GroundTruth:
+    large = np.zeros((12, 16), np.uint8)
+    large[2:6, 4:10] = 255
+    Image.fromarray(large).save(tmp_path / "large.png")
+    Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "empty.png")
+    return GroundTruth([tmp_path / "large.png", None, tmp_path / "empty.png"], maps)
+
+
+def test_maps_come_back_in_their_order_and_size(maps: AnomalyMaps) -> None:
+    assert [anomaly_map.shape for anomaly_map in maps] == [(6, 8), (4, 4), (5, 5)]
+    assert [maps.size(index) for index in range(len(maps))] == [(6, 8), (4, 4), (5, 5)]
+
+
+def test_a_mask_is_read_at_the_size_of_its_map(truth: GroundTruth) -> None:
+    mask = truth[0]
+    assert mask is not None
+    expected = np.zeros((6, 8), bool)
+    expected[1:3, 2:5] = True
+    np.testing.assert_array_equal(mask, expected)
+
+
+def test_a_picture_without_mask_has_none(truth: GroundTruth) -> None:
+    assert truth[1] is None
+
+
+def test_a_table_of_scores_says_what_each_picture_got(maps: AnomalyMaps, truth: GroundTruth) -> None:
+    rows = pd.DataFrame(
+        {"image": ["a", "b", "c"], "label": ["defective", "normal", "defective"], "defect": ["hole", "good", "dent"]},
+        index=[7, 8, 9],
+    )
+    table = tabulate_scores(rows, maps, truth, scores=[0.9, 0.2, 0.5], threshold=0.5)
+    mask = truth[0]
+    assert mask is not None
+    assert list(table["is_anomalous"]) == [True, False, False]
+    assert table["pixel_ap"][0] == pytest.approx(average_precision_score(mask.ravel(), maps[0].ravel()))
+    assert table["pixel_ap"][1:].isna().all()
+
+
+def test_without_a_threshold_there_is_no_verdict(maps: AnomalyMaps, truth: GroundTruth) -> None:
+    rows = pd.DataFrame({"image": ["a", "b", "c"], "label": "normal", "defect": "good"})
+    table = tabulate_scores(rows, maps, truth, scores=[0.9, 0.2, 0.5], threshold=None)
+    assert table["is_anomalous"].isna().all()
