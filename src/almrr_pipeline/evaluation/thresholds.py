@@ -1,0 +1,129 @@
+"""Decision thresholds with a guaranteed false-alarm rate, from normal pictures that nothing was trained on.
+
+Split conformal prediction (Vovk, Gammerman and Shafer, "Algorithmic Learning in a Random World", 2005; Lei et al., JASA
+2018): if the n held-out scores and the score of a new normal picture are exchangeable, the new one is larger than the
+k-th smallest of the n with a probability of at most 1 - k / (n + 1), whatever the scores' distribution. No test picture
+takes part.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+import numpy.typing as npt
+import scipy.stats
+
+from almrr_pipeline.errors import AlmrrError
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """A level above which a decision is made: `score > value`.
+
+    Attributes:
+        value: the level; None if there was no picture to take it from.
+        rate: the false-alarm rate that was asked for, in (0, 1).
+        normals: held-out normal pictures it was taken from.
+        guaranteed_rate: the rate that these pictures can guarantee; larger than `rate` if they are too few.
+        guarantee: what the threshold promises, as a sentence.
+        undefined: why there is no value; None if there is one.
+    """
+
+    value: float | None
+    rate: float
+    normals: int
+    guaranteed_rate: float | None
+    guarantee: str
+    undefined: str | None = None
+
+
+@dataclass(frozen=True)
+class Proportion:
+    """A counted share with its exact 95 % interval (Clopper and Pearson, 1934); None where nothing was counted."""
+
+    rate: float | None
+    count: int
+    of: int
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a threshold did on labelled pictures."""
+
+    false_alarms: Proportion
+    """Normal pictures above the threshold."""
+    detections: Proportion
+    """Defective pictures above the threshold."""
+
+
+def conformal_threshold(
+    scores: npt.ArrayLike, rate: float, *, event: str = "is called defective though it is normal"
+) -> Threshold:
+    """Take the threshold from held-out normal pictures: the ceil((n + 1)(1 - rate))-th smallest score.
+
+    Where n is too small for that rank to exist, no finite threshold keeps the rate: the largest score is taken, and the
+    rate that n pictures can guarantee, 1 / (n + 1), is said.
+
+    For outlines the scores are the maxima of the anomaly maps: pixels of different pictures are not exchangeable,
+    pictures are, so that what is promised is that a normal picture shows no outline at all.
+
+    Args:
+        scores: finite scores of the held-out normal pictures, shape (n,); n may be 0.
+        rate: the false-alarm rate to keep, in (0, 1).
+        event: what a false alarm is, for the sentence.
+
+    Raises:
+        AlmrrError: a score is not finite, or the rate lies outside (0, 1).
+    """
+    ranked = np.sort(np.asarray(scores, dtype=np.float64).reshape(-1))
+    if not 0.0 < rate < 1.0:
+        raise AlmrrError(f"The false-alarm rate is {rate}; choose one between 0 and 1, such as 0.05.")
+    if not np.isfinite(ranked).all():
+        raise AlmrrError(
+            "A score of a held-out normal picture is not finite; the model's weights are broken, train again."
+        )
+    count = len(ranked)
+    if count == 0:
+        reason = "no normal picture was held out (data.calibration is 0, or there was one training picture)"
+        return Threshold(None, rate, 0, None, f"Nothing is guaranteed: {reason}.", reason)
+    exceeding = int((count + 1) * Fraction(str(rate)))  # n + 1 minus the rank; as a fraction, 20 x 0.05 is 1 exactly
+    rank = min(count + 1 - exceeding, count)
+    guaranteed = (count + 1 - rank) / (count + 1)
+    return Threshold(float(ranked[rank - 1]), rate, count, guaranteed, _promise(count, rate, guaranteed, event))
+
+
+def rates_at(scores: npt.ArrayLike, labels: npt.ArrayLike, threshold: float) -> Rates:
+    """Count what the decision `score > threshold` gives on labelled pictures.
+
+    Args:
+        scores: shape (n,).
+        labels: True where defective, shape (n,).
+        threshold: the level.
+    """
+    alarms, defective = np.asarray(scores) > threshold, np.asarray(labels, dtype=bool)
+    return Rates(proportion(alarms[~defective]), proportion(alarms[defective]))
+
+
+def proportion(hits: npt.NDArray[np.bool_]) -> Proportion:
+    """Share of True with its Clopper-Pearson 95 % interval; shape (n,)."""
+    count, of = int(hits.sum()), len(hits)
+    if of == 0:
+        return Proportion(None, 0, 0, None, None)
+    interval = scipy.stats.binomtest(count, of).proportion_ci(confidence_level=0.95, method="exact")
+    return Proportion(count / of, count, of, float(interval.low), float(interval.high))
+
+
+def _promise(normals: int, rate: float, guaranteed: float, event: str) -> str:
+    pictures = "picture" if normals == 1 else "pictures"
+    promise = (
+        f"A new picture from the same process {event} with a probability of at most {guaranteed:.2%}, "
+        f"averaged over the choice of the {normals} held-out normal {pictures}"
+    )
+    if guaranteed <= rate:
+        return promise + "."
+    needed = -(-(1 - Fraction(str(rate))) // Fraction(str(rate)))
+    return promise + f"; {rate:.2%} as asked for would need at least {needed} of them, so the largest score was taken."
