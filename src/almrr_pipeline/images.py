@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image
 
 from almrr_pipeline.errors import AlmrrError
 
@@ -17,28 +18,45 @@ MaskArray = npt.NDArray[np.bool_]
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
 _DEFECTIVE_ABOVE = 127
-_DEEP_MODES = frozenset({"I", "F", "I;16", "I;16B", "I;16L", "I;16N"})
+_DEEP = 65535
+"""White in a 16-bit picture: 257 times the white of 8 bits."""
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation: what turns the stored picture upright (EXIF 2.32, tag 0x0112)."""
 
 
 def read_image(path: Path) -> ImageArray:
     """Read any picture as RGB.
 
-    1-bit, 8-bit, 16-bit, palette, grey, alpha and CMYK pictures and EXIF orientations all end alike:
-    alpha is dropped, 16-bit values are divided by 257 (65535 becomes 255), grey is repeated three times.
+    1-bit, 8-bit, 16-bit, palette, grey, alpha and CMYK pictures and EXIF orientations all end alike: alpha is dropped,
+    whole numbers deeper than 8 bits are divided by 257 (65535 becomes 255), grey is repeated three times. Fractional
+    numbers say no range of their own: up to 1 they are taken for [0, 1], up to 255 for 8 bits, else for 16 bits.
 
     Returns:
-        uint8 in [0, 255], shape (H, W, 3).
+        uint8 in [0, 255], shape (H, W, 3), writable.
 
     Raises:
         AlmrrError: the file is missing, empty, or not a picture that can be decoded.
     """
-    with _opened(path) as picture:
-        upright = ImageOps.exif_transpose(picture)
-        return np.ascontiguousarray(np.asarray(_as_eight_bit(upright).convert("RGB")))
+    return decode_image(_read_bytes(path), path)
+
+
+def decode_image(data: bytes, path: Path) -> ImageArray:
+    """Decode a picture file's bytes as `read_image` does; `path` only names it in an error."""
+    return np.array(_decoded(data, path, mode="RGB"))
 
 
 def read_mask(path: Path) -> MaskArray:
     """Read a ground truth mask: values above 127 of 255 are defective (the authors counted only 1.0 exactly).
+
+    Masks of 16 bits and more are taken for 8-bit ones where they hold nothing above 255, as many tools save them.
 
     Returns:
         bool, shape (H, W).
@@ -46,43 +64,56 @@ def read_mask(path: Path) -> MaskArray:
     Raises:
         AlmrrError: the file is missing, empty, or not a picture that can be decoded.
     """
-    with _opened(path) as picture:
-        return np.asarray(_as_eight_bit(picture).convert("L")) > _DEFECTIVE_ABOVE
+    return np.array(_decoded(_read_bytes(path), path, mode="L")) > _DEFECTIVE_ABOVE
 
 
 def resize_image(image: ImageArray, size: tuple[int, int]) -> ImageArray:
     """Resize to `size` = (rows, columns), bilinear and antialiased; uint8 (H, W, 3) in and out."""
     if image.shape[:2] == tuple(size):
         return image
-    return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
+    return np.array(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
 
 
 def resize_mask(mask: MaskArray, size: tuple[int, int]) -> MaskArray:
     """Resize to `size` = (rows, columns), nearest neighbour, so that a mask stays a mask; bool (H, W) in and out."""
     if mask.shape == tuple(size):
         return mask
-    return np.asarray(Image.fromarray(mask).resize(size[::-1], Image.Resampling.NEAREST))
+    return np.array(Image.fromarray(mask).resize(size[::-1], Image.Resampling.NEAREST))
 
 
-def _opened(path: Path) -> Image.Image:
-    """Open and decode, turning every way Pillow has to fail into one sentence."""
+def _read_bytes(path: Path) -> bytes:
     try:
-        picture = Image.open(path)
-        picture.load()
+        return path.read_bytes()
     except FileNotFoundError:
         raise AlmrrError(f"There is no picture at {path}; check the path.") from None
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise AlmrrError(f"{path} cannot be read as a picture ({error}); replace or remove it.") from error
-    return picture
+    except OSError as error:
+        raise AlmrrError(f"{path} cannot be read ({error.strerror}); check its permissions.") from error
 
 
-def _as_eight_bit(picture: Image.Image) -> Image.Image:
-    """Bring 16-bit and wider pictures to 8 bits by value; Pillow's own conversion would clip them."""
-    if picture.mode not in _DEEP_MODES:
+def _decoded(data: bytes, path: Path, *, mode: str) -> Image.Image:
+    """Decode, turn upright and convert, with every way Pillow has to fail turned into one sentence."""
+    if not data:
+        raise AlmrrError(f"{path} is an empty file, not a picture; replace or remove it.")
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            picture.load()
+            orientation = picture.getexif().get(ExifTags.Base.Orientation)
+            even = _as_eight_bit(picture, is_mask=mode == "L")
+            turn = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+            return (even if turn is None else even.transpose(turn)).convert(mode)
+    except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything
+        reason = "it is not a picture" if "cannot identify" in str(error) else str(error) or type(error).__name__
+        raise AlmrrError(f"{path} cannot be read as a picture ({reason}); replace or remove it.") from error
+
+
+def _as_eight_bit(picture: Image.Image, *, is_mask: bool) -> Image.Image:
+    """Bring deeper pictures to 8 bits by value; Pillow's own conversion would clip them."""
+    if picture.mode not in {"I", "F"} and not picture.mode.startswith("I;16"):
         return picture
     values = np.asarray(picture).astype(np.float64)
-    if picture.mode == "F" and values.size and values.max() <= 1.0:
-        values = values * 65535.0
-    elif values.size and values.max() <= 255:
-        values = values * 257.0
-    return Image.fromarray(np.clip(np.rint(values / 257.0), 0, 255).astype(np.uint8))
+    if not np.isfinite(values).all():
+        raise ValueError("it holds values that are not finite")
+    white = float(_DEEP)
+    if picture.mode == "F" or is_mask:
+        white = 1.0 if picture.mode == "F" and values.max() <= 1.0 else 255.0 if values.max() <= 255 else white
+    return Image.fromarray(np.clip(np.rint(values * (255 / white)), 0, 255).astype(np.uint8))

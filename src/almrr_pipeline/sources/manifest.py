@@ -5,9 +5,27 @@ Making the list opens every picture once, so that a broken one is found before h
 
 from __future__ import annotations
 
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
+
+import pandas as pd
+
+from almrr_pipeline.errors import AlmrrError
+from almrr_pipeline.images import decode_image, read_mask
+from almrr_pipeline.sources.progress import track
+
+logger = logging.getLogger(__name__)
+
+COLUMNS = ("image", "mask", "split", "label", "defect", "width", "height", "sha256")
+_SHOWN = 5
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
 
 
 @dataclass(frozen=True)
@@ -30,3 +48,248 @@ class Counts:
     train: int
     test_normal: int
     test_defective: int
+
+
+@dataclass(frozen=True)
+class _Inspection:
+    """What opening a picture and its mask has shown."""
+
+    width: int
+    height: int
+    sha256: str
+    pixels: str
+    """sha256 of the decoded picture: equal for equal pictures, however they were saved."""
+    mask_is_empty: bool
+
+
+def count_items(items: Iterable[Item]) -> Counts:
+    """Count a list of pictures as data sets are published."""
+    kinds = [(item.split, item.label) for item in items]
+    return Counts(
+        train=sum(split == "train" for split, _ in kinds),
+        test_normal=kinds.count(("test", "normal")),
+        test_defective=kinds.count(("test", "defective")),
+    )
+
+
+def check_counts(items: Sequence[Item], expected: Counts | None, *, name: str, strict: bool) -> None:
+    """Compare the numbers of pictures with the published ones; a difference is logged, or refused where `strict`.
+
+    Raises:
+        AlmrrError: there is nothing to train on, or the numbers differ and `strict` is set.
+    """
+    found = count_items(items)
+    if not found.train:
+        raise AlmrrError(f"{name}: there is no normal picture to train on; check the folder that it was taken from.")
+    if expected is None or found == expected:
+        return
+    message = (
+        f"{name}: {found.train} training, {found.test_normal} normal and {found.test_defective} defective test "
+        f"pictures; published are {expected.train}, {expected.test_normal} and {expected.test_defective}"
+    )
+    if strict:
+        raise AlmrrError(f"{message}. Fetch it again, or set data.strict to false.")
+    logger.warning("%s", message)
+
+
+def build_manifest(items: Sequence[Item], *, root: Path, expected: Counts | None, strict: bool) -> pd.DataFrame:
+    """Open every picture and mask once and list them.
+
+    Args:
+        items: a category's pictures, all under `root`.
+        root: the data folder; paths in the list are relative to it, with forward slashes.
+        expected: published numbers of pictures, if there are any.
+        strict: refuse other numbers instead of warning.
+
+    Returns:
+        One row a picture, sorted by split and image: image, mask ("" where there is none), split (train or test), label
+        (normal or defective), defect, width and height in pixels (upright), sha256 of the file.
+
+    Raises:
+        AlmrrError: no training pictures, a picture that cannot be decoded, a mask that is missing or of another size
+            than its picture, a name that is not UTF-8, or the same picture in train and test; names the files.
+    """
+    name = _common_folder([item.image for item in items], root)
+    check_counts(items, expected, name=name, strict=strict)
+    inspections = _for_each(_inspect, items, description=f"check {name}")
+    _refuse_leaks(items, inspections, root)
+    _report_empty_masks(items, inspections, name)
+    rows = [
+        {
+            "image": _relative(item.image, root),
+            "mask": _relative(item.mask, root) if item.mask else "",
+            "split": item.split,
+            "label": item.label,
+            "defect": item.defect,
+            "width": found.width,
+            "height": found.height,
+            "sha256": found.sha256,
+        }
+        for item, found in zip(items, inspections, strict=True)
+    ]
+    return pd.DataFrame(rows, columns=list(COLUMNS)).sort_values(["split", "image"], ignore_index=True)
+
+
+def read_manifest(path: Path) -> pd.DataFrame:
+    """Read a list that `build_manifest` made and somebody saved as CSV without an index.
+
+    Raises:
+        AlmrrError: the file is missing, or is no such list.
+    """
+    try:
+        text = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
+    except FileNotFoundError:
+        raise AlmrrError(f"There is no list of pictures at {path}; run `dvc repro fetch`.") from None
+    except ValueError as error:  # pandas' parser errors are ValueErrors
+        raise AlmrrError(f"{path} is no list of pictures ({error}); run `dvc repro fetch` again.") from error
+    if list(text.columns) != list(COLUMNS):
+        raise AlmrrError(f"{path} has the columns {', '.join(text.columns)}; expected are {', '.join(COLUMNS)}.")
+    return text.astype({"width": int, "height": int})
+
+
+def training_split(manifest: pd.DataFrame, *, fraction: float) -> tuple[list[str], list[str]]:
+    """Divide the normal training pictures of a manifest into those to train on and those held out for the thresholds.
+
+    The choice goes by the pictures' checksums: it depends neither on where they lie nor on what they are called, and
+    two copies of a picture stay on the same side.
+
+    Args:
+        manifest: what `build_manifest` returned.
+        fraction: share to hold out, in [0, 0.5].
+
+    Returns:
+        (training, held out): paths relative to the data folder, each in the order of the manifest.
+    """
+    normal = manifest[(manifest["split"] == "train") & (manifest["label"] == "normal")]
+    _, held_out = split_calibration(list(dict.fromkeys(normal["sha256"])), fraction)
+    is_held_out = normal["sha256"].isin(held_out)
+    return normal.loc[~is_held_out, "image"].tolist(), normal.loc[is_held_out, "image"].tolist()
+
+
+def split_calibration(names: Sequence[str], fraction: float) -> tuple[list[str], list[str]]:
+    """Hold out a part of the normal training pictures: those whose names have the lowest sha256.
+
+    The choice depends on nothing but the names, and one picture more or less changes it by at most one or two.
+
+    Args:
+        names: names or paths, all different.
+        fraction: share to hold out, in [0, 0.5].
+
+    Returns:
+        (training, held out), each in the order of `names`. At least one is held out where `fraction` is above 0 and
+        there are two or more.
+    """
+    count = max(1, round(fraction * len(names))) if fraction > 0 and len(names) > 1 else 0
+    ranked = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+    held_out = set(ranked[:count])
+    return [name for name in names if name not in held_out], [name for name in names if name in held_out]
+
+
+def check_pictures(paths: Sequence[Path]) -> None:
+    """Decode pictures that belong to no protocol, such as anomaly sources.
+
+    Raises:
+        AlmrrError: some cannot be decoded; names them.
+    """
+    _for_each(lambda path: decode_image(path.read_bytes(), path).shape, paths, description="check pictures")
+
+
+def _for_each(work: Callable[[_In], _Out], inputs: Sequence[_In], *, description: str) -> list[_Out]:
+    """Do work on all inputs in threads (decoding releases Python's lock), and report all failures at once."""
+    results, complaints = [], []
+
+    def attempt(each: _In) -> _Out | AlmrrError:
+        try:
+            return work(each)
+        except AlmrrError as error:
+            return error
+
+    with (
+        ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads,
+        track(len(inputs), unit="pictures", description=description) as advance,
+    ):
+        for result in threads.map(attempt, inputs):
+            advance(1)
+            if isinstance(result, AlmrrError):
+                complaints.append(str(result))
+            else:
+                results.append(result)
+    if complaints:
+        more = f" And {len(complaints) - _SHOWN} more of this kind." if len(complaints) > _SHOWN else ""
+        raise AlmrrError(" ".join(complaints[:_SHOWN]) + more)
+    return results
+
+
+def _inspect(item: Item) -> _Inspection:
+    _check_name(item.image)
+    try:
+        data = item.image.read_bytes()
+    except OSError as error:
+        raise AlmrrError(f"{item.image} cannot be read ({error.strerror}); replace or remove it.") from error
+    pixels = decode_image(data, item.image)
+    height, width = pixels.shape[:2]
+    return _Inspection(
+        width=width,
+        height=height,
+        sha256=hashlib.sha256(data).hexdigest(),
+        pixels=hashlib.sha256(f"{height} {width} ".encode() + pixels.tobytes()).hexdigest(),
+        mask_is_empty=item.mask is not None and not _mask_has_defect(item.mask, (height, width), item.image),
+    )
+
+
+def _mask_has_defect(path: Path, size: tuple[int, int], image: Path) -> bool:
+    if not path.is_file():
+        raise AlmrrError(f"{image} is defective but has no mask: there is no {path}; add it, or remove the picture.")
+    mask = read_mask(path)
+    if mask.shape != size:
+        raise AlmrrError(
+            f"{path} has {mask.shape[1]} x {mask.shape[0]} pixels, its picture {image} has {size[1]} x {size[0]}; "
+            "a mask has the size of its picture."
+        )
+    return bool(mask.any())
+
+
+def _check_name(path: Path) -> None:
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:
+        raise AlmrrError(f"{str(path)!r}: the name is not UTF-8 text; rename the file.") from None
+
+
+def _refuse_leaks(items: Sequence[Item], inspections: Sequence[_Inspection], root: Path) -> None:
+    """No picture that is tested may have been trained on, under whatever name or format."""
+    trained = {
+        found.pixels: item.image for item, found in zip(items, inspections, strict=True) if item.split == "train"
+    }
+    leaks = [
+        f"{_relative(trained[found.pixels], root)} and {_relative(item.image, root)}"
+        for item, found in zip(items, inspections, strict=True)
+        if item.split == "test" and found.pixels in trained
+    ]
+    if leaks:
+        more = f" (and {len(leaks) - _SHOWN} more pairs)" if len(leaks) > _SHOWN else ""
+        raise AlmrrError(
+            f"The same picture is in train and in test: {'; '.join(leaks[:_SHOWN])}{more}; remove one of each pair."
+        )
+
+
+def _report_empty_masks(items: Sequence[Item], inspections: Sequence[_Inspection], name: str) -> None:
+    empty = [item.image.name for item, found in zip(items, inspections, strict=True) if found.mask_is_empty]
+    if empty:
+        logger.warning(
+            "%s: the masks of %d defective pictures show no defect (%s): these count as defective pictures, but no "
+            "pixel of theirs does",
+            name,
+            len(empty),
+            ", ".join(empty[:_SHOWN]),
+        )
+
+
+def _common_folder(paths: Sequence[Path], root: Path) -> str:
+    """Name what the pictures have in common, which is their category's folder."""
+    common = Path(os.path.commonpath([path.parent for path in paths])) if paths else root
+    return common.name
+
+
+def _relative(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix()

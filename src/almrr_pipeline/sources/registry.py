@@ -1,9 +1,103 @@
-"""All data sources by name: one line each."""
+"""All data sources by name, one line each, and the questions that are asked before any work begins."""
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+from almrr_pipeline.errors import AlmrrError
+from almrr_pipeline.sources import dtd
+from almrr_pipeline.sources.folder import PREFIX as FOLDER_PREFIX
+from almrr_pipeline.sources.folder import Folder
+from almrr_pipeline.sources.mt_defect import MtDefect
+from almrr_pipeline.sources.mvtec_ad import MvtecAd
+from almrr_pipeline.sources.nanotwice import Nanotwice
+from almrr_pipeline.sources.obtain import check_mirror, local_path
 from almrr_pipeline.sources.source import FetchRequest, Patience, Source
 
-__all__ = ["SOURCES", "FetchRequest", "Patience", "Source"]
+__all__ = [
+    "SOURCES",
+    "FetchRequest",
+    "Patience",
+    "Source",
+    "check_request",
+    "fetch_textures",
+    "known_categories",
+    "source_for",
+]
 
-SOURCES: dict[str, Source] = {}
+SOURCES: dict[str, Source] = {
+    source.name: source
+    for source in (
+        MvtecAd(),
+        MtDefect(),
+        Nanotwice(),
+        Folder(),
+    )
+}
+
+
+def known_categories() -> list[str]:
+    """Return all category ids but the user's own (folder_NAME), sorted."""
+    return sorted(category for source in SOURCES.values() for category in source.categories)
+
+
+def source_for(category: str) -> Source:
+    """Return the source that has a category.
+
+    Raises:
+        AlmrrError: no source has it; names the most similar ones first.
+    """
+    if category.startswith(FOLDER_PREFIX) and category != FOLDER_PREFIX:
+        return SOURCES["folder"]
+    for source in SOURCES.values():
+        if category in source.categories:
+            return source
+    raise AlmrrError(
+        f"categories: there is no {category!r}. Known are {_similar_first(category, known_categories())}, and "
+        f"{FOLDER_PREFIX}NAME for pictures of your own."
+    )
+
+
+def check_request(categories: Iterable[str], *, textures: Literal["package", "dtd"], request: FetchRequest) -> None:
+    """Find out before any work begins what would stop it half-way.
+
+    Raises:
+        AlmrrError: a category is unknown, a folder, archive or mirror is not there, an address is of a kind that cannot
+            be read, a licence is not accepted, or data.source, data.addresses or data.sha256 name an unknown source.
+    """
+    for category in categories:
+        source_for(category).check(category, request)
+    check_mirror(request.mirror)
+    names = [*SOURCES, *known_categories(), dtd.NAME]
+    for section, keys in (("source", request.local), ("addresses", request.addresses), ("sha256", request.sha256)):
+        for key in keys:
+            if key not in names and not key.startswith(FOLDER_PREFIX):
+                raise AlmrrError(f"data.{section}: there is no {key!r}. Known are {_similar_first(key, names)}.")
+    for key, place in request.local.items():
+        if not Path(place).expanduser().exists():
+            raise AlmrrError(f"data.source.{key}: there is nothing at {place}; correct the path.")
+    for addresses in request.addresses.values():
+        for address in addresses:
+            local_path(address)
+
+
+def fetch_textures(kind: Literal["package", "dtd"], *, target: Path, request: FetchRequest) -> None:
+    """Fill the empty folder `target` with pictures that serve as anomaly sources.
+
+    Raises:
+        AlmrrError: they could not be fetched.
+    """
+    if kind == "dtd":
+        dtd.fetch_dtd(target=target, request=request)
+    else:
+        from almrr_pipeline.sources.package_textures import write_package_textures
+
+        write_package_textures(target)
+
+
+def _similar_first(wanted: str, known: Iterable[str]) -> str:
+    ranked = sorted(known, key=lambda name: -difflib.SequenceMatcher(None, wanted, name).ratio())
+    return ", ".join(ranked)

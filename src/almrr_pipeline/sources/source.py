@@ -52,14 +52,20 @@ class Source(Protocol):
     """A data set, or a family of them, that can be fetched category by category.
 
     `name` is the key of `data.source`, `data.addresses` and `data.sha256`; `categories` are ids such as
-    `mvtec_carpet`; `license` is a sentence that names the terms and what to cite; `terms` is the SPDX name of a licence
-    that the user has to accept by `data.accept_licenses` before a download, or None.
+    `mvtec_carpet`; `license` is a sentence that names the terms and what to cite.
     """
 
     name: str
     categories: tuple[str, ...]
     license: str
-    terms: str | None = None
+
+    def check(self, category: str, request: FetchRequest) -> None:
+        """Find out before any work begins what would stop `fetch`, such as terms that were not accepted.
+
+        Raises:
+            AlmrrError: says what is missing.
+        """
+        return
 
     def fetch(self, category: str, *, target: Path, request: FetchRequest) -> None:
         """Fill `target`, an existing empty folder that the caller renames when this returns, with the raw pictures.

@@ -1,0 +1,78 @@
+"""A user's own pictures: `folder_NAME`, from the folder or archive that `data.source.folder_NAME` names."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from almrr_pipeline.errors import AlmrrError
+from almrr_pipeline.sources.files import find_folder, list_folders, list_pictures, transfer
+from almrr_pipeline.sources.layout import GOOD, list_test, list_train
+from almrr_pipeline.sources.manifest import Item
+from almrr_pipeline.sources.obtain import Archive, Offer, obtain
+from almrr_pipeline.sources.source import FetchRequest, Source
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "folder_"
+_LAYOUT = (
+    "expected is MVTec AD's layout (train/good, test/good, test/DEFECT, ground_truth/DEFECT/STEM_mask.png) or the flat "
+    "one (normal, test/good, test/DEFECT, masks/DEFECT/STEM.png), where all but the first may be missing"
+)
+_LAYOUTS = (("train", "ground_truth"), ("normal", "masks"))
+"""Folder of the training pictures and folder of the masks."""
+
+
+class Folder(Source):
+    """Any number of categories, each called folder_NAME; masks, and the test set itself, are optional."""
+
+    name = "folder"
+    categories = ()
+    license = "Pictures of your own: their terms are yours."
+
+    def fetch(self, category: str, *, target: Path, request: FetchRequest) -> None:
+        """Fill `target` with the folder's training pictures, test pictures and masks."""
+        self.check(category, request)
+
+        def take(folder: Path, is_ours: bool) -> None:
+            for train, masks in _LAYOUTS:
+                found = find_folder(folder, train, depth=2)
+                if found is not None:
+                    parts = [found / part for part in (train, "test", masks) if (found / part).is_dir()]
+                    return transfer(parts, target, move=is_ours)
+            raise AlmrrError(f"there is neither a folder train nor a folder normal in it; {_LAYOUT}")
+
+        offer = Offer(category, category, (Archive(category, f"{category}.zip", ()),))
+        obtain(offer, target=target, request=request, take=take)
+        self.items(category, target)
+
+    def check(self, category: str, request: FetchRequest) -> None:
+        """Make sure that the user said where the pictures lie.
+
+        Raises:
+            AlmrrError: there is no data.source.folder_NAME.
+        """
+        if category not in request.local:
+            raise AlmrrError(f"{category}: say where its pictures lie: data.source.{category}: PATH.")
+
+    def items(self, category: str, folder: Path) -> list[Item]:
+        """Return the folder's own split; defective pictures have masks as soon as there is a folder of masks."""
+        train, masks = _LAYOUTS[0] if (folder / "train").is_dir() else _LAYOUTS[1]
+        normal = _normal_folder(folder / train)
+        ground_truth = folder / masks
+        return list_train(normal) + list_test(folder / "test", ground_truth if ground_truth.is_dir() else None)
+
+    def expected(self, category: str) -> None:
+        """Nobody published how many pictures you have."""
+
+
+def _normal_folder(train: Path) -> Path:
+    """Return where the normal pictures lie: train/good, train/normal, or train (normal) itself."""
+    folders = list_folders(train)
+    odd = [folder for folder in folders if folder.name not in {GOOD, "normal"}]
+    if odd or (folders and list_pictures(train)):
+        where = odd[0] if odd else train
+        raise AlmrrError(
+            f"{where}: training pictures are normal ones alone, in one folder; move defective ones to test/DEFECT."
+        )
+    return folders[0] if folders else train

@@ -1,0 +1,51 @@
+"""MVTec AD's folder layout, which many data sets and users follow: train/good, test/DEFECT, ground_truth/DEFECT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from almrr_pipeline.errors import AlmrrError
+from almrr_pipeline.sources.files import list_folders, list_pictures
+from almrr_pipeline.sources.manifest import Item
+
+GOOD = "good"
+_NORMAL_NAMES = (GOOD, "normal")
+
+
+def list_train(folder: Path) -> list[Item]:
+    """Return the pictures directly in `folder` as normal training pictures."""
+    return [Item(path, None, "train", "normal", GOOD) for path in list_pictures(folder)]
+
+
+def list_test(test: Path, masks: Path | None) -> list[Item]:
+    """Return the test pictures: `good` (or `normal`) and one folder for each kind of defect.
+
+    A defect's mask lies in a folder of the defect's name under `masks` and is called STEM_mask or STEM; an absent one
+    is named as well, so that it will be missed. None for a data set without masks.
+
+    Raises:
+        AlmrrError: pictures lie beside the folders, so that nobody knows what they show.
+    """
+    if stray := list_pictures(test):
+        raise AlmrrError(
+            f"{stray[0]} lies beside the folders of {test}; put it into {test / GOOD}, or into a folder named after "
+            "its kind of defect."
+        )
+    items = []
+    for folder in list_folders(test):
+        for path in list_pictures(folder):
+            if folder.name in _NORMAL_NAMES:
+                items.append(Item(path, None, "test", "normal", GOOD))
+            else:
+                mask = _find_mask(path, masks / folder.name) if masks else None
+                items.append(Item(path, mask, "test", "defective", folder.name))
+    return items
+
+
+def _find_mask(picture: Path, masks: Path) -> Path:
+    """Return the mask of a picture, or where it ought to be."""
+    usual = masks / f"{picture.stem}_mask.png"
+    if usual.is_file():
+        return usual
+    named = {path.stem: path for path in list_pictures(masks)}
+    return named.get(f"{picture.stem}_mask") or named.get(picture.stem) or usual
