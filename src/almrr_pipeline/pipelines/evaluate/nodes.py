@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from PIL import Image
 
 from almrr_pipeline.config import EvaluateSettings, ReportSettings, ScanSettings
 from almrr_pipeline.evaluation.maps import AnomalyMaps, GroundTruth, tabulate_scores
@@ -15,7 +15,7 @@ from almrr_pipeline.images import read_image
 from almrr_pipeline.inference.predictor import Predictor, image_score
 from almrr_pipeline.inference.settings import InferenceSettings
 from almrr_pipeline.pipelines.datasets import FillsFolder
-from almrr_pipeline.reporting.overlays import caption_example, choose_examples, draw_panel
+from almrr_pipeline.reporting.examples import Result, draw_examples, write_examples
 
 
 def map_anomalies(
@@ -48,8 +48,8 @@ def measure(
     data_folder: Path,
     evaluate: EvaluateSettings,
     seed: int,
-) -> tuple[dict[str, Any], pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """Compute all metrics and the ROC, precision-recall and per-region overlap curves of the pixels."""
+) -> tuple[dict[str, Any], pd.DataFrame, pd.DataFrame, pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Compute all metrics; ROC, precision-recall and per-region overlap of the pixels; the first two of the pictures."""
     thresholds = InferenceSettings.load(model).thresholds
     rows = _test_rows(manifest)
     found = evaluate_maps(
@@ -65,10 +65,10 @@ def measure(
         seed=seed,
         oracle=evaluate.oracle,
     )
-    return found.metrics, found.roc, found.pr, found.pro
+    return found.metrics, found.roc, found.pr, found.pro, found.image_roc, found.image_pr
 
 
-def draw_examples(
+def draw_chosen_examples(
     maps: AnomalyMaps,
     scores: pd.DataFrame,
     manifest: pd.DataFrame,
@@ -81,27 +81,13 @@ def draw_examples(
     rows = _test_rows(manifest)
     truth = _ground_truth(rows, maps, data_folder)
     places = {image: index for index, image in enumerate(rows["image"])}
-    chosen = [
-        (kind, places[row["image"]], row)
-        for kind, examples in choose_examples(scores, report.examples).items()
-        for _, row in examples.iterrows()
-    ]
 
-    def fill(folder: Path) -> None:
-        listed = []
-        for place, (kind, index, row) in enumerate(chosen):
-            panel = draw_panel(
-                read_image(data_folder / row["image"]),
-                truth[index],
-                maps[index],
-                threshold=thresholds.pixel.value if thresholds else None,
-            )
-            name = f"{place:02d}_{kind}.png"
-            Image.fromarray(panel).save(folder / name)
-            listed.append({"kind": kind, "file": name, "caption": caption_example(row)})
-        pd.DataFrame(listed, columns=["kind", "file", "caption"]).to_csv(folder / "overlays.csv", index=False)
+    def load(image: str) -> Result:
+        return read_image(data_folder / image), truth[places[image]], maps[places[image]]
 
-    return fill
+    threshold = thresholds.pixel.value if thresholds else None
+    overlays = draw_examples(scores, count=report.examples, load=load, threshold=threshold)
+    return partial(write_examples, overlays)
 
 
 def _test_rows(manifest: pd.DataFrame) -> pd.DataFrame:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from kedro.pipeline import Pipeline, node, pipeline
 
-from almrr_pipeline.pipelines.evaluate.nodes import draw_examples, map_anomalies, measure, score_pictures
+from almrr_pipeline.pipelines.evaluate.nodes import draw_chosen_examples, map_anomalies, measure, score_pictures
 
 
 def create_pipeline(categories: Sequence[str]) -> Pipeline:
@@ -26,10 +26,10 @@ def _of_category(category: str) -> Pipeline:
             node(
                 measure,
                 ["anomaly_maps", "scores", "manifest", "model", "data_folder", "params:evaluate", "params:seed"],
-                ["metrics", "roc_curve", "pr_curve", "pro_curve"],
+                ["metrics", "roc_curve", "pr_curve", "pro_curve", "image_roc_curve", "image_pr_curve"],
             ),
             node(
-                draw_examples,
+                draw_chosen_examples,
                 ["anomaly_maps", "scores", "manifest", "model", "data_folder", "params:report"],
                 "overlays",
             ),

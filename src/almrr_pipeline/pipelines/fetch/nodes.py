@@ -9,13 +9,15 @@ import pandas as pd
 from almrr_pipeline.config import BackboneSettings, DataSettings, split_seed
 from almrr_pipeline.pipelines.datasets import FillsFolder
 from almrr_pipeline.sources.manifest import build_manifest
-from almrr_pipeline.sources.registry import FetchRequest, fetch_textures, source_for
+from almrr_pipeline.sources.registry import FetchRequest, check_request, fetch_textures, source_for
 from almrr_pipeline.sources.weights import fetch_backbone
 
 
-def request_textures(data: DataSettings, seed: int, scratch: Path) -> FillsFolder:
-    """Fetch the anomaly sources into a folder."""
+def request_textures(categories: list[str], data: DataSettings, seed: int, scratch: Path) -> FillsFolder:
+    """Fetch the anomaly sources into a folder; first of all, find out what would stop any category's fetching."""
     request = _request(data, seed, scratch)
+    data_sets = dict.fromkeys(split_seed(category)[0] for category in categories)
+    check_request(data_sets, textures=data.textures, request=request)
     return lambda folder: fetch_textures(data.textures, target=folder, request=request)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import mlflow
 import pandas as pd
+import torch
 
 from almrr_pipeline.config import (
     BackboneSettings,
@@ -25,7 +26,9 @@ from almrr_pipeline.model.backbone import build_backbone
 from almrr_pipeline.pipelines.datasets import FillsFolder
 from almrr_pipeline.sources.manifest import training_split
 from almrr_pipeline.synthesis.pool import Pool
-from almrr_pipeline.training.fit import fit
+from almrr_pipeline.training.checkpoints import fingerprint, source_files
+from almrr_pipeline.training.fit import fit, is_main_process
+from almrr_pipeline.training.randomness import isolated_randomness
 
 
 def assemble_network(
@@ -43,21 +46,38 @@ def assemble_network(
         stride_in_1x1=backbone.stride_in_1x1,
         feature_location=backbone.feature_location,
     )
-    return ALMRR(frozen, image_size=data.image_size, scan_backend=scan.backend, seed=seed, **model.model_dump())
+    with isolated_randomness():
+        torch.manual_seed(seed)
+        return ALMRR(frozen, image_size=data.image_size, scan_backend=scan.backend, **model.model_dump())
 
 
 def fit_network(
-    network: ALMRR, pool: Pool, train: TrainSettings, category: str, seed: int, scratch: Path
+    network: ALMRR,
+    pool: Pool,
+    manifest: pd.DataFrame,
+    backbone_weights: Path,
+    train: TrainSettings,
+    category: str,
+    seed: int,
+    scratch: Path,
 ) -> tuple[ALMRR, pd.DataFrame]:
     """Train; an interrupted training of equal parameters, data and code goes on where its last checkpoint stands."""
+    data_and_code = fingerprint(
+        {"pictures": list(manifest["sha256"]), "pool": pool.description},
+        [backbone_weights / "backbone.json", *source_files()],
+    )
     history = fit(
         network,
         pool,
         seed=seed,
-        scratch=scratch / "training" / category,
+        scratch=_checkpoints(scratch, category),
+        fingerprint=data_and_code,
         on_metrics=_log_live,
+        keep_checkpoints=True,  # until the model lies in its place, see forget_checkpoints
         **train.model_dump(),
     )
+    if not is_main_process():
+        raise SystemExit  # one of several processes that have trained together: the first one goes on alone
     return network, history
 
 
@@ -103,7 +123,11 @@ def pack_model(network: ALMRR, history: pd.DataFrame, inference: InferenceSettin
 
 def forget_checkpoints(model: Path, category: str, scratch: Path) -> None:
     """Remove the checkpoints, once the finished model is in its place."""
-    shutil.rmtree(scratch / "training" / category, ignore_errors=True)
+    shutil.rmtree(_checkpoints(scratch, category), ignore_errors=True)
+
+
+def _checkpoints(scratch: Path, category: str) -> Path:
+    return scratch / "training" / category
 
 
 def _log_live(step: int, values: Mapping[str, float]) -> None:

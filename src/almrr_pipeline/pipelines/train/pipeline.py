@@ -30,7 +30,16 @@ def _of_category(category: str) -> Pipeline:
             ),
             node(
                 fit_network,
-                ["untrained_network", "pool", "params:train", "params:category", "params:seed", "scratch_folder"],
+                [
+                    "untrained_network",
+                    "pool",
+                    "manifest",
+                    "backbone_weights",
+                    "params:train",
+                    "params:category",
+                    "params:seed",
+                    "scratch_folder",
+                ],
                 ["network", "history"],
             ),
             node(
