@@ -1,0 +1,268 @@
+"""The `almrr` command: predict, export, info, categories.
+
+Built on click, which Kedro brings along. Whatever is slow to import is imported inside the commands, so that `--help`
+answers at once.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from almrr_pipeline.errors import AlmrrError
+
+if TYPE_CHECKING:
+    from almrr_pipeline.inference.files import Summary
+    from almrr_pipeline.inference.predictor import Predictor
+
+SCAN_BACKENDS = ("auto", "mamba_ssm", "triton", "numba", "torch")
+EXPORT_SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
+_LISTED_UNREADABLE = 20
+"""Unreadable pictures named at the end; more are counted."""
+
+_folder = click.Path(path_type=Path)
+_output_file = click.Path(path_type=Path, dir_okay=False)
+
+
+class _Group(click.Group):
+    """Prints an AlmrrError's message alone and exits with 1, as click does with its own errors."""
+
+    def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401 - click's own signature
+        try:
+            return super().invoke(ctx)
+        except AlmrrError as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="almrr-pipeline", prog_name="almrr")
+@click.option("-v", "--verbose", is_flag=True, help="Say more: the device, the scan backend, each step.")
+def almrr(verbose: bool) -> None:
+    r"""Find and outline defects on textured surfaces with a trained model.
+
+    \b
+    A model is a folder with model.safetensors, config.json and inference.json,
+    such as data/06_models/sample_brick after `dvc repro`. Begin with:
+
+    \b
+      almrr info data/06_models/sample_brick
+      almrr predict data/06_models/sample_brick photographs/ --output results
+
+    `almrr COMMAND --help` explains a command.
+    """
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s: %(message)s")
+
+
+@almrr.command()
+@click.argument("model_folder", type=_folder)
+@click.argument("images", type=_folder, nargs=-1, required=True)
+@click.option(
+    "-o", "--output", type=_folder, required=True, help="Folder for the results; made when it does not exist."
+)
+@click.option("-r", "--recursive", is_flag=True, help="Look for pictures in sub-folders too.")
+@click.option("--maps", type=click.Choice(["npy", "png", "none"]), default="none", show_default=True,
+              help="Also write the anomaly maps: npy is float32 in [0, 1], png is 16-bit grey.")  # fmt: skip
+@click.option("--no-overlays", is_flag=True, help="Write no overlays: scores.csv comes much sooner.")
+@click.option("--threshold", type=click.FloatRange(min=0.0), metavar="SCORE",
+              help="Call a picture anomalous above this score, in place of the model's threshold.")  # fmt: skip
+@click.option("--pixel-threshold", type=click.FloatRange(min=0.0), metavar="VALUE",
+              help="Outline where the map lies above this value, in place of the model's threshold.")  # fmt: skip
+@click.option("--device", default="auto", show_default=True, metavar="NAME",
+              help="auto (CUDA if there is one, else the CPU), cpu, cuda, cuda:1, mps, ...")  # fmt: skip
+@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True,
+              help="Pictures (or tiles) that go through the network together.")  # fmt: skip
+@click.option("--scan-backend", type=click.Choice(SCAN_BACKENDS), default="auto", show_default=True,
+              help="Implementation of the selective scan.")  # fmt: skip
+@click.option("--overwrite", is_flag=True, help="Replace the results of an earlier run in the output folder.")
+def predict(
+    model_folder: Path,
+    images: tuple[Path, ...],
+    output: Path,
+    recursive: bool,
+    maps: Literal["npy", "png", "none"],
+    no_overlays: bool,
+    threshold: float | None,
+    pixel_threshold: float | None,
+    device: str,
+    batch_size: int,
+    scan_backend: str,
+    overwrite: bool,
+) -> None:
+    r"""Predict IMAGES (pictures, or folders of pictures) with the model in MODEL_FOLDER.
+
+    \b
+    The output folder receives
+      scores.csv   image, score, threshold, is_anomalous (score > threshold)
+      overlays/    each picture with its heat, its outlined defects and the verdict
+      maps/        the anomaly maps, if asked for by --maps
+
+    \b
+    Examples:
+      almrr predict data/06_models/sample_brick photographs/ -o results
+      almrr predict model/ a.png b.jpg -o results --maps png
+      almrr predict model/ line_3/ -o results -r --device cuda --batch-size 32
+      almrr predict model/ photographs/ -o results --threshold 0.35 --overwrite
+
+    A picture that cannot be read is reported, the others are predicted all the same, and the exit code is 1. Results
+    appear in the output folder only when all are complete.
+
+    \b
+    Exit codes: 0 every picture was predicted, anomalous or not;
+                1 something was wrong, or a picture could not be read;
+                2 the command line was wrong.
+    """
+    from almrr_pipeline.inference.files import check_output, find_pictures, predict_files
+    from almrr_pipeline.inference.settings import InferenceSettings
+
+    InferenceSettings.load(model_folder)
+    pictures = find_pictures(images, recursive=recursive)
+    check_output(output, pictures, overwrite=overwrite)
+
+    from almrr_pipeline.inference.predictor import Predictor
+
+    predictor = Predictor(
+        model_folder,
+        device=device,
+        batch_size=batch_size,
+        scan_backend=scan_backend,
+        image_threshold=threshold,
+        pixel_threshold=pixel_threshold,
+    )
+    with _progress(len(pictures), "pictures") as advance:
+        summary = predict_files(
+            predictor,
+            pictures,
+            output,
+            overlays=not no_overlays,
+            maps=maps,
+            overwrite=overwrite,
+            on_picture=advance,
+        )
+    _print_summary(summary, predictor, output, chosen=threshold is not None)
+    _report_unreadable(summary)
+
+
+@almrr.command()
+@click.argument("model_folder", type=_folder)
+@click.option("--format", "kind", type=click.Choice(list(EXPORT_SUFFIXES)), required=True,
+              help="onnx for onnxruntime and others, torch for torch.export.load.")  # fmt: skip
+@click.option("-o", "--output", type=_output_file,
+              help="File to write; CATEGORY.onnx or CATEGORY.pt2 in the current folder if not given.")  # fmt: skip
+@click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
+def export(model_folder: Path, kind: str, output: Path | None, overwrite: bool) -> None:
+    r"""Export the model in MODEL_FOLDER, folded for inference, to one file that runs without this package.
+
+    \b
+    The exported model takes float32 RGB in [0, 1] of shape (batch, 3, rows, columns),
+    any batch, rows and columns as `almrr info` says, and returns anomaly maps of shape
+    (batch, rows, columns). inference.json in MODEL_FOLDER holds the thresholds.
+
+    \b
+    Examples:
+      almrr export data/06_models/sample_brick --format onnx
+      almrr export data/06_models/sample_brick --format torch --output brick.pt2
+    """
+    from almrr_pipeline.inference.settings import InferenceSettings
+
+    settings = InferenceSettings.load(model_folder)
+    target = output or Path(settings.category + EXPORT_SUFFIXES[kind])
+    if target.exists() and not overwrite:
+        raise AlmrrError(f"{target} exists; name another file, or replace it with --overwrite.")
+
+    from almrr_pipeline.inference.export import export_onnx, export_torch
+    from almrr_pipeline.model.almrr import ALMRR
+
+    write = {"onnx": export_onnx, "torch": export_torch}[kind]
+    write(ALMRR.load(model_folder), target)
+    rows, columns = settings.image_size
+    click.echo(f"Wrote {target}: {target.stat().st_size / 2**20:.1f} MiB, input (batch, 3, {rows}, {columns}).")
+
+
+@almrr.command()
+@click.argument("model_folder", type=_folder)
+def info(model_folder: Path) -> None:
+    r"""Say what the model in MODEL_FOLDER is: network, input, thresholds with their guarantee, parameters.
+
+    \b
+    Example:
+      almrr info data/06_models/sample_brick
+    """
+    from almrr_pipeline.inference.describe import describe_model
+
+    click.echo(describe_model(model_folder))
+
+
+@almrr.command()
+def categories() -> None:
+    """List the categories that this package can fetch, and the licence of each.
+
+    Any of them can stand under `categories` in params.yaml. For pictures of your own there is folder_NAME.
+    """
+    from almrr_pipeline.sources.registry import known_categories, source_for
+
+    names = known_categories()
+    width = max(map(len, names))
+    for name in names:
+        click.echo(f"{name:<{width}}  {source_for(name).license}")
+
+
+def main() -> None:
+    """Run the command line; the entry point of the console script."""
+    almrr(prog_name="almrr")
+
+
+@contextmanager
+def _progress(total: int, unit: str) -> Iterator[Callable[[], None]]:
+    """Show progress on standard error: a bar on a terminal, else a line whenever another tenth is done."""
+    stream = click.get_text_stream("stderr")
+    if stream.isatty():
+        with click.progressbar(length=total, label=f"{total} {unit}", file=stream, show_pos=True) as bar:
+            yield lambda: bar.update(1)
+        return
+    done = 0
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        if done * 10 // total > (done - 1) * 10 // total:
+            click.echo(f"{done} of {total} {unit}", err=True)
+
+    yield advance
+
+
+def _print_summary(summary: Summary, predictor: Predictor, output: Path, *, chosen: bool) -> None:
+    count, threshold = len(summary.verdicts), predictor.image_threshold
+    anomalous = sum(verdict.is_anomalous is True for verdict in summary.verdicts)
+    stored = predictor.settings.thresholds
+    if threshold is None:
+        reason = stored.image.undefined if stored else "the model was never calibrated"
+        click.echo(f"{count} pictures scored, none judged: there is no threshold ({reason}). Give one by --threshold.")
+    else:
+        click.echo(f"{count} pictures: {anomalous} anomalous, {count - anomalous} normal.")
+        origin = stored.image.guarantee if stored and not chosen else "Chosen by --threshold, without a guarantee."
+        click.echo(f"Threshold {threshold:.6g}. {origin}")
+    highest = max(summary.verdicts, key=lambda verdict: verdict.score)
+    click.echo(f"Highest score {highest.score:.6g}: {highest.image}")
+    click.echo(f"Results: {output}")
+
+
+def _report_unreadable(summary: Summary) -> None:
+    """Name the pictures that could not be read and exit with 1, if there are any."""
+    if not summary.unreadable:
+        return
+    named = [str(picture) for picture in summary.unreadable][:_LISTED_UNREADABLE]
+    more = len(summary.unreadable) - len(named)
+    total = len(summary.unreadable) + len(summary.verdicts)
+    raise click.ClickException(
+        f"{len(summary.unreadable)} of {total} pictures could not be read: {', '.join(named)}"
+        + (f" and {more} more." if more else ".")
+    )
+
+
+if __name__ == "__main__":
+    main()

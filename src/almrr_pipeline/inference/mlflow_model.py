@@ -1,0 +1,146 @@
+"""A model folder as an MLflow model that `mlflow models serve` serves: encoded pictures in, scores and verdicts out.
+
+The one module here that imports MLflow. MLflow runs this file itself when it loads the model ("models from code"), so
+nothing is pickled; the artifact is the model folder, and the package's source travels along.
+
+    curl http://127.0.0.1:5000/invocations -H 'Content-Type: application/json' \
+         -d '{"dataframe_records": [{"image": "<base64 of a PNG or JPEG file>"}]}'
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import threading
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pandas as pd
+from mlflow.models import ModelSignature, set_model
+from mlflow.models.model import ModelInfo
+from mlflow.pyfunc import PythonModel, PythonModelContext
+from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+from PIL import Image
+
+import almrr_pipeline
+from almrr_pipeline.errors import AlmrrError
+from almrr_pipeline.images import ImageArray, decode_image
+from almrr_pipeline.inference.files import to_sixteen_bits
+from almrr_pipeline.inference.predictor import Prediction, Predictor
+from almrr_pipeline.inference.settings import InferenceSettings
+
+_ARTIFACT = "model_folder"
+_REQUIREMENTS = ("torch", "torchvision", "timm", "numpy", "scipy", "pandas", "pillow", "pydantic", "safetensors")
+"""What the source that travels along imports for predicting; pinned to the versions that are installed at logging."""
+_OPTIONAL_REQUIREMENTS = ("numba",)
+
+SIGNATURE = ModelSignature(
+    inputs=Schema([ColSpec(DataType.binary, "image")]),
+    outputs=Schema(
+        [
+            ColSpec(DataType.double, "score"),
+            ColSpec(DataType.boolean, "is_anomalous", required=False),
+            ColSpec(DataType.string, "anomaly_map", required=False),
+        ]
+    ),
+    params=ParamSchema([ParamSpec("anomaly_map", DataType.boolean, False)]),
+)
+"""One row a picture: the bytes of its file (base64 in JSON) in; score, verdict and, if asked for, its map out."""
+
+
+class ServedModel(PythonModel):
+    """A `Predictor` behind MLflow's interface."""
+
+    def load_context(self, context: PythonModelContext) -> None:
+        """Load the model folder among the artifacts; on a GPU where there is one."""
+        self._predictor = Predictor(Path(context.artifacts[_ARTIFACT]))
+        self._turn = threading.Lock()
+
+    def predict(
+        self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
+    ) -> pd.DataFrame:
+        """Predict pictures.
+
+        Args:
+            context: unused; the model was loaded by `load_context`.
+            model_input: column `image`, the bytes of a picture file in any format that Pillow reads.
+            params: `anomaly_map`: whether to return each picture's map too, as the base64 of a 16-bit grey PNG of the
+                picture's size, where 65535 stands for 1.
+
+        Returns:
+            Columns score, in [0, 1]; is_anomalous, None where there is no threshold; anomaly_map, if asked for.
+
+        Raises:
+            AlmrrError: a row is no picture; says which.
+        """
+        with_maps = bool((params or {}).get("anomaly_map", False))
+        # The server calls from many threads; in turn, as memory is bounded and not every numba threading layer is safe.
+        with self._turn:
+            rows = [_to_row(found, with_map=with_maps) for found in self._predictor.stream(_decode_rows(model_input))]
+        return pd.DataFrame(rows).astype({"is_anomalous": object})  # None stays None, and null in JSON
+
+
+def log_model(folder: Path, *, name: str, registered_name: str | None = None, alias: str | None = None) -> ModelInfo:
+    """Log a model folder to MLflow, in the active run if there is one.
+
+    Args:
+        folder: holds model.safetensors, config.json and inference.json.
+        name: name of the logged model.
+        registered_name: also register it under this name, as a new version.
+        alias: alias that the new version receives, such as "champion"; needs `registered_name`.
+
+    Raises:
+        AlmrrError: `folder` is no model folder, or there is an alias without a registered name.
+    """
+    if alias and not registered_name:
+        raise AlmrrError(f"The alias {alias!r} belongs to a registered model; give registered_name too.")
+    settings = InferenceSettings.load(folder)
+    logged = mlflow.pyfunc.log_model(
+        name=name,
+        python_model=str(Path(__file__)),
+        artifacts={_ARTIFACT: str(folder)},
+        code_paths=[str(Path(almrr_pipeline.__file__).parent)],
+        signature=SIGNATURE,
+        input_example=_example(settings.image_size),
+        pip_requirements=_pinned_requirements(),
+        registered_model_name=registered_name,
+        metadata={"category": settings.category},
+    )
+    if registered_name and alias:
+        mlflow.MlflowClient().set_registered_model_alias(registered_name, alias, logged.registered_model_version)
+    return logged
+
+
+def _decode_rows(model_input: pd.DataFrame) -> Iterator[ImageArray]:
+    for position, content in enumerate(model_input["image"]):
+        yield decode_image(content, Path(f"row {position} of the column 'image'"))
+
+
+def _to_row(prediction: Prediction, *, with_map: bool) -> dict[str, Any]:
+    row: dict[str, Any] = {"score": prediction.score, "is_anomalous": prediction.is_anomalous}
+    if with_map:
+        encoded = io.BytesIO()
+        Image.fromarray(to_sixteen_bits(prediction.anomaly_map)).save(encoded, format="PNG")
+        row["anomaly_map"] = base64.b64encode(encoded.getvalue()).decode("ascii")
+    return row
+
+
+def _example(size: tuple[int, int]) -> pd.DataFrame:
+    """A picture of one grey, of the network's size."""
+    encoded = io.BytesIO()
+    Image.fromarray(np.full((*size, 3), 128, dtype=np.uint8)).save(encoded, format="PNG")
+    return pd.DataFrame({"image": [encoded.getvalue()]})
+
+
+def _pinned_requirements() -> list[str]:
+    required = [f"{package}=={metadata.version(package)}" for package in _REQUIREMENTS]
+    present = {name.lower() for name in metadata.packages_distributions()}
+    optional = [f"{package}=={metadata.version(package)}" for package in _OPTIONAL_REQUIREMENTS if package in present]
+    return [f"mlflow=={mlflow.__version__}", *required, *optional]
+
+
+set_model(ServedModel())

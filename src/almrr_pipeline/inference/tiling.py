@@ -1,0 +1,156 @@
+"""Overlapping tiles of one size, and the map that is blended from what a network says about each.
+
+Every tile lies inside the picture, at even distances, so that a picture of at least a tile's size needs no padding. A
+smaller one is padded to a tile by reflection, half before and half after; the padding is cut off the blended map
+again.
+
+Along each axis a tile's weight rises from its edge over what it shares with the tile before and falls over what it
+shares with the next, as sin^2 and cos^2 (a raised cosine); toward the picture's border it stays at 1. The weights are
+divided by their sum, which makes them a partition of unity: agreeing tiles blend into exactly what they agree on, and
+a tile's edge, where a network has seen least around a pixel, counts for nothing. Without overlap the tiles simply
+stand side by side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from almrr_pipeline.images import ImageArray
+
+AnomalyMap = npt.NDArray[np.float32]
+"""Anomaly map, float32 in [0, 1], shape (H, W)."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Where tiles lie along one axis of a picture, in pixels of the padded picture."""
+
+    length: int
+    """Pixels of the picture along this axis."""
+    tile: int
+    """Pixels of a tile along this axis."""
+    overlap: float
+    """Least share of a tile that the next one covers again, in [0, 1)."""
+
+    @property
+    def padding(self) -> tuple[int, int]:
+        """Pixels to add before and after, so that one tile fits."""
+        missing = max(0, self.tile - self.length)
+        return missing // 2, missing - missing // 2
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """First pixel of each tile; rising, from 0 to the last place where a tile still fits."""
+        slack = max(self.length, self.tile) - self.tile
+        stride = max(1, self.tile - math.ceil(self.tile * self.overlap))
+        steps = math.ceil(slack / stride)
+        return tuple(k * slack // steps for k in range(steps + 1)) if steps else (0,)
+
+    @cached_property
+    def weights(self) -> npt.NDArray[np.float64]:
+        """Weights of each tile's pixels in the blend, float64 in [0, 1], shape (tiles, tile); each pixel's sum to 1."""
+        raw = np.ones((len(self.starts), self.tile))
+        total = np.zeros(max(self.length, self.tile))
+        for k, start in enumerate(self.starts):
+            if k > 0:
+                shared = self.tile - (start - self.starts[k - 1])
+                raw[k, :shared] *= _rise(shared)
+            if k + 1 < len(self.starts):
+                shared = self.tile - (self.starts[k + 1] - start)
+                raw[k, self.tile - shared :] *= _rise(shared)[::-1]
+            total[start : start + self.tile] += raw[k]
+        for k, start in enumerate(self.starts):
+            raw[k] /= total[start : start + self.tile]
+        return raw
+
+
+@dataclass(frozen=True)
+class TileGrid:
+    """The tiles of a picture of `size` pixels, row by row from the top left."""
+
+    size: tuple[int, int]
+    """Rows and columns of the picture."""
+    tile: tuple[int, int]
+    """Rows and columns of a tile."""
+    overlap: float = 0.25
+    """Least share of a tile that the next one covers again, in [0, 1)."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no grid can be laid over."""
+        if min(self.size) < 1 or min(self.tile) < 1 or not 0.0 <= self.overlap < 1.0:
+            raise ValueError(f"a grid needs positive sizes and an overlap in [0, 1); got {self}")
+
+    @cached_property
+    def axes(self) -> tuple[Axis, Axis]:
+        """The rows' axis and the columns' axis."""
+        rows, columns = (Axis(length, tile, self.overlap) for length, tile in zip(self.size, self.tile, strict=True))
+        return rows, columns
+
+    def __len__(self) -> int:
+        rows, columns = self.axes
+        return len(rows.starts) * len(columns.starts)
+
+    def places(self) -> Iterator[tuple[tuple[slice, slice], npt.NDArray[np.float64]]]:
+        """Where each tile lies in the padded picture, and the weights of its pixels, shape `tile`."""
+        rows, columns = self.axes
+        for row, row_weights in zip(rows.starts, rows.weights, strict=True):
+            for column, column_weights in zip(columns.starts, columns.weights, strict=True):
+                place = slice(row, row + rows.tile), slice(column, column + columns.tile)
+                yield place, np.outer(row_weights, column_weights)
+
+    def cut(self, image: ImageArray) -> Iterator[ImageArray]:
+        """Cut a picture of this grid's size, uint8 (rows, columns, 3), into its tiles, (tile rows, tile columns, 3)."""
+        if image.shape[:2] != self.size:
+            raise ValueError(f"this grid is for pictures of {self.size} pixels; got {image.shape[:2]}")
+        rows, columns = self.axes
+        padding = (rows.padding, columns.padding, (0, 0))
+        padded = np.pad(image, padding, mode="reflect") if any(map(any, padding)) else image
+        for place, _ in self.places():
+            yield padded[place]
+
+
+class Blend:
+    """Takes the maps of a grid's tiles, in the order of `TileGrid.cut`, and becomes the map of the whole picture.
+
+    It holds one map of the picture's size and no tile. It sums in float64, so that rounding to float32 at the end makes
+    agreement of the tiles exact, and nothing leaves [0, 1].
+    """
+
+    def __init__(self, grid: TileGrid) -> None:
+        self._grid = grid
+        self._places = grid.places()
+        self._missing = len(grid)
+        self._sum = np.zeros([max(axis.length, axis.tile) for axis in grid.axes], dtype=np.float64)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the maps of all tiles have come."""
+        return self._missing == 0
+
+    def add(self, tile_map: AnomalyMap) -> None:
+        """Blend in the next tile's map, float32, shape `tile` of the grid."""
+        place, weights = next(self._places)
+        self._sum[place] += weights * tile_map
+        self._missing -= 1
+
+    def result(self) -> AnomalyMap:
+        """The picture's map, float32, shape `size` of the grid, padding cut off.
+
+        Raises:
+            ValueError: tiles are still missing.
+        """
+        if not self.complete:
+            raise ValueError(f"{self._missing} of {len(self._grid)} tiles have not been blended yet")
+        inside = tuple(slice(axis.padding[0], axis.padding[0] + axis.length) for axis in self._grid.axes)
+        return self._sum[inside].astype(np.float32)
+
+
+def _rise(pixels: int) -> npt.NDArray[np.float64]:
+    """sin^2 from 0 to 1 over so many pixels, taken at their centres: it and its mirror image sum to 1."""
+    return np.sin(np.pi / 2 * (np.arange(pixels) + 0.5) / pixels) ** 2
