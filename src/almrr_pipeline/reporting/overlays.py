@@ -1,4 +1,4 @@
-"""Pictures of results: panels for the report, overlays for `almrr predict`, and the choice of what to show.
+"""Pictures of results: panels for the report, overlays for `almrr predict`.
 
 Drawn with numpy and Pillow alone: a panel takes some ten milliseconds, so that a whole test set can be drawn.
 """
@@ -7,22 +7,30 @@ from __future__ import annotations
 
 import io
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
 from almrr_pipeline.errors import AlmrrError
 from almrr_pipeline.images import ImageArray, MaskArray, resize_image, resize_mask
-from almrr_pipeline.reporting.heat import HEAT_TABLE, colour_map
 
 AnomalyMap = npt.NDArray[np.float32]
 """Anomaly map, float32 in [0, 1], shape (H, W)."""
-ExampleKind = Literal["best", "typical", "worst"]
 Colour = tuple[int, int, int]
+
+# Every fifth colour of the map "inferno" by Stefan van der Walt and Nathaniel Smith (matplotlib, CC0): its lightness
+# rises evenly from black to pale yellow, so that equal steps of the anomaly map look equal, in grey print too.
+_INFERNO = """
+000004 02020c 050417 0a0722 10092d 160b39 1e0c45 260c51 2f0a5b 380962 400a67 490b6a 510e6c
+59106e 61136e 69166e 71196e 781c6d 801f6c 88226a 902568 982766 a02a63 a82e5f b0315b b73557
+bf3952 c63d4d cc4248 d34743 d94d3d df5337 e45a31 e9612b ed6925 f1711f f47918 f78212 f98b0b
+fa9407 fb9d07 fca60c fcb014 fbba1f fac42a f8cd37 f6d746 f4e156 f2ea69 f2f27d f5f992 fcffa4
+"""
+_ANCHORS = np.array([list(bytes.fromhex(colour)) for colour in _INFERNO.split()], dtype=np.float64)
+_LEVELS = 256
 
 # Yellow and blue-violet stay apart for every kind of colour vision, and both from grey, brown and green textures.
 FOUND_COLOUR: Colour = (255, 212, 0)
@@ -45,6 +53,29 @@ _FONT_SIZE = 13
 _SMALLEST_OVERLAY = 360
 """A picture narrower than this is enlarged in draw_overlay, so that its caption can be read."""
 _HEAT_OPACITY = 0.6
+
+
+def _interpolate_anchors() -> ImageArray:
+    levels = np.linspace(0, len(_ANCHORS) - 1, _LEVELS)
+    channels = [np.interp(levels, np.arange(len(_ANCHORS)), _ANCHORS[:, channel]) for channel in range(3)]
+    return np.rint(np.stack(channels, axis=1)).astype(np.uint8)
+
+
+HEAT_TABLE: ImageArray = _interpolate_anchors()
+"""Colours of the values 0, 1/255, ..., 1: uint8 RGB, shape (256, 3)."""
+
+
+def colour_map(anomaly_map: npt.NDArray[np.floating]) -> ImageArray:
+    """Colour an anomaly map on the fixed scale 0 (black) to 1 (pale yellow).
+
+    Args:
+        anomaly_map: values in [0, 1], shape (H, W); values outside take the colour of the nearer end, NaN that of 0.
+
+    Returns:
+        uint8 RGB, shape (H, W, 3).
+    """
+    values = np.clip(np.nan_to_num(anomaly_map, nan=0.0), 0.0, 1.0)
+    return np.asarray(HEAT_TABLE[np.rint(values * (_LEVELS - 1)).astype(np.uint8)])
 
 
 def draw_panel(
@@ -120,57 +151,6 @@ def outline(region: MaskArray, *, width: int) -> MaskArray:
         return np.zeros_like(region)
     square = np.ones((3, 3), dtype=bool)
     return np.asarray(ndimage.binary_dilation(region, square, iterations=width) & ~region)
-
-
-def choose_examples(scores: pd.DataFrame, count: int) -> dict[ExampleKind, pd.DataFrame]:
-    """Choose the pictures that show what the model does well, usually, and badly.
-
-    How clearly a defect was found is its share of defective pictures with a lower score, averaged with the same share
-    for `pixel_ap` where that is known.
-
-    - best: defective pictures found most clearly.
-    - worst: missed defects, least clear first, and false alarms, highest score first, in turn; where there are fewer
-      errors than places, the pictures that came nearest to one.
-    - typical: defective pictures around the median, and one normal picture of median score if there is room for two.
-
-    No picture is chosen twice; of few pictures, each kind has its share. Equal pictures are taken in the order of their
-    names, whatever the order of the rows.
-
-    Args:
-        scores: a row a picture: image, label (normal | defective), score; is_anomalous and pixel_ap may be missing or
-            empty. Other columns are kept.
-        count: pictures of each kind.
-
-    Returns:
-        Kind to the chosen rows, in the order in which they are to be shown.
-
-    Raises:
-        AlmrrError: a column is missing.
-    """
-    missing = {"image", "label", "score"} - set(scores.columns)
-    if missing:
-        raise AlmrrError(f"The scores lack the column(s) {', '.join(sorted(missing))}; evaluate the category again.")
-    ranked = _rank_pictures(scores)
-    best = ranked[ranked.defective & ~ranked.wrong].sort_values("clarity", ascending=False, kind="stable")
-    best = best.head(min(count, _share(int(ranked.defective.sum()))))
-    rest = ranked.drop(index=best.index)
-    worst = _take_worst(rest, min(count, _share(len(ranked))))
-    typical = _take_typical(ranked, best.index.union(worst.index), count)
-    chosen: dict[ExampleKind, pd.DataFrame] = {"best": best, "typical": typical, "worst": worst}
-    return {kind: rows[list(scores.columns)] for kind, rows in chosen.items()}
-
-
-def caption_example(row: pd.Series) -> str:
-    """Say in one line what a picture is and what became of it: file name, defect, score, verdict."""
-    defective, verdict = row["label"] == "defective", _read_verdict(row.get("is_anomalous"))
-    outcomes = {(True, True): "found", (True, False): "missed", (False, True): "false alarm", (False, False): "passed"}
-    parts = [str(row["image"]).rsplit("/", 1)[-1], str(row.get("defect", row["label"])), f"score {row['score']:.3f}"]
-    if verdict is not None:
-        parts.append(outcomes[defective, verdict])
-    localised = row.get("pixel_ap")
-    if localised is not None and not pd.isna(localised):
-        parts.append(f"pixel AP {localised:.2f}")
-    return " · ".join(parts)
 
 
 class _Foot(NamedTuple):
@@ -265,53 +245,3 @@ def _write_verdict(width: int, score: float, is_anomalous: bool | None) -> Image
     draw.text((size // 2 + size, middle), word, colour, font, anchor="lm")
     draw.text((width - size // 2, middle), f"score {score:.3f}", _TEXT, font, anchor="rm")
     return np.asarray(strip)
-
-
-def _read_verdict(value: object) -> bool | None:
-    """A cell of the column is_anomalous: True, False, or None where it is empty."""
-    if value is None or value is pd.NA or (isinstance(value, float) and np.isnan(value)) or value == "":
-        return None
-    return value == "True" if isinstance(value, str) else bool(value)
-
-
-def _share(pictures: int) -> int:
-    """A third of the pictures, rounded up: what one kind may take when there are few."""
-    return -(-pictures // 3)
-
-
-def _rank_pictures(scores: pd.DataFrame) -> pd.DataFrame:
-    """Sort by name and add how clearly each defect was found and whether the verdict was wrong."""
-    ranked = scores.sort_values("image", kind="stable").reset_index(drop=True)
-    ranked["defective"] = ranked["label"] == "defective"
-    columns = [name for name in ("score", "pixel_ap") if name in ranked]
-    shares = ranked.loc[ranked.defective, columns].astype(float).rank(pct=True, method="min")
-    ranked["clarity"] = shares.mean(axis=1)
-    verdicts = [_read_verdict(value) for value in ranked.get("is_anomalous", pd.Series([None] * len(ranked)))]
-    ranked["wrong"] = [
-        verdict is not None and verdict != defective
-        for verdict, defective in zip(verdicts, ranked.defective, strict=True)
-    ]
-    return ranked
-
-
-def _take_worst(ranked: pd.DataFrame, count: int) -> pd.DataFrame:
-    """Errors first, then the nearest to one; defective and normal pictures in turn within each."""
-    defective = ranked[ranked.defective].sort_values("clarity", kind="stable")
-    normal = ranked[~ranked.defective].sort_values("score", ascending=False, kind="stable")
-    order = pd.concat([side.assign(turn=side.groupby("wrong").cumcount()) for side in (defective, normal)])
-    order = order.assign(right=~order["wrong"], normal=~order["defective"])
-    return order.sort_values(["right", "turn", "normal"], kind="stable").head(count)
-
-
-def _take_typical(ranked: pd.DataFrame, taken: pd.Index, count: int) -> pd.DataFrame:
-    """Pictures around the median: defective ones, and a normal one if there is room for two."""
-    defective, normal = ranked[ranked.defective], ranked[~ranked.defective]
-    normals = count if defective.empty else int(count >= 2 and not normal.empty)
-    located = _nearest_median(defective, "clarity", taken, count - normals)
-    return pd.concat([located, _nearest_median(normal, "score", taken, normals)])
-
-
-def _nearest_median(rows: pd.DataFrame, column: str, taken: pd.Index, count: int) -> pd.DataFrame:
-    distance = (rows[column] - rows[column].median()).abs().round(9)  # so that a tie is one, rounding errors or not
-    distance = distance.drop(index=taken, errors="ignore")
-    return rows.loc[distance.sort_values(kind="stable").index[:count]]

@@ -1,0 +1,251 @@
+"""The report: one page that stands on its own, with every number, picture and style inside it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import jinja2
+import pandas as pd
+import yaml
+from markupsafe import Markup
+from PIL import Image
+
+from almrr_pipeline.config import Parameters
+from almrr_pipeline.reporting import plots, tables
+from almrr_pipeline.reporting.examples import ExampleKind, Overlay
+
+_WEB_FORMATS = {"WEBP": "image/webp", "JPEG": "image/jpeg"}
+_WIDEST = 1280
+_QUALITY = 82
+_KINDS: Mapping[ExampleKind, str] = {
+    "best": "Found most clearly",
+    "typical": "Typical",
+    "worst": "Missed, false alarms, and what came nearest to either",
+}
+_HEADLINES = ("image_auroc", "pixel_auroc", "pixel_ap", "aupro_30")
+
+
+@dataclass(frozen=True)
+class CategoryReport:
+    """What is known of one category after its evaluation.
+
+    Attributes:
+        category: its id, such as sample_brick.
+        metrics: the content of its metrics.json.
+        history: training history: step, loss, reconstruction, refinement, learning_rate.
+        scores: a row a test picture: image, label, defect, score, is_anomalous.
+        roc: of pixels: fpr, tpr; no rows where undefined, as for all curves.
+        pr: of pixels: recall, precision.
+        pro: of regions: fpr, pro.
+        image_roc: of pictures: fpr, tpr; None leaves the figure out, as for all that follow.
+        image_pr: of pictures: recall, precision.
+        overlays: drawn examples.
+        training_images: normal pictures that were trained on.
+        held_out_images: normal pictures held out for the thresholds.
+        source: where the pictures come from, under which licence, and what to cite.
+    """
+
+    category: str
+    metrics: tables.Metrics
+    history: pd.DataFrame
+    scores: pd.DataFrame
+    roc: pd.DataFrame
+    pr: pd.DataFrame
+    pro: pd.DataFrame
+    image_roc: pd.DataFrame | None = None
+    image_pr: pd.DataFrame | None = None
+    overlays: Sequence[Overlay] = ()
+    training_images: int | None = None
+    held_out_images: int | None = None
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that the page shows.
+
+    Attributes:
+        parameters: the parameters of the run; title and suite are taken from here.
+        categories: in the order in which they are to be shown.
+        summary: means over the categories, as `evaluation.summary.summarize` gives them.
+        seeds: mean and deviation over seeds, as `evaluation.summary.summarize_seeds` gives them.
+        versions: package to version.
+        commit: git commit; None where there is no repository.
+    """
+
+    parameters: Parameters
+    categories: Sequence[CategoryReport]
+    summary: tables.Spread
+    seeds: Mapping[str, tables.Spread] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    commit: str | None = None
+
+
+def render_report(report: Report) -> str:
+    """Write the page: HTML5, no script, nothing fetched from anywhere, equal bytes for equal input."""
+    metrics = {category.category: category.metrics for category in report.categories}
+    links = {category.category: f"category-{place}" for place, category in enumerate(report.categories, start=1)}
+    training = {c.category: (c.training_images, c.held_out_images) for c in report.categories}
+    return _environment().get_template("report.html.j2").render(
+        title=report.parameters.report.title,
+        parameters=report.parameters,
+        headlines=_pick_headlines(report),
+        results=tables.tabulate_results(metrics, report.summary, links=links),
+        seeds=tables.tabulate_seeds(report.seeds),
+        oracle=tables.tabulate_oracle(metrics),
+        counts=tables.tabulate_counts(training, metrics),
+        thresholds=tables.tabulate_thresholds(metrics),
+        curves=_draw_curves(report.categories),
+        categories=[_view_category(category, links[category.category]) for category in report.categories],
+        definitions=_define_metrics(list(metrics.values())),
+        dump=_dump_parameters(report.parameters),
+        versions=report.versions,
+        commit=report.commit,
+    )
+
+
+@dataclass(frozen=True)
+class _Headline:
+    """A number that opens the page, with what it is and over what it was taken."""
+
+    name: str
+    value: str
+    small: str
+
+
+@dataclass(frozen=True)
+class _Example:
+    """An overlay as the page embeds it."""
+
+    address: str
+    caption: str
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class _CategoryView:
+    """A category as the template shows it."""
+
+    name: str
+    link: str
+    source: str
+    steps: int
+    losses: Markup
+    scores: Markup
+    defects: tables.Table
+    examples: Sequence[tuple[ExampleKind, str, Sequence[_Example]]]
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("almrr_pipeline.reporting"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _pick_headlines(report: Report) -> list[_Headline]:
+    """Means over the categories; of one category, its metrics with their intervals."""
+    alone = report.categories[0].metrics if len(report.categories) == 1 else None
+    headlines = []
+    for name in _HEADLINES:
+        head = tables.describe_metric(name)
+        value = alone.get(name) if alone is not None else report.summary.get(name, {}).get("mean")
+        small = _say_interval(alone, name) if alone is not None else _say_categories(report.summary.get(name, {}))
+        headlines.append(_Headline(_name_metric(head), tables.format_metric(value), small))
+    return headlines
+
+
+def _say_interval(metrics: tables.Metrics, name: str) -> str:
+    interval = metrics.get("intervals", {}).get(name)
+    if interval is not None:
+        return f"95 % interval {interval[0]:.3f} to {interval[1]:.3f}"
+    return str(metrics.get("undefined", {}).get(name, ""))
+
+
+def _say_categories(mean: Mapping[str, float | int | None]) -> str:
+    return f"mean of {mean['categories']} of {mean['of']} categories" if mean else "not computed"
+
+
+def _name_metric(head: tables.Head) -> str:
+    return head.text if head.group == "regions" else f"{head.group.removesuffix('s')} {head.text}"
+
+
+def _define_metrics(metrics: Sequence[tables.Metrics]) -> list[tuple[str, str]]:
+    heads = [tables.describe_metric(name) for name in tables.list_metrics(metrics)]
+    return [(_name_metric(head), head.meaning) for head in heads]
+
+
+def _draw_curves(categories: Sequence[CategoryReport]) -> list[tuple[str, Markup]]:
+    """One figure a kind of curve, with all categories in it; those that nobody has are left out."""
+    limit = max((float(c.pro["fpr"].max()) for c in categories if len(c.pro)), default=1.0)
+    figures: list[tuple[str, plots.CurveKind, Callable[[CategoryReport], pd.DataFrame | None], float | None]] = [
+        ("Precision and recall, pixels", "pr", lambda c: c.pr, None),
+        ("Overlap with defective regions", "pro", lambda c: c.pro, limit),
+        ("ROC, pixels", "roc", lambda c: c.roc, None),
+        ("Precision and recall, images", "pr", lambda c: c.image_pr, None),
+        ("ROC, images", "roc", lambda c: c.image_roc, None),
+    ]
+    drawn = []
+    for title, kind, pick, end in figures:
+        found = {c.category: points for c in categories if (points := pick(c)) is not None}
+        if any(len(points) for points in found.values()):
+            drawn.append((title, Markup(plots.draw_curves(kind, found, title=title, limit=end))))
+    return drawn
+
+
+def _view_category(category: CategoryReport, link: str) -> _CategoryView:
+    threshold = category.metrics.get("thresholds", {}).get("image", {}).get("value")
+    name = category.category
+    return _CategoryView(
+        name=name,
+        link=link,
+        source=category.source,
+        steps=int(category.history["step"].max()) if len(category.history) else 0,
+        losses=Markup(plots.draw_losses(category.history, title=f"Training losses of {name}")),
+        scores=Markup(plots.draw_scores(category.scores, threshold=threshold, title=f"Image scores of {name}")),
+        defects=tables.tabulate_defects(category.metrics),
+        examples=[
+            (kind, words, [_embed(overlay) for overlay in category.overlays if overlay.kind == kind])
+            for kind, words in _KINDS.items()
+        ],
+    )
+
+
+def _embed(overlay: Overlay) -> _Example:
+    """Turn a picture into a data address; what is wide or not made for the web is compressed again."""
+    content = overlay.picture if isinstance(overlay.picture, bytes) else overlay.picture.read_bytes()
+    with Image.open(io.BytesIO(content)) as picture:
+        format_, (width, height) = picture.format or "", picture.size
+        if format_ not in _WEB_FORMATS or width > _WIDEST:
+            scale = min(1.0, _WIDEST / width)
+            width, height = round(width * scale), max(1, round(height * scale))
+            stream = io.BytesIO()
+            smaller = picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+            smaller.save(stream, "WEBP", quality=_QUALITY, method=6, use_sharp_yuv=True)
+            format_, content = "WEBP", stream.getvalue()
+    address = f"data:{_WEB_FORMATS[format_]};base64,{base64.b64encode(content).decode('ascii')}"
+    return _Example(address, overlay.caption, width, height)
+
+
+def _dump_parameters(parameters: Parameters) -> list[tuple[str, str]]:
+    """Sections of the parameters as YAML, the general ones first."""
+    values: dict[str, Any] = parameters.model_dump(mode="json")
+    general = {name: value for name, value in values.items() if not isinstance(value, dict)}
+    sections = {"general": general} | {name: value for name, value in values.items() if isinstance(value, dict)}
+    return [(name, _dump_yaml(value)) for name, value in sections.items()]
+
+
+def _dump_yaml(value: Mapping[str, Any]) -> str:
+    text = yaml.safe_dump(value, sort_keys=False, allow_unicode=True, default_flow_style=None, width=100)
+    return re.sub(r"\n+$", "", text)
