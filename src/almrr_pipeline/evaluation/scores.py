@@ -130,7 +130,7 @@ class _PixelStudy:
         defective: the defective pixels.
         pictures: the normal pixels, counted by picture.
         overall: metrics of all pictures.
-        kinds: metrics of each kind of defect, against the normal pictures.
+        kinds: values and undefined ones of each kind of defect, against the normal pictures.
     """
 
     labels: Bools
@@ -139,7 +139,7 @@ class _PixelStudy:
     defective: DefectivePixels
     pictures: PictureCounts
     overall: Measured
-    kinds: dict[str, Measured]
+    kinds: dict[str, tuple[dict[str, float | None], dict[str, str]]]
 
     def defective_share(self) -> float | None:
         """Share of defective pixels where the ground truth is known: the pixel AP of a map that knows nothing."""
@@ -215,18 +215,17 @@ def _study_pixels(
     groups = [np.flatnonzero(chosen & known) for chosen in (~source.labels, *kinds.values())]
     counts = count_normal(source, groups, levels, pictures)
     of_normal = total = next(counts)
-    measured: dict[str, Measured] = {}
+    of_kinds: dict[str, tuple[dict[str, float | None], dict[str, str]]] = {}
     for (name, of_kind), of_this in zip(kinds.items(), counts, strict=True):
         total += of_this
-        of_kind_alone, absence = defective.of_pictures(of_kind), _say_absence(of_kind & known)
-        measured[name] = measure_pixels(
-            of_kind_alone, levels, of_normal + of_this, limits=aupro_limits, absence=absence
-        )
+        alone, absence = defective.of_pictures(of_kind), _say_absence(of_kind & known)
+        measured = measure_pixels(alone, levels, of_normal + of_this, limits=aupro_limits, absence=absence)
+        of_kinds[name] = measured.values(), measured.undefined()
     for index in np.flatnonzero(~known):
         pictures.peak[index] = source.read_map(int(index)).max()
     absence = _say_absence(source.labels & known) if source.labels.any() else "no defective test image"
     overall = measure_pixels(defective, levels, total, limits=aupro_limits, absence=absence)
-    return _PixelStudy(source.labels, known, value, defective, pictures, overall, measured)
+    return _PixelStudy(source.labels, known, value, defective, pictures, overall, of_kinds)
 
 
 def _divide(part: float, whole: float) -> float | None:
@@ -253,9 +252,9 @@ def _describe_threshold(threshold: Threshold | None, scores: Floats, labels: Boo
 def _describe_kind(scores: Floats, pixels: _PixelStudy, name: str, of_kind: Bools) -> Metrics:
     """Metrics of one kind of defect against all normal test pictures."""
     chosen = ~pixels.labels | of_kind
-    images, of_pixels = measure_images(scores[chosen], pixels.labels[chosen]), pixels.kinds[name]
-    undefined = {**images.undefined(), **of_pixels.undefined()}
-    return {**images.values(), **of_pixels.values(), "counts": pixels.count(chosen), "undefined": undefined}
+    images, (values, undefined) = measure_images(scores[chosen], pixels.labels[chosen]), pixels.kinds[name]
+    counts = {"counts": pixels.count(chosen), "undefined": images.undefined() | undefined}
+    return images.values() | values | counts
 
 
 def _estimate_intervals(images: Measured, pixels: _PixelStudy, scores: Floats, resamplings: int, seed: int) -> Metrics:
