@@ -84,7 +84,7 @@ def _handler_of(server: FaultyServer) -> type[BaseHTTPRequestHandler]:
         def log_message(self, *_: object) -> None:
             pass
 
-        def do_GET(self) -> None:  # noqa: N802 (the name is the standard library's)
+        def do_GET(self) -> None:
             path = self.path.partition("?")[0]
             server.requests.append((path, self.headers.get("Range")))
             answer = server.answers.get(path)

@@ -180,7 +180,7 @@ def test_nobody_at_the_address_is_said_in_plain_words(tmp_path: Path) -> None:
 def test_a_silent_server_is_given_up(server: Any, tmp_path: Path) -> None:
     address = server.serve("a.zip", CONTENT, silence=3.0)
 
-    with pytest.raises(AlmrrError, match="no answer in time|timed out"):
+    with pytest.raises(AlmrrError, match=r"no answer in time|timed out"):
         fetch(address, tmp_path, attempts=1, timeout=0.2)
 
 

@@ -166,7 +166,8 @@ def _place_of(member: _Member, folder: Path, archive: Path) -> Path:
     """Where a member belongs; refuses what would leave the folder, on this system or any other."""
     windows = PureWindowsPath(member.name)
     parts = PurePosixPath(member.name).parts
-    if windows.anchor or "\\" in member.name or ".." in parts or parts[:1] == ("/",):
+    nameless = member.kind == "file" and not parts
+    if windows.anchor or "\\" in member.name or ".." in parts or parts[:1] == ("/",) or nameless:
         raise AlmrrError(
             f"{archive.name} holds the path {member.name!r}, which leads out of its folder; nothing was unpacked. "
             "Fetch it from a place that you trust."
@@ -205,7 +206,7 @@ def _zip_members(archive: Path, budget: _Budget) -> Iterator[_Member]:
     with zipfile.ZipFile(archive) as opened:
         for info in opened.infolist():
             kind = stat.S_IFMT(info.external_attr >> 16)  # 0 when it was not packed on Unix
-            folder = info.is_dir() or kind == stat.S_IFDIR
+            folder = info.filename.endswith("/") or kind == stat.S_IFDIR
             regular = kind in {0, stat.S_IFREG}
             yield _Member(
                 info.filename,
