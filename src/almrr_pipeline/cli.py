@@ -7,6 +7,7 @@ answers at once.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,7 +44,7 @@ class _Group(click.Group):
 @click.version_option(package_name="almrr-pipeline", prog_name="almrr")
 @click.option("-v", "--verbose", is_flag=True, help="Say more: the device, the scan backend, each step.")
 def almrr(verbose: bool) -> None:
-    r"""Find and outline defects on textured surfaces with a trained model.
+    """Find and outline defects on textured surfaces with a trained model.
 
     \b
     A model is a folder with model.safetensors, config.json and inference.json,
@@ -54,11 +55,11 @@ def almrr(verbose: bool) -> None:
       almrr predict data/06_models/sample_brick photographs/ --output results
 
     `almrr COMMAND --help` explains a command.
-    """
+    """  # noqa: D301 - click reads \b as: keep these lines as they are
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s: %(message)s")
 
 
-@almrr.command()
+@almrr.command(short_help="Overlays, scores and verdicts for pictures.")
 @click.argument("model_folder", type=_folder)
 @click.argument("images", type=_folder, nargs=-1, required=True)
 @click.option(
@@ -93,7 +94,7 @@ def predict(
     scan_backend: str,
     overwrite: bool,
 ) -> None:
-    r"""Predict IMAGES (pictures, or folders of pictures) with the model in MODEL_FOLDER.
+    """Predict IMAGES (pictures, or folders of pictures) with the model in MODEL_FOLDER.
 
     \b
     The output folder receives
@@ -115,7 +116,7 @@ def predict(
     Exit codes: 0 every picture was predicted, anomalous or not;
                 1 something was wrong, or a picture could not be read;
                 2 the command line was wrong.
-    """
+    """  # noqa: D301
     from almrr_pipeline.inference.files import check_output, find_pictures, predict_files
     from almrr_pipeline.inference.settings import InferenceSettings
 
@@ -147,7 +148,7 @@ def predict(
     _report_unreadable(summary)
 
 
-@almrr.command()
+@almrr.command(short_help="One file that runs without this package: ONNX or torch.export.")
 @click.argument("model_folder", type=_folder)
 @click.option("--format", "kind", type=click.Choice(list(EXPORT_SUFFIXES)), required=True,
               help="onnx for onnxruntime and others, torch for torch.export.load.")  # fmt: skip
@@ -155,7 +156,7 @@ def predict(
               help="File to write; CATEGORY.onnx or CATEGORY.pt2 in the current folder if not given.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
 def export(model_folder: Path, kind: str, output: Path | None, overwrite: bool) -> None:
-    r"""Export the model in MODEL_FOLDER, folded for inference, to one file that runs without this package.
+    """Export the model in MODEL_FOLDER, folded for inference, to one file that runs without this package.
 
     \b
     The exported model takes float32 RGB in [0, 1] of shape (batch, 3, rows, columns),
@@ -166,7 +167,7 @@ def export(model_folder: Path, kind: str, output: Path | None, overwrite: bool) 
     Examples:
       almrr export data/06_models/sample_brick --format onnx
       almrr export data/06_models/sample_brick --format torch --output brick.pt2
-    """
+    """  # noqa: D301
     from almrr_pipeline.inference.settings import InferenceSettings
 
     settings = InferenceSettings.load(model_folder)
@@ -183,21 +184,21 @@ def export(model_folder: Path, kind: str, output: Path | None, overwrite: bool) 
     click.echo(f"Wrote {target}: {target.stat().st_size / 2**20:.1f} MiB, input (batch, 3, {rows}, {columns}).")
 
 
-@almrr.command()
+@almrr.command(short_help="What a model is, its thresholds and their guarantee.")
 @click.argument("model_folder", type=_folder)
 def info(model_folder: Path) -> None:
-    r"""Say what the model in MODEL_FOLDER is: network, input, thresholds with their guarantee, parameters.
+    """Say what the model in MODEL_FOLDER is: network, input, thresholds with their guarantee, parameters.
 
     \b
     Example:
       almrr info data/06_models/sample_brick
-    """
+    """  # noqa: D301
     from almrr_pipeline.inference.describe import describe_model
 
     click.echo(describe_model(model_folder))
 
 
-@almrr.command()
+@almrr.command(short_help="All categories that can be fetched, with their licences.")
 def categories() -> None:
     """List the categories that this package can fetch, and the licence of each.
 
@@ -219,9 +220,8 @@ def main() -> None:
 @contextmanager
 def _progress(total: int, unit: str) -> Iterator[Callable[[], None]]:
     """Show progress on standard error: a bar on a terminal, else a line whenever another tenth is done."""
-    stream = click.get_text_stream("stderr")
-    if stream.isatty():
-        with click.progressbar(length=total, label=f"{total} {unit}", file=stream, show_pos=True) as bar:
+    if sys.stderr.isatty():
+        with click.progressbar(length=total, label=f"{total} {unit}", file=sys.stderr, show_pos=True) as bar:
             yield lambda: bar.update(1)
         return
     done = 0

@@ -1,0 +1,277 @@
+from __future__ import annotations
+
+import logging
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from almrr_pipeline import cli
+from almrr_pipeline.config import ScanSettings
+from almrr_pipeline.evaluation.thresholds import conformal_threshold
+from almrr_pipeline.inference.settings import InferenceSettings, Thresholds
+from almrr_pipeline.model.almrr import ALMRR
+from almrr_pipeline.model.backbone import build_backbone
+from almrr_pipeline.sources.registry import known_categories, source_for
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The smallest real model, with random weights and thresholds as if from 19 normal pictures."""
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    backbone = build_backbone("test_resnet", weights=None)
+    sizes = {"latent": 16, "dim": 16, "depth": 1, "state": 4, "decoder": (16, 16), "refinement_width": 4}
+    ALMRR(backbone, image_size=(128, 128), scan_backend="torch", **sizes).save(folder)
+    threshold = conformal_threshold(np.linspace(0.1, 0.5, 19), 0.05)
+    InferenceSettings(
+        category="sample_brick", image_size=(128, 128), thresholds=Thresholds(image=threshold, pixel=threshold)
+    ).save(folder)
+    return folder
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    """Ten small pictures, one in a sub-folder."""
+    generator = np.random.default_rng(0)
+    folder = tmp_path / "photo graphs"
+    (folder / "deeper").mkdir(parents=True)
+    for name in [*(f"{position}.png" for position in range(9)), "deeper/9.png"]:
+        Image.fromarray(generator.integers(0, 256, size=(40, 60, 3), dtype=np.uint8)).save(folder / name)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _logging_is_restored() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:], root.level = handlers, level
+
+
+def _run(*arguments: object) -> Result:
+    return CliRunner().invoke(cli.almrr, [str(argument) for argument in arguments], prog_name="almrr")
+
+
+# --- predict ---
+
+
+def test_predict_writes_scores_and_overlays(model_folder: Path, photographs: Path, tmp_path: Path) -> None:
+    result = _run("predict", model_folder, photographs, "--output", tmp_path / "out", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert len(pd.read_csv(tmp_path / "out" / "scores.csv")) == 9
+    assert len(list((tmp_path / "out" / "overlays").glob("*.png"))) == 9
+    assert not (tmp_path / "out" / "maps").exists()
+
+
+def test_predict_looks_into_sub_folders_and_writes_maps(model_folder: Path, photographs: Path, tmp_path: Path) -> None:
+    arguments = ("predict", model_folder, photographs, "-o", tmp_path / "out", "-r", "--maps", "npy", "--no-overlays")
+    assert _run(*arguments, "--batch-size", 3, "--scan-backend", "torch").exit_code == 0
+    assert {entry.name for entry in (tmp_path / "out").iterdir()} == {"scores.csv", "maps"}
+    assert (tmp_path / "out" / "maps" / "deeper" / "9.npy").is_file()
+
+
+def test_the_summary_counts_and_states_the_guarantee(model_folder: Path, photographs: Path, tmp_path: Path) -> None:
+    result = _run("predict", model_folder, photographs, "-o", tmp_path / "out")
+    scores = pd.read_csv(tmp_path / "out" / "scores.csv")
+    anomalous = int(scores["is_anomalous"].sum())
+    assert f"9 pictures: {anomalous} anomalous, {9 - anomalous} normal." in result.stdout
+    assert "Threshold 0.5. A new picture" in result.stdout
+    assert "at most 5.00%" in result.stdout
+    assert Path(scores["image"][scores["score"].idxmax()]).name in result.stdout.partition("Highest score")[2]
+
+
+@pytest.mark.parametrize(("threshold", "anomalous"), [(0, 9), (1, 0)])
+def test_a_chosen_threshold_decides_and_loses_the_guarantee(
+    model_folder: Path, photographs: Path, tmp_path: Path, threshold: int, anomalous: int
+) -> None:
+    result = _run("predict", model_folder, photographs, "-o", tmp_path / "out", "--threshold", threshold)
+    assert f"9 pictures: {anomalous} anomalous" in result.stdout
+    assert "without a guarantee" in result.stdout
+    assert set(pd.read_csv(tmp_path / "out" / "scores.csv")["threshold"]) == {threshold}
+
+
+def test_without_threshold_nothing_is_judged(model_folder: Path, photographs: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "model"
+    bare.mkdir()
+    for file in model_folder.iterdir():
+        (bare / file.name).write_bytes(file.read_bytes())
+    InferenceSettings(category="sample_brick", image_size=(128, 128)).save(bare)
+    result = _run("predict", bare, photographs, "-o", tmp_path / "out")
+    assert result.exit_code == 0
+    assert "9 pictures scored, none judged" in result.stdout
+
+
+def test_progress_is_plain_lines_off_a_terminal(model_folder: Path, photographs: Path, tmp_path: Path) -> None:
+    result = _run("predict", model_folder, photographs, "-r", "-o", tmp_path / "out")
+    lines = [line for line in result.stderr.splitlines() if " of 10 pictures" in line]
+    assert lines == [f"{done} of 10 pictures" for done in range(1, 11)]
+
+
+def test_progress_is_a_bar_on_a_terminal(
+    model_folder: Path, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pty = pytest.importorskip("pty", reason="Windows has no such terminals")
+    ours, theirs = pty.openpty()
+    arguments = ["predict", str(model_folder), str(photographs), "-o", str(tmp_path / "out"), "--no-overlays"]
+    with os.fdopen(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        cli.almrr(arguments, standalone_mode=False)
+        terminal.flush()
+        shown = os.read(ours, 100_000)
+    os.close(ours)
+    assert b"###" in shown
+    assert b"9/9" in shown
+
+
+def test_unreadable_pictures_make_the_exit_code_1_and_the_rest_is_done(
+    model_folder: Path, photographs: Path, tmp_path: Path
+) -> None:
+    (photographs / "4.png").write_text("no picture")
+    result = _run("predict", model_folder, photographs, "-o", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "1 of 9 pictures could not be read" in result.stderr
+    assert str(photographs / "4.png") in result.stderr
+    assert "Traceback" not in result.output
+    assert len(pd.read_csv(tmp_path / "out" / "scores.csv")) == 8
+
+
+def test_many_unreadable_pictures_are_counted(model_folder: Path, photographs: Path, tmp_path: Path) -> None:
+    for position in range(30):
+        (photographs / f"bad{position:02d}.png").touch()
+    result = _run("predict", model_folder, photographs, "-o", tmp_path / "out", "--no-overlays")
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("Error: 30 of 39 pictures could not be read")
+    assert last.count("bad") == 20
+    assert last.endswith("and 10 more.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["predict", "nowhere", "{photographs}", "-o", "{out}"], "nowhere does not exist"),
+        (["predict", "{photographs}", "{photographs}", "-o", "{out}"], "is no model folder: model.safetensors"),
+        (["predict", "{model}", "nowhere", "-o", "{out}"], "no picture or folder at nowhere"),
+        (["predict", "{model}", "{model}", "-o", "{out}"], "holds no picture"),
+        (["predict", "{model}", "{photographs}", "-o", "{model}"], "holds other files"),
+        (
+            ["predict", "{model}", "{photographs}", "-o", "{out}", "--device", "cuda:99"],
+            "device 'cuda:99' cannot be used",
+        ),
+        (["info", "nowhere"], "nowhere does not exist"),
+        (["export", "nowhere", "--format", "onnx"], "nowhere does not exist"),
+    ],
+)
+def test_what_the_user_can_put_right_is_one_sentence_and_exit_code_1(
+    model_folder: Path, photographs: Path, tmp_path: Path, arguments: list[str], complaint: str
+) -> None:
+    places = {"model": model_folder, "photographs": photographs, "out": tmp_path / "out"}
+    result = _run(*(argument.format(**places) for argument in arguments))
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith("Error: ")
+    assert complaint in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["predict", "model"],
+        ["predict", "model", "images"],
+        ["predict", "model", "images", "-o", "out", "--batch-size", "0"],
+        ["predict", "model", "images", "-o", "out", "--threshold", "-1"],
+        ["predict", "model", "images", "-o", "out", "--maps", "tiff"],
+        ["export", "model"],
+        ["retrain"],
+    ],
+)
+def test_a_wrong_command_line_is_exit_code_2(arguments: list[str]) -> None:
+    result = _run(*arguments)
+    assert result.exit_code == 2
+    assert "Usage: almrr" in result.stderr
+
+
+# --- export, info, categories ---
+
+
+@pytest.mark.parametrize(("kind", "suffix"), [("onnx", ".onnx"), ("torch", ".pt2")])
+def test_export_writes_a_file_named_after_the_category(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, suffix: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = _run("export", model_folder, "--format", kind)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / f"sample_brick{suffix}").stat().st_size > 1000
+    assert f"Wrote sample_brick{suffix}" in result.stdout
+    assert "(batch, 3, 128, 128)" in result.stdout
+
+
+def test_export_replaces_only_on_demand(model_folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "brick.pt2"
+    target.write_text("precious")
+    result = _run("export", model_folder, "--format", "torch", "-o", target)
+    assert result.exit_code == 1
+    assert "--overwrite" in result.stderr
+    assert target.read_text() == "precious"
+    assert _run("export", model_folder, "--format", "torch", "-o", target, "--overwrite").exit_code == 0
+    assert target.stat().st_size > 1000
+
+
+def test_info_describes_the_model(model_folder: Path) -> None:
+    result = _run("info", model_folder)
+    assert result.exit_code == 0
+    assert "ALMRR model of sample_brick" in result.stdout
+    assert "at most 5.00%" in result.stdout
+
+
+def test_categories_lists_all_with_their_licences() -> None:
+    lines = _run("categories").stdout.splitlines()
+    assert [line.split()[0] for line in lines] == known_categories()
+    assert all(source_for(line.split()[0]).license in line for line in lines)
+
+
+# --- help ---
+
+
+@pytest.mark.parametrize("command", ["predict", "export", "info"])
+def test_help_teaches_by_examples(command: str) -> None:
+    text = _run(command, "--help").stdout
+    assert "Example" in text
+    assert re.search(rf"^ +almrr {command} ", text, flags=re.MULTILINE)
+
+
+def test_every_example_of_the_help_is_a_valid_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, command in cli.almrr.commands.items():
+        monkeypatch.setattr(command, "callback", lambda **_: None)
+        for line in re.findall(r"^ +almrr (.+)$", command.help or "", flags=re.MULTILINE):
+            result = _run(*line.split())
+            assert result.exit_code == 0, f"{name}: {line}: {result.output}"
+
+
+def test_scan_backends_are_those_of_the_parameters() -> None:
+    assert get_args(ScanSettings.model_fields["backend"].annotation) == cli.SCAN_BACKENDS
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from almrr_pipeline.cli import almrr; almrr(['--help'], standalone_mode=False); "
+        "print(sorted({'torch', 'numpy', 'pandas', 'scipy', 'PIL', 'pydantic', 'mlflow', 'kedro'} & set(sys.modules)))"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.splitlines()[-1] == "[]"
+
+
+def test_the_module_has_no_attribute_that_kedro_takes_for_its_own() -> None:
+    assert not hasattr(cli, "cli")
