@@ -28,7 +28,7 @@ _KINDS: Mapping[ExampleKind, str] = {
     "typical": "Typical",
     "worst": "Missed, false alarms, and what came nearest to either",
 }
-_HEADLINES = ("image_auroc", "pixel_auroc", "pixel_ap", "aupro_30")
+_HEADLINES = ("image_auroc", "pixel_auroc", "pixel_ap")
 
 
 @dataclass(frozen=True)
@@ -92,21 +92,25 @@ def render_report(report: Report) -> str:
     metrics = {category.category: category.metrics for category in report.categories}
     links = {category.category: f"category-{place}" for place, category in enumerate(report.categories, start=1)}
     training = {c.category: (c.training_images, c.held_out_images) for c in report.categories}
-    return _environment().get_template("report.html.j2").render(
-        title=report.parameters.report.title,
-        parameters=report.parameters,
-        headlines=_pick_headlines(report),
-        results=tables.tabulate_results(metrics, report.summary, links=links),
-        seeds=tables.tabulate_seeds(report.seeds),
-        oracle=tables.tabulate_oracle(metrics),
-        counts=tables.tabulate_counts(training, metrics),
-        thresholds=tables.tabulate_thresholds(metrics),
-        curves=_draw_curves(report.categories),
-        categories=[_view_category(category, links[category.category]) for category in report.categories],
-        definitions=_define_metrics(list(metrics.values())),
-        dump=_dump_parameters(report.parameters),
-        versions=report.versions,
-        commit=report.commit,
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            title=report.parameters.report.title,
+            parameters=report.parameters,
+            headlines=_pick_headlines(report),
+            results=tables.tabulate_results(metrics, report.summary, links=links),
+            seeds=tables.tabulate_seeds(report.seeds),
+            oracle=tables.tabulate_oracle(metrics),
+            counts=tables.tabulate_counts(training, metrics),
+            thresholds=tables.tabulate_thresholds(metrics),
+            curves=_draw_curves(report.categories),
+            categories=[_view_category(category, links[category.category]) for category in report.categories],
+            definitions=_define_metrics(list(metrics.values())),
+            dump=_dump_parameters(report.parameters),
+            versions=report.versions,
+            commit=report.commit,
+        )
     )
 
 
@@ -136,6 +140,7 @@ class _CategoryView:
     name: str
     link: str
     source: str
+    headlines: Sequence[_Headline]
     steps: int
     losses: Markup
     scores: Markup
@@ -156,34 +161,43 @@ def _environment() -> jinja2.Environment:
 
 def _pick_headlines(report: Report) -> list[_Headline]:
     """Means over the categories; of one category, its metrics with their intervals."""
-    alone = report.categories[0].metrics if len(report.categories) == 1 else None
+    if len(report.categories) == 1:
+        return _pick_category_headlines(report.categories[0].metrics)
     headlines = []
-    for name in _HEADLINES:
-        head = tables.describe_metric(name)
-        value = alone.get(name) if alone is not None else report.summary.get(name, {}).get("mean")
-        small = _say_interval(alone, name) if alone is not None else _say_categories(report.summary.get(name, {}))
-        headlines.append(_Headline(_name_metric(head), tables.format_metric(value), small))
+    for name in _headline_names([category.metrics for category in report.categories]):
+        mean = report.summary.get(name, {})
+        small = f"mean of {mean['categories']} of {mean['of']} categories" if mean else "not computed"
+        headlines.append(_Headline(_name_metric(name), tables.format_metric(mean.get("mean")), small))
     return headlines
+
+
+def _pick_category_headlines(metrics: tables.Metrics) -> list[_Headline]:
+    return [
+        _Headline(_name_metric(name), tables.format_metric(metrics.get(name)), _say_interval(metrics, name))
+        for name in _headline_names([metrics])
+    ]
+
+
+def _headline_names(metrics: Sequence[tables.Metrics]) -> list[str]:
+    """The metrics that open the page, and the first of the region metrics that there is."""
+    regions = [name for name in tables.list_metrics(metrics) if tables.describe_metric(name).group == "regions"]
+    return [*_HEADLINES, *regions[:1]]
 
 
 def _say_interval(metrics: tables.Metrics, name: str) -> str:
     interval = metrics.get("intervals", {}).get(name)
     if interval is not None:
-        return f"95 % interval {interval[0]:.3f} to {interval[1]:.3f}"
+        return f"{interval[0]:.3f} to {interval[1]:.3f}"
     return str(metrics.get("undefined", {}).get(name, ""))
 
 
-def _say_categories(mean: Mapping[str, float | int | None]) -> str:
-    return f"mean of {mean['categories']} of {mean['of']} categories" if mean else "not computed"
-
-
-def _name_metric(head: tables.Head) -> str:
+def _name_metric(name: str) -> str:
+    head = tables.describe_metric(name)
     return head.text if head.group == "regions" else f"{head.group.removesuffix('s')} {head.text}"
 
 
 def _define_metrics(metrics: Sequence[tables.Metrics]) -> list[tuple[str, str]]:
-    heads = [tables.describe_metric(name) for name in tables.list_metrics(metrics)]
-    return [(_name_metric(head), head.meaning) for head in heads]
+    return [(_name_metric(name), tables.describe_metric(name).meaning) for name in tables.list_metrics(metrics)]
 
 
 def _draw_curves(categories: Sequence[CategoryReport]) -> list[tuple[str, Markup]]:
@@ -211,6 +225,7 @@ def _view_category(category: CategoryReport, link: str) -> _CategoryView:
         name=name,
         link=link,
         source=category.source,
+        headlines=_pick_category_headlines(category.metrics),
         steps=int(category.history["step"].max()) if len(category.history) else 0,
         losses=Markup(plots.draw_losses(category.history, title=f"Training losses of {name}")),
         scores=Markup(plots.draw_scores(category.scores, threshold=threshold, title=f"Image scores of {name}")),

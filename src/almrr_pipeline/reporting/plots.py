@@ -159,9 +159,9 @@ def draw_scores(scores: pd.DataFrame, *, threshold: float | None, title: str) ->
     values = scores["score"].to_numpy(dtype=np.float64)
     low, high = _score_range(values, threshold)
     edges = np.linspace(low, high, _BINS + 1)
-    labels = [label for label in ("normal", "defective") if (scores["label"] == label).any()]
-    shares = {label: _histogram(values[(scores["label"] == label).to_numpy()], edges) for label in labels}
-    top = max((float(share.max()) for share in shares.values()), default=1.0)
+    counts = {label: int((scores["label"] == label).sum()) for label in ("normal", "defective")}
+    shares = {label: _histogram(values[(scores["label"] == label).to_numpy()], edges) for label in counts}
+    top = max(float(share.max()) for share in shares.values()) or 1.0
     frame = Frame(
         Axis(low, high, "anomaly score", _round_ticks(high, low)),
         Axis(0.0, top * 105, "share of its class, %", _round_ticks(top * 105)),
@@ -170,8 +170,9 @@ def draw_scores(scores: pd.DataFrame, *, threshold: float | None, title: str) ->
     )
     parts, legend = _draw_frame(frame), []
     for place, (label, share) in enumerate(shares.items()):
-        parts.append(_draw_steps(frame, edges, 100 * share, _series(place), label))
-        legend.append((f"{label} ({int((scores['label'] == label).sum())})", _series(place), ""))
+        if counts[label]:
+            parts.append(_draw_steps(frame, edges, 100 * share, _series(place), label))
+            legend.append((f"{label} ({counts[label]})", _series(place), ""))
     if threshold is not None:
         line = frame.place([threshold, threshold], [0.0, frame.y.high])
         parts.append(_draw_line(line, "var(--ink,#22262e)", width=1.2, dash="5 3", name=f"threshold {threshold:.4g}"))
@@ -279,7 +280,7 @@ def _draw_banded(frame: Frame, steps: Floats, values: Floats, colour: str, name:
     usable = np.isfinite(values) & (values > 0)
     if not usable.any():
         return []
-    column = np.floor(frame.x.place(steps[usable]) * (_COLUMNS - 1))
+    column = np.minimum(np.floor(frame.x.place(steps[usable]) * _COLUMNS), _COLUMNS - 1)
     groups = pd.DataFrame({"step": steps[usable], "value": values[usable]}).groupby(column)
     step, value = groups["step"].mean(), groups["value"].agg(["min", "max", "mean"])
     upper, lower = frame.place(step, value["max"]), frame.place(step, value["min"])
@@ -336,7 +337,7 @@ def _draw_legend(frame: Frame, legend: Sequence[tuple[str, str, str]]) -> tuple[
     """Entries flow in rows below the plot; returns the elements and the height they need in all."""
     rows, x, y = [], _LEFT, frame.height + 8
     for name, colour, dash in legend:
-        width = 26 + 6.3 * len(name) + 12
+        width = 26 + 5.9 * len(name) + 12
         if x > _LEFT and x + width > frame.width:
             x, y = _LEFT, y + _LEGEND_ROW
         rows.append(_draw_line(np.array([[x, y], [x + 20, y]]), colour, width=2.2, dash=dash))

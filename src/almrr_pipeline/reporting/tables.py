@@ -95,8 +95,8 @@ def describe_metric(name: str) -> Head:
     if region is None:
         group, text = _NAMES[name]
         return Head(text, group, _MEANINGS[name])
-    percent = region[1].lstrip("0") + (f".{region[2]}" if region[2] else "")
-    return Head(f"AUPRO {percent or 0} %", "regions", f"{_AUPRO_MEANING} up to a false positive rate of {percent} %.")
+    percent = str(int(region[1])) + (f".{region[2]}" if region[2] else "")
+    return Head(f"AUPRO {percent} %", "regions", f"{_AUPRO_MEANING} up to a false positive rate of {percent} %.")
 
 
 def tabulate_results(metrics: Mapping[str, Metrics], summary: Spread, *, links: Mapping[str, str]) -> Table:
@@ -111,7 +111,7 @@ def tabulate_results(metrics: Mapping[str, Metrics], summary: Spread, *, links: 
     share = Head("defective", "pixels", "Share of defective pixels: the pixel AP of a map that knows nothing.")
     heads = [*map(describe_metric, names)]
     last = max(k for k, head in enumerate(heads) if head.group == "pixels") + 1
-    table = Table("Metrics of the last step, on the test set", [*heads[:last], share, *heads[last:]])
+    table = Table("Metrics on the test set", [*heads[:last], share, *heads[last:]])
     tops = _find_tops(metrics, names) if len(metrics) > 1 else {}
     for category, values in metrics.items():
         cells = [_metric_cell(table, values, name, top=tops.get(name)) for name in names]
@@ -128,7 +128,9 @@ def tabulate_defects(metrics: Metrics) -> Table:
     """Metrics of each kind of defect against all normal test pictures."""
     kinds: Mapping[str, Metrics] = metrics.get("defects", {})
     names = list_metrics(list(kinds.values()))
-    table = Table("By kind of defect, against all normal test pictures", [Head("pictures"), *map(describe_metric, names)])
+    table = Table(
+        "By kind of defect, against all normal test pictures", [Head("pictures"), *map(describe_metric, names)]
+    )
     for kind, values in kinds.items():
         count = Cell(format_count(values.get("counts", {}).get("defective_images")))
         table.rows.append(Row(kind, [count, *(_metric_cell(table, values, name) for name in names)]))

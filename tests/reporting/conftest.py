@@ -1,0 +1,114 @@
+"""A report of two categories, as evaluation writes them: one with everything, one with as little as there can be."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from almrr_pipeline.config import Parameters, parse_parameters
+from almrr_pipeline.evaluation.scores import evaluate
+from almrr_pipeline.evaluation.summary import summarize
+from almrr_pipeline.evaluation.thresholds import conformal_threshold
+from almrr_pipeline.reporting.examples import Overlay
+from almrr_pipeline.reporting.html import CategoryReport, Report
+
+
+@pytest.fixture
+def history() -> pd.DataFrame:
+    """Losses over 50 records that fall from 1 and 0.1."""
+    step = np.arange(10, 510, 10)
+    fall = np.exp(-step / 200)
+    return pd.DataFrame(
+        {
+            "step": step,
+            "loss": 1.1 * fall,
+            "reconstruction": fall,
+            "refinement": 0.1 * fall,
+            "learning_rate": np.full(50, 1e-3),
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def full() -> tuple[Any, pd.DataFrame]:
+    """Evaluation and scores of 12 normal and 12 defective pictures, all metrics defined."""
+    return _evaluate(normals=12, held_out=19)
+
+
+@pytest.fixture(scope="session")
+def bare() -> tuple[Any, pd.DataFrame]:
+    """Evaluation and scores of 6 defective pictures: no image metrics, no threshold."""
+    return _evaluate(normals=0, held_out=0)
+
+
+@pytest.fixture
+def parameters() -> Parameters:
+    return parse_parameters({"suite": "sample", "categories": ["sample_brick", "nanotwice"]})
+
+
+@pytest.fixture
+def report(
+    parameters: Parameters, history: pd.DataFrame, full: tuple[Any, pd.DataFrame], bare: tuple[Any, pd.DataFrame]
+) -> Report:
+    stream = io.BytesIO()
+    Image.fromarray(np.full((40, 120, 3), 90, np.uint8)).save(stream, "PNG")
+    overlays = [Overlay("best", "a.png · hole", stream.getvalue()), Overlay("worst", "b.png", stream.getvalue())]
+    categories = [
+        _report_category("sample_brick", full, history, overlays=overlays, training_images=171, held_out_images=19),
+        _report_category("nanotwice", bare, history, source="NanoTWICE; cite Carrera et al., 2017."),
+    ]
+    summary = summarize({category.category: category.metrics for category in categories})
+    return Report(parameters, categories, summary, versions={"torch": "2.6.0"}, commit="0123abc")
+
+
+def _report_category(
+    name: str, evaluated: tuple[Any, pd.DataFrame], history: pd.DataFrame, **more: Any
+) -> CategoryReport:
+    curves, scores = evaluated
+    return CategoryReport(
+        name,
+        curves.metrics,
+        history,
+        scores,
+        curves.roc,
+        curves.pr,
+        curves.pro,
+        curves.image_roc,
+        curves.image_pr,
+        **more,
+    )
+
+
+def _evaluate(*, normals: int, held_out: int) -> tuple[Any, pd.DataFrame]:
+    generator = np.random.default_rng(0)
+    defects = ["good"] * normals + ["hole", "thread"] * 6
+    maps = generator.random((len(defects), 16, 16), dtype=np.float32) * 0.6
+    masks = np.zeros(maps.shape, bool)
+    masks[normals:, 4:8, 5:9] = True
+    maps[masks] += 0.35
+    labels, scores = np.arange(len(defects)) >= normals, maps.mean(axis=(1, 2), dtype=np.float64)
+    threshold = conformal_threshold(generator.normal(scores.min(), 0.01, held_out), 0.05)
+    evaluation = evaluate(
+        maps,
+        masks,
+        scores,
+        labels,
+        defects,
+        image_threshold=threshold,
+        pixel_threshold=threshold,
+        bootstrap=20,
+    )
+    table = pd.DataFrame(
+        {
+            "image": [f"{k}.png" for k in range(len(defects))],
+            "label": np.where(labels, "defective", "normal"),
+            "defect": defects,
+            "score": scores,
+        }
+    )
+    return evaluation, table
