@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from almrr_pipeline.evaluation.pixels import (
     gather_defective,
     just_above,
 )
+from almrr_pipeline.evaluation.scores import evaluate
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False, width=32)
 
@@ -115,3 +117,47 @@ def test_a_normal_picture_with_defective_pixels_is_refused(case: Any) -> None:
     case.masks[1][3, 3] = True
     with pytest.raises(AlmrrError, match="picture 1 is labelled normal, but"):
         case.evaluate()
+
+
+class Drawn:
+    """Maps or masks that exist only while they are looked at."""
+
+    def __init__(self, count: int, *, masks: bool) -> None:
+        self.count, self.masks = count, masks
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        if self.masks:
+            mask = np.zeros((256, 256), bool)
+            mask[10:14, 10:14] = index % 2 == 1
+            return mask
+        return np.random.default_rng(index).random((256, 256), dtype=np.float32)
+
+
+def trace_peak(count: int) -> int:
+    """Highest number of bytes in use while a test set of so many pictures is evaluated."""
+    labels = np.arange(count) % 2 == 1
+    tracemalloc.start()
+    try:
+        evaluate(
+            Drawn(count, masks=False),
+            Drawn(count, masks=True),
+            labels,
+            labels,
+            ["dent"] * count,
+            image_threshold=None,
+            pixel_threshold=None,
+            bootstrap=0,
+        )
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_memory_does_not_grow_with_the_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pixels, "_CHUNK", 1 << 18)
+    trace_peak(4)  # what is imported and cached at first use does not count
+    few, many = trace_peak(20), trace_peak(120)
+    assert many - few < 0.15 * 100 * 256 * 256 * 4

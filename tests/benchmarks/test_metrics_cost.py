@@ -1,0 +1,22 @@
+"""The benchmark of the metrics measures what it says, here on a small test set."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+
+def test_the_figures_of_a_small_test_set(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(project / "benchmarks")
+    spec = importlib.util.spec_from_file_location("metrics_benchmark", project / "benchmarks" / "metrics.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for name, value in {"NORMAL": 2, "DEFECTIVE": 5, "SIDE": 64}.items():
+        monkeypatch.setattr(module, name, value)
+    figures = module.measure_evaluation(tmp_path, 0.1, 10)
+    assert figures["megapixels"] == pytest.approx(7 * 64 * 64 / 1e6)
+    assert 0.01 < figures["defective_share"] < 0.1
+    assert figures["seconds"] > 0
+    assert figures["seconds_with_intervals"] > 0

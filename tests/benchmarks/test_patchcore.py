@@ -1,0 +1,94 @@
+"""The light PatchCore that ALMRR is measured against: its parts, and a whole run on drawn pictures."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+
+@pytest.fixture(scope="module")
+def patchcore(project: Path) -> ModuleType:
+    """benchmarks/patchcore.py, which is a script and in no package."""
+    spec = importlib.util.spec_from_file_location("patchcore", project / "benchmarks" / "patchcore.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def drawn(tmp_path: Path) -> Path:
+    """NanoTWICE's layout: striped normal pictures, and test pictures with a bright square."""
+    generator = np.random.default_rng(0)
+    for name in ("Normal", "Anomalous/images", "Anomalous/gt"):
+        (tmp_path / "nanotwice" / name).mkdir(parents=True)
+    for index in range(6):
+        image = (np.indices((96, 96))[1] // 4 % 2 * 60 + generator.integers(60, 90, (96, 96))).astype(np.uint8)
+        if index < 3:
+            Image.fromarray(image).save(tmp_path / "nanotwice/Normal" / f"{index}.tif")
+            continue
+        mask = np.zeros((96, 96), np.uint8)
+        mask[30:60, 20:60] = 255
+        Image.fromarray(np.where(mask > 0, 255, image).astype(np.uint8)).save(
+            tmp_path / "nanotwice/Anomalous/images" / f"{index}.tif"
+        )
+        Image.fromarray(mask).save(tmp_path / "nanotwice/Anomalous/gt" / f"{index}_gt.png")
+    return tmp_path
+
+
+def test_the_core_covers_what_is_far_apart(patchcore: ModuleType) -> None:
+    generator = torch.Generator().manual_seed(0)
+    centres = 100.0 * torch.eye(5, 64)
+    features = centres.repeat_interleave(200, dim=0) + torch.randn(1000, 64, generator=generator)
+    core = patchcore.choose_core(features, 5, generator)
+    assert torch.cdist(core, centres).argmin(dim=1).sort().values.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_core_is_not_larger_than_its_pool(patchcore: ModuleType) -> None:
+    features = torch.randn(7, 4)
+    assert patchcore.choose_core(features, 10, torch.Generator()) is features
+
+
+def test_the_pool_is_drawn_evenly_from_all_pictures(patchcore: ModuleType) -> None:
+    batches = (torch.full((2, 3, 4, 4), float(value)) for value in range(4))
+    pool = patchcore.draw_pool(batches, 8, 40, torch.Generator().manual_seed(0))
+    assert pool[:, 0].unique(return_counts=True)[1].tolist() == [10, 10, 10, 10]
+
+
+def test_a_picture_of_remembered_features_has_no_distance(patchcore: ModuleType) -> None:
+    picture = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    (known,) = patchcore.map_distances(iter([picture]), picture[0].flatten(1).T, 32)
+    (other,) = patchcore.map_distances(iter([picture + 1.0]), picture[0].flatten(1).T, 32)
+    assert known.shape == (32, 32)
+    assert known.max() < 1e-2 < other.max()
+
+
+def test_a_run_finds_a_drawn_defect(patchcore: ModuleType, drawn: Path) -> None:
+    torch.manual_seed(0)
+    weights = drawn / "weights.pth"
+    torch.save(timm.create_model("resnet10t", pretrained=False).state_dict(), weights)
+    arguments = argparse.Namespace(
+        data=drawn,
+        category="nanotwice",
+        weights=weights,
+        backbone="resnet10t",
+        stride_in_1x1=False,
+        size=96,
+        pool=400,
+        core=50,
+        bootstrap=20,
+        seed=0,
+        device="cpu",
+        json=None,
+    )
+    figures = patchcore.run(arguments)
+    assert figures["pixel_auroc"] > 0.8
+    assert figures["undefined"]["image_auroc"] == "no normal test image"
+    assert figures["train_images"] == 3
