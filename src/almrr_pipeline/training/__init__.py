@@ -1,0 +1,1 @@
+"""Training: losses, batches from the pool, the Lightning module, checkpoints, guards; `fit` is the door."""

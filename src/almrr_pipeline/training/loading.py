@@ -1,0 +1,337 @@
+"""From the pool to batches: which samples, turned how, read from where.
+
+The batch of a step is a pure function of the seed and the step. Nothing has to be remembered between steps, so a
+resumed training sees what an uninterrupted one would have seen, and several devices share a batch without talking.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from almrr_pipeline.errors import AlmrrError
+from almrr_pipeline.training.randomness import derive_seed
+
+logger = logging.getLogger(__name__)
+
+RESIDENT_SHARE = 0.4
+"""The pool may take this share of a GPU's free memory; the rest is for training."""
+LOADER_PROCESSES = 4
+"""Loader processes that feed a GPU from disk when the number is left open."""
+
+Indices = npt.NDArray[np.int64]
+Turns = npt.NDArray[np.uint8]
+
+
+class TrainingPool(Protocol):
+    """What is read of a pool of simulated anomalies (almrr_pipeline.synthesis.pool.Pool has it).
+
+    normals: uint8 (n, H, W, 3), RGB. augmented, held_augmented: uint8 (N, H, W, 3). masks, held_masks: bool or {0, 1}
+    (N, H, W). source: int64 (N,), which of the normal pictures was augmented. The held_ arrays are of normal pictures
+    that are not trained on; they may be empty.
+    """
+
+    normals: npt.NDArray[np.uint8]
+    augmented: npt.NDArray[np.uint8]
+    masks: npt.NDArray[Any]
+    source: npt.NDArray[np.int64]
+    held_augmented: npt.NDArray[np.uint8]
+    held_masks: npt.NDArray[Any]
+
+
+class Batch(TypedDict):
+    """Pictures as they lie in the pool: uint8 (B, H, W, 3), and the mask, bool or {0, 1} (B, H, W)."""
+
+    normal: Tensor
+    augmented: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class SampleOrder:
+    """Which samples a step sees, and how they are turned.
+
+    Samples are drawn epoch by epoch, each epoch a new permutation; a batch may reach over the end of an epoch, so
+    every batch is full, also where there are fewer samples than a batch holds.
+
+    Attributes:
+        count: samples in the pool.
+        batch_size: samples a step, over all processes; a multiple of `world`.
+        seed: of permutations and turns.
+        rank: which process this is, in [0, world).
+        world: processes that share each batch.
+    """
+
+    count: int
+    batch_size: int
+    seed: int
+    rank: int = 0
+    world: int = 1
+
+    def samples(self, step: int) -> Indices:
+        """This process's samples at a step: int64, shape (batch_size / world,), values in [0, count)."""
+        positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)[self.rank :: self.world]
+        epochs, places = np.divmod(positions, self.count)
+        drawn = np.empty_like(places)
+        for epoch in np.unique(epochs):
+            of_epoch = epochs == epoch
+            drawn[of_epoch] = _permutation(self.count, self.seed, int(epoch))[places[of_epoch]]
+        return drawn
+
+    def turns(self, step: int) -> Turns:
+        """This process's turns at a step: uint8 in [0, 8), shape (batch_size / world,); see `turn`."""
+        generator = np.random.default_rng(derive_seed(self.seed, "turns", step))
+        return generator.integers(0, 8, size=self.batch_size, dtype=np.uint8)[self.rank :: self.world]
+
+
+@lru_cache(maxsize=4)
+def _permutation(count: int, seed: int, epoch: int) -> Indices:
+    return np.random.default_rng(derive_seed(seed, "order", epoch)).permutation(count)
+
+
+def turn(pictures: Tensor, turns: Tensor) -> Tensor:
+    """Mirror and turn each picture of a batch in its own way.
+
+    Args:
+        pictures: any type, shape (B, H, W) or (B, H, W, 3).
+        turns: uint8, shape (B,). Bit 0 mirrors left and right, bit 1 up and down; bit 2 then swaps rows and columns,
+            which with the mirrors gives the quarter turns; it is ignored where the pictures are not square.
+
+    Returns:
+        Pictures of the same shape and type.
+    """
+
+    def where(bit: int, changed: Tensor, kept: Tensor) -> Tensor:
+        chosen = (turns & (1 << bit) != 0).view(-1, *[1] * (kept.ndim - 1))
+        return torch.where(chosen, changed, kept)
+
+    pictures = where(0, pictures.flip(2), pictures)
+    pictures = where(1, pictures.flip(1), pictures)
+    if pictures.shape[1] == pictures.shape[2]:
+        pictures = where(2, pictures.transpose(1, 2), pictures)
+    return pictures
+
+
+def to_images(pictures: Tensor, *, channels_last: bool) -> Tensor:
+    """uint8 (B, H, W, 3) to float32 (B, 3, H, W) in [0, 1], on the pictures' device, in the memory format asked for."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    images = pictures.permute(0, 3, 1, 2).to(dtype=torch.float32, memory_format=memory_format)
+    return images.div_(255)
+
+
+class PoolBatches(Dataset[Batch]):
+    """The batches of all steps, addressed by step, gathered from where the pool lies.
+
+    Args:
+        pool: the pool, memory-mapped or in memory.
+        order: which samples a step sees.
+        flips: mirror and turn the pictures; normal, augmented and mask alike.
+        device: copy the pool to this device once and gather there; None reads it from where it is.
+    """
+
+    def __init__(self, pool: TrainingPool, order: SampleOrder, *, flips: bool, device: torch.device | None) -> None:
+        self._order = order
+        self._flips = flips
+        self._device = device
+        self._source = np.asarray(pool.source)
+        arrays = {"normal": pool.normals, "augmented": pool.augmented, "mask": pool.masks}
+        self._mapped = {} if device else arrays
+        self._resident = {name: _copy(array, device) for name, array in arrays.items()} if device else {}
+
+    def __getitem__(self, step: int) -> Batch:
+        """The batch of a step, on the pool's device."""
+        samples = self._order.samples(step)
+        rows = {"normal": self._source[samples], "augmented": samples, "mask": samples}
+        gathered = {name: self._gather(name, indices) for name, indices in rows.items()}
+        if self._flips:
+            turns = torch.from_numpy(self._order.turns(step)).to(self._device or "cpu")
+            gathered = {name: turn(pictures, turns) for name, pictures in gathered.items()}
+        return Batch(normal=gathered["normal"], augmented=gathered["augmented"], mask=gathered["mask"])
+
+    def _gather(self, name: str, indices: Indices) -> Tensor:
+        if self._device is None:
+            return torch.from_numpy(np.ascontiguousarray(self._mapped[name][indices]))
+        return self._resident[name].index_select(0, torch.from_numpy(indices).to(self._device))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For loader processes that are spawned: memory maps travel as their file's name, not as their content."""
+        return {**self.__dict__, "_mapped": {name: _describe(array) for name, array in self._mapped.items()}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._mapped = {name: _reopen(described) for name, described in state["_mapped"].items()}
+
+
+def _copy(array: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """Copy an array to a device in slices, so that a memory-mapped one never lies in main memory as a whole."""
+    copied = torch.empty(array.shape, dtype=torch.from_numpy(array[:0].copy()).dtype, device=device)
+    rows = max(1, 2**28 // max(1, array[:1].nbytes))
+    for start in range(0, len(array), rows):
+        copied[start : start + rows] = torch.from_numpy(np.array(array[start : start + rows]))
+    return copied
+
+
+def _describe(array: npt.NDArray[Any]) -> Any:  # noqa: ANN401 - a tuple for np.memmap, or the array itself
+    whole = isinstance(array, np.memmap) and array.filename is not None
+    return (array.filename, array.dtype, array.shape, array.offset) if whole else array  # type: ignore[attr-defined]
+
+
+def _reopen(described: Any) -> npt.NDArray[Any]:  # noqa: ANN401 - what _describe returns
+    if not isinstance(described, tuple):
+        return described  # type: ignore[no-any-return]
+    filename, dtype, shape, offset = described
+    return np.memmap(filename, dtype=dtype, shape=shape, offset=offset, mode="r")
+
+
+class StepLoader:
+    """The batches of steps `first` .. `steps` - 1 in turn, prefetched by worker processes if asked for.
+
+    It follows Lightning's protocol for loaders that resume (`state_dict`, `load_state_dict`), and its length counts the
+    steps that were done before, as Lightning expects of such a loader.
+
+    Args:
+        batches: addressed by step.
+        steps: length of the whole training.
+        workers: processes that read ahead; 0 reads in this one.
+        pin: put batches into page-locked memory, from which copies to a GPU overlap with computing.
+    """
+
+    def __init__(self, batches: PoolBatches, *, steps: int, workers: int, pin: bool) -> None:
+        self._batches = batches
+        self._steps = steps
+        self._workers = workers
+        self._pin = pin
+        self._next = 0
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def __iter__(self) -> Iterator[Batch]:
+        ahead: DataLoader[Batch] = DataLoader(
+            self._batches,
+            batch_size=None,  # an item is a whole batch
+            sampler=range(self._next, self._steps),
+            num_workers=self._workers,
+            pin_memory=self._pin,
+            prefetch_factor=4 if self._workers else None,
+        )
+        for batch in ahead:
+            self._next += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the loader stands, for the checkpoint."""
+        return {"next_step": self._next}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from where a checkpoint's loader stood."""
+        self._next = state["next_step"]
+
+
+def check_pool(pool: TrainingPool, *, image_size: tuple[int, int]) -> None:
+    """Refuse a pool that cannot be trained on, before any work.
+
+    Raises:
+        AlmrrError: the pool is empty, its arrays do not belong together, or its pictures have another size.
+    """
+    count = len(pool.augmented)
+    if count == 0 or len(pool.normals) == 0:
+        raise AlmrrError("The pool of simulated anomalies is empty; run the synthesize stage with samples > 0.")
+    if not (len(pool.masks) == len(pool.source) == count):
+        raise AlmrrError(
+            f"The pool is inconsistent: {count} augmented pictures, {len(pool.masks)} masks and {len(pool.source)} "
+            "sources; run the synthesize stage again."
+        )
+    if pool.source.min() < 0 or pool.source.max() >= len(pool.normals):
+        raise AlmrrError(
+            f"The pool is inconsistent: sources {pool.source.min()} to {pool.source.max()} for {len(pool.normals)} "
+            "normal pictures; run the synthesize stage again."
+        )
+    sizes = {tuple(array.shape[1:3]) for array in (pool.normals, pool.augmented, pool.masks)}
+    if sizes != {tuple(image_size)}:
+        raise AlmrrError(
+            f"The pool's pictures have the size {' and '.join(map(str, sorted(sizes)))}, the model's input is "
+            f"{tuple(image_size)}; run the synthesize stage with the same data.image_size."
+        )
+
+
+def choose_residence(pool: TrainingPool, device: torch.device) -> torch.device | None:
+    """The device to keep the pool on: a GPU with room for it, else None (read from the memory map)."""
+    if device.type != "cuda":
+        return None
+    size = sum(array.nbytes for array in (pool.normals, pool.augmented, pool.masks))
+    free, _ = torch.cuda.mem_get_info(device)
+    resident = size <= RESIDENT_SHARE * free
+    logger.info(
+        "The pool takes %.2f GB, the GPU has %.2f GB free: %s.",
+        size / 1e9,
+        free / 1e9,
+        "kept on the GPU" if resident else "read from disk ahead of use",
+    )
+    return device if resident else None
+
+
+def choose_workers(workers: int, *, device: torch.device, resident: bool) -> int:
+    """Loader processes: none for a pool on the device; the number asked for; or, where 0 leaves it open, four per GPU.
+
+    On a CPU gathering a batch from the memory map costs a thousandth of a step, so 0 means none there.
+    """
+    if resident:
+        return 0
+    if workers == 0 and device.type == "cuda":
+        return min(LOADER_PROCESSES, os.cpu_count() or 1)
+    return workers
+
+
+def sample_normals(pool: TrainingPool, limit: int) -> Iterator[Tensor]:
+    """Normal pictures for statistics: up to `limit`, evenly spread, in batches of at most 8: float32 (b, 3, H, W)."""
+    count = len(pool.normals)
+    chosen = np.unique(np.linspace(0, count - 1, min(limit, count)).round().astype(np.int64))
+    for start in range(0, len(chosen), 8):
+        pictures = np.ascontiguousarray(pool.normals[chosen[start : start + 8]])
+        yield to_images(torch.from_numpy(pictures), channels_last=False)
+
+
+def build_loader(
+    device: torch.device,
+    rank: int,
+    world: int,
+    *,
+    pool: TrainingPool,
+    batch_size: int,
+    steps: int,
+    seed: int,
+    flips: bool,
+    workers: int,
+) -> StepLoader:
+    """The loader of one process: from the device where the pool fits on it, else from the memory map.
+
+    Args:
+        device: that the process trains on.
+        rank: of the process.
+        world: processes.
+        pool: of simulated anomalies.
+        batch_size: samples a step, over all processes.
+        steps: length of the training.
+        seed: of order and turns.
+        flips: mirror and turn.
+        workers: see `choose_workers`.
+    """
+    residence = choose_residence(pool, device)
+    order = SampleOrder(len(pool.augmented), batch_size=batch_size, seed=seed, rank=rank, world=world)
+    return StepLoader(
+        PoolBatches(pool, order, flips=flips, device=residence),
+        steps=steps,
+        workers=choose_workers(workers, device=device, resident=residence is not None),
+        pin=device.type == "cuda" and residence is None,
+    )

@@ -1,0 +1,41 @@
+"""The two parts of the paper's loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+
+def focal_loss(logits: Tensor, mask: Tensor, gamma: float = 2.0) -> Tensor:
+    """Focal loss of a two-class map, averaged over all pixels: mean of -(1 - p)^gamma log p.
+
+    p is the softmax probability of the true class. As in DRAEM (arXiv 2108.07610), whose refinement network ALMRR
+    takes over, the classes are not weighted. Computed from log-softmax in float32, so that no probability rounds to 0.
+
+    Args:
+        logits: float, shape (B, 2, H, W); channel 0 is normal, channel 1 is anomalous.
+        mask: bool or {0, 1} of any type, shape (B, H, W); 1 is anomalous.
+        gamma: how strongly pixels that are already right are played down; 0 gives the cross entropy.
+
+    Returns:
+        float32 scalar, at least 0.
+    """
+    log_probabilities = F.log_softmax(logits.float(), dim=1)  # (B, 2, H, W)
+    log_true = log_probabilities.gather(1, mask.long().unsqueeze(1)).squeeze(1)  # (B, H, W)
+    # 1 - p by expm1: near p = 1 the plain difference rounds to 0. The floor keeps the power's slope finite at p = 1.
+    missing = (-torch.expm1(log_true)).clamp_min(torch.finfo(torch.float32).tiny)
+    return (-missing.pow(gamma) * log_true).mean()
+
+
+def reconstruction_loss(reconstruction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error between F_hat and phi, over all elements (the paper's reconstruction loss).
+
+    Args:
+        reconstruction: F_hat, features repaired from the augmented picture, shape (B, C, h, w).
+        target: phi, features of the normal picture, of the same shape.
+
+    Returns:
+        float32 scalar, at least 0.
+    """
+    return F.mse_loss(reconstruction.float(), target.float())

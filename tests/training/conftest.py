@@ -1,0 +1,56 @@
+"""What the training's tests share."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from almrr_pipeline.model.almrr import ALMRR
+from almrr_pipeline.training.fit import fit
+
+sys.path.insert(0, str(Path(__file__).parent))  # for tiny_training, which the test modules import too
+from tiny_training import ArrayPool, build_model, build_pool
+
+Train = Callable[..., pd.DataFrame]
+
+
+@pytest.fixture
+def pool() -> ArrayPool:
+    return build_pool()
+
+
+@pytest.fixture
+def model() -> ALMRR:
+    return build_model()
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> Train:
+    """`fit` with small settings; any argument can be given."""
+    return partial(
+        fit,
+        steps=4,
+        batch_size=2,
+        learning_rate=1e-3,
+        scratch=tmp_path / "scratch",
+        fingerprint="test",
+        seed=3,
+        accelerator="cpu",
+        checkpoint_every=2,
+        log_every=2,
+    )
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small tensors gain nothing from threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from almrr_pipeline.training.checkpoints import AtomicCheckpointIO, CheckpointFolder, fingerprint, source_files
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> CheckpointFolder:
+    return CheckpointFolder(tmp_path, "key")
+
+
+def save(folder: CheckpointFolder, step: int, key: str = "key") -> Path:
+    content = {"fingerprint": key, "weights": torch.full((1000,), float(step))}
+    AtomicCheckpointIO().save_checkpoint(content, folder.place(step))
+    return folder.place(step)
+
+
+def test_a_fingerprint_follows_values_and_contents(tmp_path: Path) -> None:
+    file = tmp_path / "pool.json"
+    file.write_text("one")
+    before = fingerprint({"seed": 0, "rate": 0.1}, [file])
+    assert before == fingerprint({"rate": 0.1, "seed": 0}, [file])
+    assert before != fingerprint({"seed": 1, "rate": 0.1}, [file])
+    assert before != fingerprint({"seed": 0, "rate": 0.1})
+    file.write_text("two")
+    assert before != fingerprint({"seed": 0, "rate": 0.1}, [file])
+
+
+def test_a_fingerprint_does_not_follow_the_place(tmp_path: Path) -> None:
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "pool.json").write_text("same")
+    assert fingerprint({}, [tmp_path / "here/pool.json"]) == fingerprint({}, [tmp_path / "there/pool.json"])
+
+
+def test_source_files_are_those_of_model_and_training() -> None:
+    names = {f"{path.parent.name}/{path.name}" for path in source_files()}
+    assert {"training/fit.py", "model/almrr.py", "scan/__init__.py"} <= names
+    assert not any(name.startswith(("reporting", "evaluation", "inference")) for name in names)
+
+
+def test_there_is_nothing_to_go_on_from_at_first(folder: CheckpointFolder) -> None:
+    assert folder.newest() is None
+
+
+def test_the_newest_checkpoint_is_taken_and_two_are_kept(folder: CheckpointFolder) -> None:
+    paths = [save(folder, step) for step in (2, 4, 10)]
+    folder.prune()
+    assert [path.exists() for path in paths] == [False, True, True]
+    assert folder.newest() == paths[-1]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "text"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    folder: CheckpointFolder, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    before, last = save(folder, 2), save(folder, 4)
+    content = bytearray(last.read_bytes())
+    middle = len(content) // 2
+    content[middle] ^= 1
+    damaged = {"truncated": content[:middle], "flipped": content, "empty": b"", "text": b"not a checkpoint"}
+    last.write_bytes(damaged[damage])
+    with caplog.at_level(logging.WARNING):
+        assert folder.newest() == before
+    assert last.name in caplog.text
+
+
+def test_only_damaged_checkpoints_mean_a_fresh_start(folder: CheckpointFolder) -> None:
+    save(folder, 2).write_bytes(b"")
+    assert folder.newest() is None
+
+
+def test_a_checkpoint_of_another_training_is_not_taken(folder: CheckpointFolder) -> None:
+    save(folder, 2, key="other parameters")
+    assert folder.newest() is None
+
+
+def test_a_failed_write_leaves_what_was_there(folder: CheckpointFolder) -> None:
+    path = save(folder, 2)
+    content = path.read_bytes()
+    with pytest.raises((AttributeError, TypeError)):  # pickle's words for a function without a name
+        AtomicCheckpointIO().save_checkpoint({"fingerprint": "key", "bad": lambda: None}, path)
+    assert path.read_bytes() == content
+    assert folder.newest() == path
+
+
+def test_removing_leaves_other_trainings_alone(folder: CheckpointFolder, tmp_path: Path) -> None:
+    save(folder, 2)
+    other = save(CheckpointFolder(tmp_path, "other"), 2)
+    folder.remove()
+    assert not folder.path.exists()
+    assert other.exists()

@@ -1,0 +1,148 @@
+"""A training that was killed and run again ends where an uninterrupted one ends, to the bit."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from tiny_training import SETTINGS, build_model, build_pool
+
+from almrr_pipeline.training.fit import fit
+
+SCRIPT = Path(__file__).with_name("interrupted.py")
+
+
+def differences(one: torch.nn.Module, other: torch.nn.Module) -> list[str]:
+    """Names of the values that are not equal to the bit."""
+    mine, theirs = one.state_dict(), other.state_dict()
+    return [name for name in mine if not torch.equal(mine[name], theirs[name])]
+
+
+@pytest.fixture(scope="module")
+def died(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int]]:
+    """A folder of scratch folders, by the name of the death, and how each process ended."""
+    if not hasattr(os, "fork"):
+        pytest.skip("this system has no fork and no SIGKILL")
+    folder = tmp_path_factory.mktemp("died")
+    command = [sys.executable, str(SCRIPT), str(folder)]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    return folder, json.loads(done.stdout)
+
+
+def checkpoints_in(scratch: Path) -> list[str]:
+    return sorted(path.name for path in scratch.rglob("*.ckpt"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    model = build_model(standardize=True)
+    return model, fit(model, build_pool(), scratch=tmp_path_factory.mktemp("uninterrupted"), **SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("death", "status", "left"),
+    [
+        ("killed between checkpoints", -9, ["step_000000003.ckpt", "step_000000006.ckpt"]),
+        ("killed while writing a checkpoint", -9, ["step_000000003.ckpt"]),
+        ("asked to end", 128 + 15, ["step_000000003.ckpt", "step_000000004.ckpt"]),
+    ],
+)
+def test_an_interrupted_training_ends_equal_to_the_bit(
+    died: tuple[Path, dict[str, int]], uninterrupted: Any, death: str, status: int, left: list[str]
+) -> None:
+    folder, ended = died
+    scratch = folder / death
+    assert ended[death] == status
+    assert checkpoints_in(scratch) == left
+
+    model = build_model(standardize=True)
+    reported: list[int] = []
+    history = fit(model, build_pool(), scratch=scratch, on_metrics=lambda step, _: reported.append(step), **SETTINGS)
+
+    expected, expected_history = uninterrupted
+    assert differences(model, expected) == []
+    pd.testing.assert_frame_equal(history, expected_history, check_exact=True)
+    assert reported == [2, 4, 6, 8, 9]  # rows from before the interruption are reported again
+    assert list(scratch.iterdir()) == []
+
+
+def interrupt(model: Any, pool: Any, scratch: Path, *, at: int) -> None:
+    """Train until a row, then fail, in this process."""
+
+    def fail(step: int, _: Any) -> None:
+        if step == at:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        fit(model, pool, scratch=scratch, on_metrics=fail, **SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A scratch folder with the checkpoints of steps 3 and 6."""
+    scratch = tmp_path_factory.mktemp("interrupted")
+
+    def fail(step: int, _: Any) -> None:
+        if step == 8:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        fit(build_model(standardize=True), build_pool(), scratch=scratch, on_metrics=fail, **SETTINGS)
+    return scratch
+
+
+@pytest.mark.parametrize(
+    ("change", "resumes"),
+    [
+        ({}, True),
+        ({"workers": 1, "checkpoint_every": 5}, True),
+        ({"learning_rate": 1e-3}, False),
+        ({"fingerprint": "new data"}, False),
+        ({"seed": 5}, False),
+        ({"steps": 8}, False),
+    ],
+    ids=str,
+)
+def test_a_training_goes_on_if_all_that_decides_its_result_is_equal(
+    interrupted: Path, tmp_path: Path, caplog: Any, change: dict[str, Any], resumes: bool
+) -> None:
+    scratch = shutil.copytree(interrupted, tmp_path / "scratch")
+    with caplog.at_level(logging.INFO, logger="almrr_pipeline"):
+        fit(build_model(standardize=True), build_pool(), scratch=scratch, **{**SETTINGS, **change})
+    assert ("Going on from the checkpoint" in caplog.text) == resumes
+    assert f"from step {6 if resumes else 0} to" in caplog.text
+
+
+def test_a_damaged_checkpoint_costs_steps_but_changes_nothing(
+    interrupted: Path, uninterrupted: Any, tmp_path: Path, caplog: Any
+) -> None:
+    scratch = shutil.copytree(interrupted, tmp_path / "scratch")
+    last = max(scratch.rglob("*.ckpt"))
+    last.write_bytes(last.read_bytes()[:1000])
+    model = build_model(standardize=True)
+    history = fit(model, build_pool(), scratch=scratch, **SETTINGS)
+    assert f"{last.name} is of no use" in caplog.text
+    assert differences(model, uninterrupted[0]) == []
+    pd.testing.assert_frame_equal(history, uninterrupted[1], check_exact=True)
+
+
+def test_ctrl_c_is_passed_on_and_still_works_afterwards(tmp_path: Path) -> None:
+    handler = signal.getsignal(signal.SIGINT)
+
+    def press(step: int, _: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(build_model(), build_pool(), scratch=tmp_path, on_metrics=press, **SETTINGS)
+    assert signal.getsignal(signal.SIGINT) is handler

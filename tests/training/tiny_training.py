@@ -1,0 +1,93 @@
+"""A tiny ALMRR and a tiny pool: a training step takes a fraction of a second on one core."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from almrr_pipeline.model.almrr import ALMRR
+from almrr_pipeline.model.backbone import build_backbone
+
+SIDE = 128
+SETTINGS: dict[str, Any] = {
+    "steps": 9,
+    "batch_size": 2,
+    "learning_rate": 2e-3,
+    "optimizer": "adamw",
+    "weight_decay": 0.01,
+    "schedule": "one_cycle",
+    "fingerprint": "resume",
+    "seed": 4,
+    "accelerator": "cpu",
+    "devices": 1,
+    "checkpoint_every": 3,
+    "log_every": 2,
+    "selection": "held_out",
+}
+"""Of the trainings that are interrupted."""
+
+DEATHS: dict[str, dict[str, Any]] = {
+    "killed between checkpoints": {"row": 8},
+    "killed while writing a checkpoint": {"checkpoint": 2},
+    "asked to end": {"row": 4, "by": "SIGTERM"},
+}
+"""How: see interrupted.py."""
+
+
+@dataclass
+class ArrayPool:
+    """A pool of arrays: grey noise with bright squares as anomalies, every second sample without one."""
+
+    normals: np.ndarray
+    augmented: np.ndarray
+    masks: np.ndarray
+    source: np.ndarray
+    held_normals: np.ndarray
+    held_augmented: np.ndarray
+    held_masks: np.ndarray
+    held_source: np.ndarray
+    description: dict[str, Any] = field(default_factory=dict)
+
+
+def draw_samples(
+    count: int, normals: np.ndarray, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Augmented pictures, masks and the index of each one's normal picture."""
+    source = np.arange(count) % len(normals)
+    masks = np.zeros((count, *normals.shape[1:3]), dtype=bool)
+    for k in range(0, count, 2):
+        top, left = rng.integers(0, SIDE - 40, size=2)
+        masks[k, top : top + 40, left : left + 30] = True
+    augmented = np.where(masks[..., None], np.uint8(250), normals[source])
+    return augmented, masks, source
+
+
+def build_pool(samples: int = 10, normals: int = 3, held_out: int = 2) -> ArrayPool:
+    rng = np.random.default_rng(5)
+    pictures = rng.integers(60, 140, size=(normals + held_out, SIDE, SIDE, 3), dtype=np.uint8)
+    kept, held = pictures[:normals], pictures[normals:]
+    held_samples = (held, held[..., 0] > 255, np.zeros(0, dtype=np.int64))
+    if held_out:
+        held_samples = draw_samples(2 * held_out, held, rng)
+    return ArrayPool(kept, *draw_samples(samples, kept, rng), held, *held_samples)
+
+
+def build_model(**changes: Any) -> ALMRR:
+    """The real network at tiny widths; its random weights are the same at every call."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        backbone = build_backbone("lcnet_050", weights=None)
+        widths = {
+            "latent": 16,
+            "dim": 16,
+            "depth": 2,
+            "state": 4,
+            "decoder": (8, 8),
+            "refinement_width": 4,
+            "drop_path": 0.3,
+            "scan_backend": "torch",
+        }
+        return ALMRR(backbone, image_size=(SIDE, SIDE), **{**widths, **changes})
