@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from almrr_pipeline.errors import AlmrrError
 from almrr_pipeline.model.backbone import Backbone, build_backbone
+from almrr_pipeline.model.inputs import check_image_size, check_images, check_shape
+from almrr_pipeline.model.persistence import CONFIG_FILE, read_config, read_tensors, write_model
 from almrr_pipeline.model.reconstruction import MFRM
 from almrr_pipeline.model.refinement import FRM
 from almrr_pipeline.model.regional_features import RegionalFeatures
 
 RefinementInput = Literal["mean", "projection"]
-FORMAT = "almrr"
-FORMAT_VERSION = 1
-WEIGHTS_FILE = "model.safetensors"
-CONFIG_FILE = "config.json"
-SIDE_MULTIPLE = 16
-"""Of an image's sides: the deepest map has stride 16."""
-SMALLEST_SIDE = 128
-"""The U-Net halves a grid of a quarter of the side five times."""
 SMALLEST_DEVIATION = 0.01
 """Floor of a channel's deviation, over the median of all: one silent on normal pictures must not drown the others."""
 
@@ -181,6 +171,10 @@ class ALMRR(nn.Module):
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
         """Stage 2: regional features (B, C, h, w) of the frozen backbone, standardised if asked for; no gradient."""
+        if images.device.type == "cpu":
+            # Convolutions, resizing and normalisation are all faster on a CPU with the channels innermost; from here on
+            # every tensor follows this format. On a GPU it is the caller's choice.
+            images = images.contiguous(memory_format=torch.channels_last)
         features: Tensor = self.regional_features(self.backbone(images))
         if self.standardize:
             mean, deviation = self.feature_mean.to(features.dtype), self.feature_deviation.to(features.dtype)
@@ -219,10 +213,14 @@ class ALMRR(nn.Module):
         self.feature_deviation.fill_(1.0)
         for images in batches:
             check_images(images, self.image_size)
-            values = self.embed(images).transpose(0, 1).flatten(1).double()  # (C, B h w)
-            # Chan's update: one pass, and no difference of large sums.
-            added, shift = values.shape[1], values.mean(1) - mean
-            squares += values.var(1, correction=0) * added + shift.square() * (count * added / (count + added))
+            features = self.embed(images)  # (B, C, h, w)
+            added = features.shape[0] * features.shape[2] * features.shape[3]
+            own_mean = features.mean((0, 2, 3), dtype=torch.float64)  # (C,)
+            distances = features - own_mean.to(features.dtype)[:, None, None]
+            # Chan's update: one pass over the pictures, and no difference of large sums.
+            shift = own_mean - mean
+            squares += distances.square().sum((0, 2, 3), dtype=torch.float64)
+            squares += shift.square() * (count * added / (count + added))
             mean += shift * (added / (count + added))
             count += added
         if count == 0:
@@ -240,17 +238,9 @@ class ALMRR(nn.Module):
 
         Each file is written beside its place and renamed, so that no half-written one is ever found.
         """
-        config = {
-            "format": FORMAT,
-            "version": FORMAT_VERSION,
-            "backbone": self.backbone.hyperparameters,
-            "model": self.hyperparameters,
-        }
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        with _beside(folder / WEIGHTS_FILE) as path:
-            save_file(tensors, path, metadata={"format": "pt"})
-        with _beside(folder / CONFIG_FILE) as path:
-            path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_model(
+            folder, tensors=self.state_dict(), backbone=self.backbone.hyperparameters, model=self.hyperparameters
+        )
 
     @classmethod
     def load(cls, folder: Path, *, device: str | torch.device = "cpu", scan_backend: str = "auto") -> Self:
@@ -263,87 +253,10 @@ class ALMRR(nn.Module):
         try:
             backbone = build_backbone(weights=None, **config["backbone"])
             model = cls(backbone, scan_backend=scan_backend, **config["model"])
-        except TypeError as error:
-            raise AlmrrError(f"{folder / CONFIG_FILE} holds a value this version does not know ({error}).") from error
-        tensors = _read_tensors(folder / WEIGHTS_FILE)
-        _check_fit(model, tensors, folder)
-        model.load_state_dict(tensors)
+        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise AlmrrError(f"{folder / CONFIG_FILE}: unknown, missing or impossible values ({error}).") from error
+        model.load_state_dict(read_tensors(folder, expected=model.state_dict()))
         return model.eval().to(device)
-
-
-def check_image_size(image_size: tuple[int, int]) -> None:
-    """Refuse a size that strides and pooling do not divide.
-
-    Raises:
-        AlmrrError: says which sizes fit.
-    """
-    for side in image_size:
-        if side % SIDE_MULTIPLE or side < SMALLEST_SIDE:
-            below = max(side // SIDE_MULTIPLE * SIDE_MULTIPLE, SMALLEST_SIDE)
-            raise AlmrrError(
-                f"image_size {tuple(image_size)}: each side must be a multiple of {SIDE_MULTIPLE} and at least "
-                f"{SMALLEST_SIDE}; instead of {side} take {below} or {below + SIDE_MULTIPLE}."
-            )
-
-
-def check_shape(images: Tensor, image_size: tuple[int, int]) -> None:
-    """Refuse images whose shape or type the model was not built for.
-
-    Raises:
-        AlmrrError: says what was expected.
-    """
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise AlmrrError(
-            f"Images must have the shape (B, 3, H, W), channels in the order RGB; got {tuple(images.shape)}."
-        )
-    if not images.is_floating_point():
-        raise AlmrrError(f"Images must be floats in [0, 1]; these are {images.dtype}. Divide 8-bit values by 255.")
-    if tuple(images.shape[2:]) != tuple(image_size):
-        rows, columns = images.shape[2:]
-        check_image_size((rows, columns))
-        raise AlmrrError(f"This model was built for images of {tuple(image_size)}; got {(rows, columns)}. Resize them.")
-
-
-def check_images(images: Tensor, image_size: tuple[int, int]) -> None:
-    """Refuse images that would give a map without meaning. One pass over the values; skipped while a graph is traced.
-
-    Raises:
-        AlmrrError: says what was expected.
-    """
-    check_shape(images, image_size)
-    if torch.compiler.is_compiling() or len(images) == 0:
-        return
-    low, high = (float(value) for value in torch.aminmax(images))  # NaN if any is
-    if not (low > float("-inf") and high < float("inf")):
-        raise AlmrrError("Images hold values that are not finite (NaN or infinity); look at how they were read.")
-    if low < 0.0 or high > 1.0:
-        raise AlmrrError(
-            f"Images must lie in [0, 1]; these reach from {low:.4g} to {high:.4g}. Divide 8-bit values by 255; "
-            "the model normalises by itself."
-        )
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read the config.json of a saved model.
-
-    Raises:
-        AlmrrError: it is missing, cannot be read, or is of another format or version.
-    """
-    path = folder / CONFIG_FILE
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise AlmrrError(f"{folder} holds no model: there is no {CONFIG_FILE}.") from None
-    except (ValueError, OSError) as error:
-        raise AlmrrError(f"{path} cannot be read ({error}).") from error
-    known = isinstance(config, dict) and config.get("format") == FORMAT
-    if not known or not isinstance(config.get("backbone"), dict) or not isinstance(config.get("model"), dict):
-        raise AlmrrError(f"{path} does not describe an ALMRR model.")
-    if config.get("version") != FORMAT_VERSION:
-        raise AlmrrError(
-            f"{path} is of format version {config.get('version')!r}; this package reads version {FORMAT_VERSION}."
-        )
-    return dict(config)
 
 
 def _build_summary(kind: str, channels: int, outputs: int) -> nn.Module:
@@ -380,38 +293,3 @@ class ChannelProjection(nn.Conv2d):
         orthonormal[:, 0] *= triangle[0, 0].sign()
         with torch.no_grad():
             self.weight.copy_((orthonormal / channels**0.5).T[:, :, None, None])
-
-
-@contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of `path` once that succeeded, and is removed if it did not."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise AlmrrError(f"{path.parent} holds no weights: there is no {path.name}.") from None
-    except (SafetensorError, OSError) as error:
-        raise AlmrrError(f"{path} cannot be read as weights ({error}).") from error
-
-
-def _check_fit(model: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Compare names and shapes of a model and of a weights file."""
-    own = model.state_dict()
-    differences = [f"{name} is not in the weights" for name in own if name not in tensors]
-    differences += [f"{name} is not in the model" for name in tensors if name not in own]
-    differences += [
-        f"{name} is {tuple(tensors[name].shape)} in the weights, {tuple(own[name].shape)} in the model"
-        for name in own
-        if name in tensors and tensors[name].shape != own[name].shape
-    ]
-    if differences:
-        more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
-        raise AlmrrError(f"{folder / CONFIG_FILE} does not fit {WEIGHTS_FILE}: {'; '.join(differences[:3])}{more}.")

@@ -178,9 +178,10 @@ def _create_network(name: str, feature_location: FeatureLocation) -> nn.Module:
         raise AlmrrError(
             f"backbone.name: {name} has no feature maps at strides 4, 8 and 16 ({error}); choose another."
         ) from error
-    if isinstance(getattr(network, "blocks", None), nn.Sequential):
+    blocks = getattr(network, "blocks", None)
+    if isinstance(blocks, nn.Sequential):
         # timm's EfficientNets keep the stages after the last tap; nothing needs them.
-        network.blocks = network.blocks[: _feature_info(network).get("stage")[-1]]
+        network.blocks = blocks[: _feature_info(network).get("stage")[-1]]
     return network
 
 

@@ -58,7 +58,7 @@ class MFRM(nn.Module):
         )
         self.decoder = Decoder(dim, decoder, latent, size=grid)
         self.expand = nn.Conv2d(latent, channels, 1)
-        # Vim's initialisation of the patch embedding (LeCun's: deviation one over the root of the fan-in) and the position.
+        # Vim's initialisation of the patch embedding (LeCun's, by the fan-in) and of the position.
         nn.init.trunc_normal_(self.patch_embedding.weight, std=(latent * patch * patch) ** -0.5)
         nn.init.zeros_(self.patch_embedding.bias)  # type: ignore[arg-type]
         nn.init.trunc_normal_(self.position, std=0.02)
@@ -126,6 +126,9 @@ class Decoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Decode (B, dim, rows, columns) of tokens to (B, latent, h, w) in [0, 1)."""
         x = self.stage3(self.stage2(self.stage1(x)))  # (B, latent, 2 rows + 7, 2 columns + 7)
+        if x.device.type == "cpu":
+            # Instance norm leaves the channels outermost, and a CPU resizes many channels ten times slower like that.
+            x = x.contiguous(memory_format=torch.channels_last)
         return F.interpolate(x, size=self.size, mode="bilinear", align_corners=True).tanh()
 
 
