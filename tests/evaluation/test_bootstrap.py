@@ -116,3 +116,12 @@ def test_intervals_of_a_known_distribution_cover_it() -> None:
         low, high = percentile_interval(np.concatenate([auroc(c) for c in resample_images(scores, labels, weights)]))
         covered += low <= 0.85556 <= high
     assert covered >= 88  # 95 % of 100 less three standard deviations
+
+
+def test_resamplings_that_draw_no_defective_pixel_do_not_count(draw_case: Callable[..., Any]) -> None:
+    case = draw_case(0, normal=3, defective=3)
+    case.masks[4][:] = case.masks[5][:] = False
+    only_empty_masks = np.array([[1, 1, 1, 0, 2, 1], [1, 1, 1, 1, 1, 1]])
+    for name, values in measure_resampled(case, only_empty_masks).items():
+        assert np.isnan(values[0]), name
+        assert 0.0 < values[1] < 1.0, name

@@ -30,7 +30,7 @@ def best_f1(labels: np.ndarray, scores: np.ndarray) -> float:
     return float(np.max(2 * precision * recall / np.maximum(precision + recall, 1e-300)))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(TIED_SCORES)
 def test_metrics_equal_scikit_learn_with_many_ties(units: list[tuple[int, bool]]) -> None:
     scores, labels = np.array([s / 4 for s, _ in units]), np.array([label for _, label in units])

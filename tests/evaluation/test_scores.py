@@ -212,12 +212,16 @@ def test_counts_say_what_took_part(case: Any) -> None:
 
 def test_thresholds_report_the_rates_they_really_had(case: Any) -> None:
     image, pixel = conformal_threshold([0.72] * 30, 0.05), conformal_threshold([0.65] * 30, 0.05)
-    found = case.evaluate(image_threshold=image, pixel_threshold=pixel).metrics["thresholds"]
+    whole = case.evaluate(image_threshold=image, pixel_threshold=pixel).metrics
+    found = whole["thresholds"]
     alarms = np.array(case.scores) > 0.72
     assert found["image"]["value"] == 0.72
     assert 0 < alarms[case.labels].sum() < 6
     assert found["image"]["false_alarms"]["count"] == alarms[~case.labels].sum()
     assert found["image"]["detections"]["count"] == alarms[case.labels].sum()
+    cracks = alarms[np.array(case.defects) == "crack"]
+    detected = whole["defects"]["crack"]["detections"]
+    assert (detected["count"], detected["of"]) == (cracks.sum(), len(cracks))
     labels, scores = case.pixels
     outlined = scores.astype(np.float64) > 0.65
     assert found["pixel"]["normal_pixels_outlined"] == pytest.approx(outlined[~labels].mean(), abs=1e-12)

@@ -97,6 +97,7 @@ class PixelResampler:
             drawn = weights[start : start + _BLOCK].astype(np.float64)  # (b, n)
             drawn_members = drawn[:, self.members]  # (b, m)
             true, overlap = drawn_members @ self.defective, drawn_members @ self.overlap
+            regions = overlap[:, -1:]  # every region is found whole at the lowest edge
             false = drawn @ self.pictures.normal
             yield Curve(
                 level=self.pictures.edge,
@@ -105,5 +106,5 @@ class PixelResampler:
                 false_before=shift(false),
                 defective=true[:, -1],
                 normal=drawn @ self.pictures.normals,
-                overlap=np.divide(overlap, overlap[:, -1:], out=np.zeros_like(overlap), where=overlap[:, -1:] > 0),
+                overlap=np.divide(overlap, regions, out=np.full_like(overlap, np.nan), where=regions > 0),
             )

@@ -102,9 +102,9 @@ def average_precision(curve: Curve) -> Floats:
 def f1_max(curve: Curve) -> Floats:
     """Best F1 over all thresholds; the threshold is chosen on the very units that are scored, so it decides nothing.
 
-    In [0, 1], shape (...).
+    In [0, 1], shape (...); nan where there is no defective unit.
     """
-    return np.asarray(_f1(curve).max(axis=-1))
+    return np.where(curve.defective > 0, _f1(curve).max(axis=-1), np.nan)
 
 
 def best_f1_level(curve: Curve) -> float:
@@ -155,7 +155,8 @@ def thin(x: Floats, y: Floats, points: int) -> npt.NDArray[np.intp]:
 
 
 def _f1(curve: Curve) -> Floats:
-    return np.asarray(2.0 * curve.true / (curve.true + curve.false + curve.defective[..., None]))
+    reached = np.asarray(curve.true + curve.false + curve.defective[..., None], dtype=np.float64)
+    return np.divide(2.0 * curve.true, reached, out=np.zeros(reached.shape), where=reached > 0)
 
 
 def _precision(true: Counts, false: Counts) -> Floats:

@@ -2,8 +2,8 @@
 
 Maps are read one at a time: defective pictures' twice, normal ones' once. The first reading keeps the defective
 pixels, which are few. The second counts, at each level a defective pixel has, the normal pixels that reach it, in
-sorted chunks.
-Memory grows with the defective pixels alone: about 100 bytes for each, and 0.2 GB besides.
+sorted chunks. Memory grows with the defective pixels, about 150 bytes for each at the highest point, and with the
+pictures, about 100 KiB for each; the chunks take 0.3 GiB.
 """
 
 from __future__ import annotations

@@ -111,7 +111,9 @@ def evaluate(
             "pixel": _describe_threshold(pixel_threshold, pixels.pictures.peak, labelled) | pixels.outlined_shares(),
         },
         "intervals": _estimate_intervals(images, pixels, ranked, bootstrap, seed),
-        "defects": {name: _describe_kind(ranked, pixels, name, of_kind) for name, of_kind in kinds.items()},
+        "defects": {
+            name: _describe_kind(ranked, pixels, name, of_kind, image_threshold) for name, of_kind in kinds.items()
+        },
         "undefined": {**images.undefined(), **pixels.overall.undefined()},
     }
     if oracle:
@@ -249,12 +251,22 @@ def _describe_threshold(threshold: Threshold | None, scores: Floats, labels: Boo
     return {**asdict(threshold), **rates}
 
 
-def _describe_kind(scores: Floats, pixels: _PixelStudy, name: str, of_kind: Bools) -> Metrics:
-    """Metrics of one kind of defect against all normal test pictures."""
+def _describe_kind(
+    scores: Floats, pixels: _PixelStudy, name: str, of_kind: Bools, threshold: Threshold | None
+) -> Metrics:
+    """Metrics of one kind of defect against all normal test pictures, and how often the threshold found it."""
     chosen = ~pixels.labels | of_kind
     images, (values, undefined) = measure_images(scores[chosen], pixels.labels[chosen]), pixels.kinds[name]
-    counts = {"counts": pixels.count(chosen), "undefined": images.undefined() | undefined}
-    return images.values() | values | counts
+    value = None if threshold is None else threshold.value
+    return {
+        **images.values(),
+        **values,
+        "detections": None
+        if value is None
+        else asdict(rates_at(scores[of_kind], pixels.labels[of_kind], value).detections),
+        "counts": pixels.count(chosen),
+        "undefined": images.undefined() | undefined,
+    }
 
 
 def _estimate_intervals(images: Measured, pixels: _PixelStudy, scores: Floats, resamplings: int, seed: int) -> Metrics:
