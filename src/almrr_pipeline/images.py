@@ -64,7 +64,12 @@ def read_mask(path: Path) -> MaskArray:
     Raises:
         AlmrrError: the file is missing, empty, or not a picture that can be decoded.
     """
-    return np.array(_decoded(_read_bytes(path), path, mode="L")) > _DEFECTIVE_ABOVE
+    return decode_mask(_read_bytes(path), path)
+
+
+def decode_mask(data: bytes, path: Path) -> MaskArray:
+    """Decode a mask file's bytes as `read_mask` does; `path` only names it in an error."""
+    return np.array(_decoded(data, path, mode="L")) > _DEFECTIVE_ABOVE
 
 
 def resize_image(image: ImageArray, size: tuple[int, int]) -> ImageArray:

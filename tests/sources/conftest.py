@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 from almrr_pipeline.sources.manifest import build_manifest
-from almrr_pipeline.sources.registry import FetchRequest, Patience, source_for
+from almrr_pipeline.sources.registry import FetchRequest, Patience, fetch_category, source_for
 
 SIZE = (16, 20)
 IMPATIENT = Patience(attempts=3, backoff=0.0, timeout=5.0)
@@ -242,10 +242,14 @@ class Workplace:
         return FetchRequest(**{**values, **changes})  # type: ignore[arg-type]
 
     def fetch(self, category: str, request: FetchRequest) -> pd.DataFrame:
-        """Fetch a category as the pipeline does, and list its pictures."""
+        """Fetch a category as the pipeline does, all or nothing, and list its pictures."""
         source, target = source_for(category), self.target(category)
         target.mkdir(parents=True)
-        source.fetch(category, target=target, request=request)
+        try:
+            fetch_category(category, target=target, request=request)
+        except BaseException:
+            shutil.rmtree(target)
+            raise
         return build_manifest(
             source.items(category, target),
             root=self.root / "data",

@@ -47,7 +47,7 @@ def fetch_dtd(*, target: Path, request: FetchRequest) -> None:
         pictures = [path for each in classes for path in list_pictures(each)]
         if not pictures:
             raise AlmrrError("there are no pictures under images/CLASS in it")
-        check_pictures(pictures)
+        check_pictures(pictures, root=folder)
         if len(pictures) != _PUBLISHED:
             message = f"{NAME}: {len(pictures)} pictures, published are {_PUBLISHED}"
             if request.strict:

@@ -11,13 +11,14 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
 
 import pandas as pd
 
 from almrr_pipeline.errors import AlmrrError
-from almrr_pipeline.images import decode_image, read_mask
+from almrr_pipeline.images import decode_image, decode_mask
 from almrr_pipeline.sources.progress import track
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ def count_items(items: Iterable[Item]) -> Counts:
 
 
 def check_counts(items: Sequence[Item], expected: Counts | None, *, name: str, strict: bool) -> None:
-    """Compare the numbers of pictures with the published ones; a difference is logged, or refused where `strict`.
+    """Compare the numbers of pictures with the published ones; a difference is refused where `strict`.
 
     Raises:
         AlmrrError: there is nothing to train on, or the numbers differ and `strict` is set.
@@ -81,15 +82,24 @@ def check_counts(items: Sequence[Item], expected: Counts | None, *, name: str, s
     found = count_items(items)
     if not found.train:
         raise AlmrrError(f"{name}: there is no normal picture to train on; check the folder that it was taken from.")
-    if expected is None or found == expected:
-        return
-    message = (
+    if strict and expected and found != expected:
+        raise AlmrrError(f"{_difference(found, expected, name)}. Fetch it again, or set data.strict to false.")
+
+
+def _difference(found: Counts, expected: Counts, name: str) -> str:
+    return (
         f"{name}: {found.train} training, {found.test_normal} normal and {found.test_defective} defective test "
         f"pictures; published are {expected.train}, {expected.test_normal} and {expected.test_defective}"
     )
-    if strict:
-        raise AlmrrError(f"{message}. Fetch it again, or set data.strict to false.")
-    logger.warning("%s", message)
+
+
+def check_items(items: Sequence[Item], *, root: Path) -> None:
+    """Open every picture and mask, as `build_manifest` does, but list nothing.
+
+    Raises:
+        AlmrrError: as for `build_manifest`; files are named by their paths relative to `root`.
+    """
+    _inspect_all(items, root, description="check pictures")
 
 
 def build_manifest(items: Sequence[Item], *, root: Path, expected: Counts | None, strict: bool) -> pd.DataFrame:
@@ -111,8 +121,9 @@ def build_manifest(items: Sequence[Item], *, root: Path, expected: Counts | None
     """
     name = _common_folder([item.image for item in items], root)
     check_counts(items, expected, name=name, strict=strict)
-    inspections = _for_each(_inspect, items, description=f"check {name}")
-    _refuse_leaks(items, inspections, root)
+    if expected and (found := count_items(items)) != expected:
+        logger.warning("%s", _difference(found, expected, name))
+    inspections = _inspect_all(items, root, description=f"list {name}")
     _report_empty_masks(items, inspections, name)
     rows = [
         {
@@ -185,16 +196,22 @@ def split_calibration(names: Sequence[str], fraction: float) -> tuple[list[str],
     return [name for name in names if name not in held_out], [name for name in names if name in held_out]
 
 
-def check_pictures(paths: Sequence[Path]) -> None:
+def check_pictures(paths: Sequence[Path], *, root: Path) -> None:
     """Decode pictures that belong to no protocol, such as anomaly sources.
 
     Raises:
-        AlmrrError: some cannot be decoded; names them.
+        AlmrrError: some cannot be decoded; names them by their paths relative to `root`.
     """
-    _for_each(lambda path: decode_image(path.read_bytes(), path).shape, paths, description="check pictures")
+    _for_each(lambda path: decode_image(_read(path, root), path.relative_to(root)).shape, paths, "check pictures")
 
 
-def _for_each(work: Callable[[_In], _Out], inputs: Sequence[_In], *, description: str) -> list[_Out]:
+def _inspect_all(items: Sequence[Item], root: Path, description: str) -> list[_Inspection]:
+    inspections = _for_each(partial(_inspect, root=root), items, description)
+    _refuse_leaks(items, inspections, root)
+    return inspections
+
+
+def _for_each(work: Callable[[_In], _Out], inputs: Sequence[_In], description: str) -> list[_Out]:
     """Do work on all inputs in threads (decoding releases Python's lock), and report all failures at once."""
     results, complaints = [], []
 
@@ -220,30 +237,36 @@ def _for_each(work: Callable[[_In], _Out], inputs: Sequence[_In], *, description
     return results
 
 
-def _inspect(item: Item) -> _Inspection:
+def _inspect(item: Item, root: Path) -> _Inspection:
     _check_name(item.image)
-    try:
-        data = item.image.read_bytes()
-    except OSError as error:
-        raise AlmrrError(f"{item.image} cannot be read ({error.strerror}); replace or remove it.") from error
-    pixels = decode_image(data, item.image)
+    data = _read(item.image, root)
+    pixels = decode_image(data, item.image.relative_to(root))
     height, width = pixels.shape[:2]
     return _Inspection(
         width=width,
         height=height,
         sha256=hashlib.sha256(data).hexdigest(),
         pixels=hashlib.sha256(f"{height} {width} ".encode() + pixels.tobytes()).hexdigest(),
-        mask_is_empty=item.mask is not None and not _mask_has_defect(item.mask, (height, width), item.image),
+        mask_is_empty=item.mask is not None and not _mask_has_defect(item.mask, item.image, (height, width), root),
     )
 
 
-def _mask_has_defect(path: Path, size: tuple[int, int], image: Path) -> bool:
+def _read(path: Path, root: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        name = _relative(path, root)
+        raise AlmrrError(f"{name} cannot be read ({error.strerror}); replace or remove it.") from error
+
+
+def _mask_has_defect(path: Path, image: Path, size: tuple[int, int], root: Path) -> bool:
+    name, image_name = _relative(path, root), _relative(image, root)
     if not path.is_file():
-        raise AlmrrError(f"{image} is defective but has no mask: there is no {path}; add it, or remove the picture.")
-    mask = read_mask(path)
+        raise AlmrrError(f"{image_name} is defective but has no mask: there is no {name}; add it, or remove the image.")
+    mask = decode_mask(_read(path, root), path.relative_to(root))
     if mask.shape != size:
         raise AlmrrError(
-            f"{path} has {mask.shape[1]} x {mask.shape[0]} pixels, its picture {image} has {size[1]} x {size[0]}; "
+            f"{name} has {mask.shape[1]} x {mask.shape[0]} pixels, its picture {image_name} has {size[1]} x {size[0]}; "
             "a mask has the size of its picture."
         )
     return bool(mask.any())

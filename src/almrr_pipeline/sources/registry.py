@@ -11,6 +11,7 @@ from almrr_pipeline.errors import AlmrrError
 from almrr_pipeline.sources import dtd
 from almrr_pipeline.sources.folder import PREFIX as FOLDER_PREFIX
 from almrr_pipeline.sources.folder import Folder
+from almrr_pipeline.sources.manifest import check_items
 from almrr_pipeline.sources.mt_defect import MtDefect
 from almrr_pipeline.sources.mvtec_ad import MvtecAd
 from almrr_pipeline.sources.nanotwice import Nanotwice
@@ -23,6 +24,7 @@ __all__ = [
     "Patience",
     "Source",
     "check_request",
+    "fetch_category",
     "fetch_textures",
     "known_categories",
     "source_for",
@@ -61,7 +63,7 @@ def source_for(category: str) -> Source:
     )
 
 
-def check_request(categories: Iterable[str], *, textures: Literal["package", "dtd"], request: FetchRequest) -> None:
+def check_request(categories: Iterable[str], *, request: FetchRequest) -> None:
     """Find out before any work begins what would stop it half-way.
 
     Raises:
@@ -82,6 +84,22 @@ def check_request(categories: Iterable[str], *, textures: Literal["package", "dt
     for addresses in request.addresses.values():
         for address in addresses:
             local_path(address)
+
+
+def fetch_category(category: str, *, target: Path, request: FetchRequest) -> None:
+    """Fetch a category and open every picture of it, so that nothing broken is ever renamed into place.
+
+    Args:
+        category: one of `known_categories`, or folder_NAME.
+        target: an existing empty folder, which the caller renames when this returns, and removes when it raises.
+        request: where to look.
+
+    Raises:
+        AlmrrError: nothing could be fetched, or a picture or mask of what came is missing or broken.
+    """
+    source = source_for(category)
+    source.fetch(category, target=target, request=request)
+    check_items(source.items(category, target), root=target)
 
 
 def fetch_textures(kind: Literal["package", "dtd"], *, target: Path, request: FetchRequest) -> None:

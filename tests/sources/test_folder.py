@@ -1,0 +1,130 @@
+"""A user's own pictures, in MVTec AD's layout and in the flat one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from almrr_pipeline.errors import AlmrrError
+
+
+@pytest.fixture
+def flat(draw: Any, tmp_path: Path) -> Path:
+    """normal, test/good, test/scratch and masks/scratch."""
+    folder = tmp_path / "my tiles é"
+    for number in range(3):
+        draw.picture(folder / "normal" / f"tile {number} é.jpg")
+        draw.picture(folder / "test" / "good" / f"{number}.BMP")
+        draw.picture(folder / "test" / "scratch" / f"{number}.tif")
+        draw.mask(folder / "masks" / "scratch" / f"{number}.png")
+    return folder
+
+
+def fetch(workplace: Any, folder: Path) -> Any:
+    return workplace.fetch("folder_tiles", workplace.request(local={"folder_tiles": str(folder)}))
+
+
+def kinds(manifest: Any) -> dict[tuple[str, str], int]:
+    return manifest.groupby(["split", "defect"]).size().to_dict()
+
+
+def test_the_flat_layout_with_masks(workplace: Any, flat: Path) -> None:
+    manifest = fetch(workplace, flat)
+
+    assert kinds(manifest) == {("test", "good"): 3, ("test", "scratch"): 3, ("train", "good"): 3}
+    assert set(manifest["mask"]) - {""} == {f"01_raw/folder_tiles/masks/scratch/{number}.png" for number in range(3)}
+
+
+def test_mvtecs_layout(workplace: Any, draw: Any, tmp_path: Path) -> None:
+    manifest = fetch(workplace, draw.mvtec(tmp_path / "tiles"))
+
+    assert kinds(manifest) == {("test", "cut"): 2, ("test", "good"): 2, ("test", "hole"): 1, ("train", "good"): 4}
+
+
+def test_without_masks_no_picture_has_one(workplace: Any, flat: Path) -> None:
+    for path in (flat / "masks" / "scratch").iterdir():
+        path.unlink()
+    (flat / "masks" / "scratch").rmdir()
+    (flat / "masks").rmdir()
+
+    assert set(fetch(workplace, flat)["mask"]) == {""}
+
+
+def test_with_some_masks_a_missing_one_is_missed(workplace: Any, flat: Path) -> None:
+    (flat / "masks" / "scratch" / "1.png").unlink()
+
+    with pytest.raises(AlmrrError, match=r"scratch/1\.tif is defective but has no mask"):
+        fetch(workplace, flat)
+
+
+def test_normal_pictures_alone_will_do(workplace: Any, draw: Any, tmp_path: Path) -> None:
+    draw.picture(tmp_path / "tiles" / "normal" / "0.png")
+
+    assert kinds(fetch(workplace, tmp_path / "tiles")) == {("train", "good"): 1}
+
+
+def test_a_mask_may_have_any_of_the_two_names_and_any_format(workplace: Any, flat: Path, draw: Any) -> None:
+    (flat / "masks" / "scratch" / "1.png").unlink()
+    draw.mask(flat / "masks" / "scratch" / "1_mask.bmp")
+
+    assert fetch(workplace, flat)["mask"].str.endswith("1_mask.bmp").sum() == 1
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar.gz"])
+def test_an_archive_serves_as_well(
+    workplace: Any, flat: Path, tmp_path: Path, kind: str, pack: Callable[..., bytes]
+) -> None:
+    archive = tmp_path / f"tiles.{kind}"
+    archive.write_bytes(pack(flat, kind, inside="some/folder"))
+
+    assert len(fetch(workplace, archive)) == 9
+
+
+def test_hidden_files_and_other_files_are_no_pictures(workplace: Any, flat: Path) -> None:
+    for name in ("._0.png", ".DS_Store", "Thumbs.db", "notes.txt"):
+        (flat / "normal" / name).write_text("no picture")
+
+    assert len(fetch(workplace, flat)) == 9
+
+
+def put_defect_into_training(draw: Any, folder: Path) -> None:
+    draw.picture(folder / "normal" / "scratch" / "0.png")
+
+
+def put_picture_beside_the_test_folders(draw: Any, folder: Path) -> None:
+    draw.picture(folder / "test" / "0.png")
+
+
+def remove_training(draw: Any, folder: Path) -> None:
+    (folder / "normal").rename(folder / "pictures")
+
+
+def empty_training(draw: Any, folder: Path) -> None:
+    for path in (folder / "normal").iterdir():
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (put_defect_into_training, "training pictures are normal ones alone"),
+        (put_picture_beside_the_test_folders, r"0\.png lies beside the folders"),
+        (remove_training, "neither a folder train nor a folder normal"),
+        (empty_training, "no normal picture to train on"),
+    ],
+)
+def test_a_layout_that_says_not_what_is_normal_is_refused(
+    workplace: Any, flat: Path, draw: Any, spoil: Callable[[Any, Path], None], said: str
+) -> None:
+    spoil(draw, flat)
+
+    with pytest.raises(AlmrrError, match=said):
+        fetch(workplace, flat)
+
+
+def test_a_folder_that_is_not_there_is_named(workplace: Any, tmp_path: Path) -> None:
+    with pytest.raises(AlmrrError, match=r"data\.source\.folder_tiles: there is nothing at .*absent"):
+        fetch(workplace, tmp_path / "absent")
