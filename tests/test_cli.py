@@ -3,6 +3,8 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -102,10 +104,7 @@ def test_a_chosen_threshold_decides_and_loses_the_guarantee(
 
 
 def test_without_threshold_nothing_is_judged(model_folder: Path, photographs: Path, tmp_path: Path) -> None:
-    bare = tmp_path / "model"
-    bare.mkdir()
-    for file in model_folder.iterdir():
-        (bare / file.name).write_bytes(file.read_bytes())
+    bare = shutil.copytree(model_folder, tmp_path / "model")
     InferenceSettings(category="sample_brick", image_size=(128, 128)).save(bare)
     result = _run("predict", bare, photographs, "-o", tmp_path / "out")
     assert result.exit_code == 0
@@ -203,6 +202,44 @@ def test_a_wrong_command_line_is_exit_code_2(arguments: list[str]) -> None:
     assert "Usage: almrr" in result.stderr
 
 
+# --- calibrate ---
+
+
+@pytest.fixture
+def own_model(model_folder: Path, tmp_path: Path) -> Path:
+    """A copy that a test may change."""
+    return shutil.copytree(model_folder, tmp_path / "own model")
+
+
+def test_calibrate_keeps_its_promise_on_the_pictures_themselves(
+    own_model: Path, photographs: Path, tmp_path: Path
+) -> None:
+    result = _run("calibrate", own_model, photographs, "--false-alarm-rate", 0.2)
+    assert result.exit_code == 0, result.output
+    assert "averaged over the choice of the 9 held-out normal pictures" in result.stdout
+    _run("predict", own_model, photographs, "-o", tmp_path / "out")
+    # Rank ceil(10 x 0.8) = 8 of 9: one of the nine lies above.
+    assert pd.read_csv(tmp_path / "out" / "scores.csv")["is_anomalous"].sum() == 1
+
+
+def test_calibrate_changes_nothing_but_the_thresholds(own_model: Path, photographs: Path) -> None:
+    before = InferenceSettings.load(own_model)
+    _run("calibrate", own_model, photographs, "-r", "--batch-size", 3)
+    after = InferenceSettings.load(own_model)
+    assert after.model_copy(update={"thresholds": before.thresholds}) == before
+    assert after.thresholds is not None
+    assert (after.thresholds.image.normals, after.thresholds.image.rate) == (10, 0.05)
+
+
+def test_calibrate_stops_at_an_unreadable_picture(own_model: Path, photographs: Path) -> None:
+    before = (own_model / "inference.json").read_bytes()
+    (photographs / "4.png").write_text("no picture")
+    result = _run("calibrate", own_model, photographs)
+    assert result.exit_code == 1
+    assert "4.png cannot be read" in result.stderr
+    assert (own_model / "inference.json").read_bytes() == before
+
+
 # --- export, info, categories ---
 
 
@@ -245,19 +282,23 @@ def test_categories_lists_all_with_their_licences() -> None:
 # --- help ---
 
 
-@pytest.mark.parametrize("command", ["predict", "export", "info"])
+@pytest.mark.parametrize("command", ["predict", "calibrate", "export", "info"])
 def test_help_teaches_by_examples(command: str) -> None:
     text = _run(command, "--help").stdout
     assert "Example" in text
     assert re.search(rf"^ +almrr {command} ", text, flags=re.MULTILINE)
 
 
-def test_every_example_of_the_help_is_a_valid_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, command in cli.almrr.commands.items():
+def test_every_documented_command_line_is_valid(monkeypatch: pytest.MonkeyPatch, project: Path) -> None:
+    texts = [cli.almrr.help or "", *(command.help or "" for command in cli.almrr.commands.values())]
+    texts.append((project / "docs" / "predict.md").read_text(encoding="utf-8"))
+    for command in cli.almrr.commands.values():
         monkeypatch.setattr(command, "callback", lambda **_: None)
-        for line in re.findall(r"^ +almrr (.+)$", command.help or "", flags=re.MULTILINE):
-            result = _run(*line.split())
-            assert result.exit_code == 0, f"{name}: {line}: {result.output}"
+    lines = re.findall(r"^ +almrr (.+)$", "\n".join(texts), flags=re.MULTILINE)
+    assert len(lines) > 10
+    for line in lines:
+        result = _run(*shlex.split(line))
+        assert result.exit_code == 0, f"{line}: {result.output}"
 
 
 def test_scan_backends_are_those_of_the_parameters() -> None:

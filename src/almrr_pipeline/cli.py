@@ -1,4 +1,4 @@
-"""The `almrr` command: predict, export, info, categories.
+"""The `almrr` command: predict, calibrate, export, info, categories.
 
 Built on click, which Kedro brings along. Whatever is slow to import is imported inside the commands, so that `--help`
 answers at once.
@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from almrr_pipeline.inference.files import Summary
     from almrr_pipeline.inference.predictor import Predictor
 
+Item = TypeVar("Item")
+
 SCAN_BACKENDS = ("auto", "mamba_ssm", "triton", "numba", "torch")
 EXPORT_SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
 _LISTED_UNREADABLE = 20
@@ -28,6 +30,28 @@ _LISTED_UNREADABLE = 20
 
 _folder = click.Path(path_type=Path)
 _output_file = click.Path(path_type=Path, dir_okay=False)
+_recursive = click.option("-r", "--recursive", is_flag=True, help="Look for pictures in sub-folders too.")
+_device = click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    metavar="NAME",
+    help="auto (CUDA if there is one, else the CPU), cpu, cuda, cuda:1, mps, ...",
+)
+_batch_size = click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="Pictures (or tiles) that go through the network together.",
+)
+_scan_backend = click.option(
+    "--scan-backend",
+    type=click.Choice(SCAN_BACKENDS),
+    default="auto",
+    show_default=True,
+    help="Implementation of the selective scan.",
+)
 
 
 class _Group(click.Group):
@@ -65,7 +89,7 @@ def almrr(verbose: bool) -> None:
 @click.option(
     "-o", "--output", type=_folder, required=True, help="Folder for the results; made when it does not exist."
 )
-@click.option("-r", "--recursive", is_flag=True, help="Look for pictures in sub-folders too.")
+@_recursive
 @click.option("--maps", type=click.Choice(["npy", "png", "none"]), default="none", show_default=True,
               help="Also write the anomaly maps: npy is float32 in [0, 1], png is 16-bit grey.")  # fmt: skip
 @click.option("--no-overlays", is_flag=True, help="Write no overlays: scores.csv comes much sooner.")
@@ -73,12 +97,9 @@ def almrr(verbose: bool) -> None:
               help="Call a picture anomalous above this score, in place of the model's threshold.")  # fmt: skip
 @click.option("--pixel-threshold", type=click.FloatRange(min=0.0), metavar="VALUE",
               help="Outline where the map lies above this value, in place of the model's threshold.")  # fmt: skip
-@click.option("--device", default="auto", show_default=True, metavar="NAME",
-              help="auto (CUDA if there is one, else the CPU), cpu, cuda, cuda:1, mps, ...")  # fmt: skip
-@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True,
-              help="Pictures (or tiles) that go through the network together.")  # fmt: skip
-@click.option("--scan-backend", type=click.Choice(SCAN_BACKENDS), default="auto", show_default=True,
-              help="Implementation of the selective scan.")  # fmt: skip
+@_device
+@_batch_size
+@_scan_backend
 @click.option("--overwrite", is_flag=True, help="Replace the results of an earlier run in the output folder.")
 def predict(
     model_folder: Path,
@@ -146,6 +167,52 @@ def predict(
         )
     _print_summary(summary, predictor, output, chosen=threshold is not None)
     _report_unreadable(summary)
+
+
+@almrr.command(short_help="New thresholds from normal pictures of your own.")
+@click.argument("model_folder", type=_folder)
+@click.argument("images", type=_folder, nargs=-1, required=True)
+@click.option("--false-alarm-rate", type=click.FloatRange(0.0, 1.0, min_open=True, max_open=True), default=0.05,
+              show_default=True, help="Largest share of normal pictures that may be called anomalous.")  # fmt: skip
+@_recursive
+@_device
+@_batch_size
+@_scan_backend
+def calibrate(
+    model_folder: Path,
+    images: tuple[Path, ...],
+    false_alarm_rate: float,
+    recursive: bool,
+    device: str,
+    batch_size: int,
+    scan_backend: str,
+) -> None:
+    """Choose the thresholds of the model in MODEL_FOLDER anew, from IMAGES of normal surfaces.
+
+    The pictures must be free of defects, must not have been trained on, and should come from the process that will be
+    watched: the thresholds promise a false-alarm rate for pictures like these. At least 1/rate - 1 are needed, 19
+    for 0.05. The thresholds in inference.json are replaced. Where DVC owns the folder, copy it first.
+
+    \b
+    Example:
+      almrr calibrate models/brick_line_3/ normal/line_3/ --false-alarm-rate 0.01
+    """  # noqa: D301
+    from almrr_pipeline.inference.files import find_pictures
+    from almrr_pipeline.inference.settings import InferenceSettings
+
+    settings = InferenceSettings.load(model_folder)
+    pictures = find_pictures(images, recursive=recursive)
+
+    from almrr_pipeline.inference.calibration import choose_thresholds
+    from almrr_pipeline.inference.predictor import Predictor
+
+    predictor = Predictor(model_folder, device=device, batch_size=batch_size, scan_backend=scan_backend)
+    with _progress(len(pictures), "pictures") as advance:
+        maps = _counted(predictor.maps(pictures, at="network"), advance)
+        thresholds = choose_thresholds(maps, smoothing=settings.smoothing, false_alarm_rate=false_alarm_rate)
+    settings.model_copy(update={"thresholds": thresholds}).save(model_folder)
+    click.echo(f"Image threshold {thresholds.image.value:.6g}. {thresholds.image.guarantee}")
+    click.echo(f"Pixel threshold {thresholds.pixel.value:.6g}. {thresholds.pixel.guarantee}")
 
 
 @almrr.command(short_help="One file that runs without this package: ONNX or torch.export.")
@@ -233,6 +300,13 @@ def _progress(total: int, unit: str) -> Iterator[Callable[[], None]]:
             click.echo(f"{done} of {total} {unit}", err=True)
 
     yield advance
+
+
+def _counted(items: Iterable[Item], advance: Callable[[], None]) -> Iterator[Item]:
+    """Hand items on and call `advance` for each."""
+    for item in items:
+        yield item
+        advance()
 
 
 def _print_summary(summary: Summary, predictor: Predictor, output: Path, *, chosen: bool) -> None:

@@ -3,6 +3,8 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -119,3 +121,15 @@ def test_without_threshold_the_verdict_is_null(uncalibrated_folder: Path, conten
 def test_an_alias_needs_a_name(model_folder: Path) -> None:
     with pytest.raises(AlmrrError, match="'champion' belongs to a registered model"):
         log_model(model_folder, name="brick", alias="champion")
+
+
+def test_the_documented_logging_code_runs(
+    logged: ModelInfo, model_folder: Path, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(model_folder, tmp_path / "data" / "06_models" / "sample_brick")
+    monkeypatch.chdir(tmp_path)
+    text = (project / "docs" / "predict.md").read_text(encoding="utf-8")
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if "log_model" in block]
+    with mlflow.start_run(run_id=logged.run_id):
+        exec(code, {})
+    assert mlflow.MlflowClient().get_model_version_by_alias("sample_brick", "champion").version == 1

@@ -14,7 +14,7 @@ it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from almrr_pipeline.config import Tiling
 from almrr_pipeline.evaluation.thresholds import conformal_threshold
 from almrr_pipeline.inference.predictor import image_score, predict_maps
 from almrr_pipeline.inference.settings import Thresholds
+from almrr_pipeline.inference.tiling import AnomalyMap
 
 logger = logging.getLogger(__name__)
 
@@ -59,16 +60,25 @@ def calibrate(
     maps = predict_maps(
         model, image_paths, image_size=image_size, tiling=tiling, batch_size=batch_size, device=device, at="network"
     )
+    return choose_thresholds(maps, smoothing=smoothing, false_alarm_rate=false_alarm_rate)
+
+
+def choose_thresholds(maps: Iterable[AnomalyMap], *, smoothing: int, false_alarm_rate: float) -> Thresholds:
+    """Choose both thresholds from the maps of held-out normal pictures.
+
+    Args:
+        maps: float32 in [0, 1], shape (H, W) each, at the network's scale; read one after another.
+        smoothing: side of the mean filter of `image_score`, in pixels.
+        false_alarm_rate: largest share of normal pictures that may be called anomalous, in (0, 1).
+
+    Raises:
+        AlmrrError: the rate is out of range.
+    """
     levels = [(image_score(anomaly_map, smoothing), float(anomaly_map.max())) for anomaly_map in maps]
     scores, peaks = np.array(levels, dtype=np.float64).reshape(-1, 2).T
     thresholds = Thresholds(
         image=conformal_threshold(scores, false_alarm_rate),
         pixel=conformal_threshold(peaks, false_alarm_rate, event="shows an outline though it is normal"),
     )
-    logger.info(
-        "Thresholds from %d held-out normal pictures: image %s, pixel %s.",
-        len(levels),
-        thresholds.image.value,
-        thresholds.pixel.value,
-    )
+    logger.info("Thresholds: image %s, pixel %s.", thresholds.image.value, thresholds.pixel.value)
     return thresholds

@@ -12,7 +12,7 @@ from almrr_pipeline.config import Tiling
 from almrr_pipeline.errors import AlmrrError
 from almrr_pipeline.evaluation.thresholds import Threshold
 from almrr_pipeline.inference.settings import InferenceSettings
-from almrr_pipeline.model.almrr import read_config
+from almrr_pipeline.model.persistence import read_config
 
 _PARTS = {
     "backbone": "backbone (frozen)",

@@ -169,7 +169,8 @@ def check_output(output: Path, pictures: Iterable[Path], *, overwrite: bool) -> 
 
 def to_sixteen_bits(anomaly_map: AnomalyMap) -> npt.NDArray[np.uint16]:
     """Grey values that a PNG can hold: float32 in [0, 1] becomes uint16, 65535 for 1; shape (H, W)."""
-    return np.rint(anomaly_map * np.float32(65535)).astype(np.uint16)
+    grey: npt.NDArray[np.uint16] = np.rint(anomaly_map * np.float32(65535)).astype(np.uint16)
+    return grey
 
 
 def _list_folder(folder: Path, recursive: bool) -> list[Path]:

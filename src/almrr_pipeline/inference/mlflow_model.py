@@ -13,6 +13,7 @@ import base64
 import io
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import numpy as np
 import pandas as pd
 from mlflow.models import ModelSignature, set_model
 from mlflow.models.model import ModelInfo
-from mlflow.pyfunc import PythonModel, PythonModelContext
+from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from PIL import Image
 
@@ -36,7 +37,6 @@ from almrr_pipeline.inference.settings import InferenceSettings
 _ARTIFACT = "model_folder"
 _REQUIREMENTS = ("torch", "torchvision", "timm", "numpy", "scipy", "pandas", "pillow", "pydantic", "safetensors")
 """What the source that travels along imports for predicting; pinned to the versions that are installed at logging."""
-_OPTIONAL_REQUIREMENTS = ("numba",)
 
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec(DataType.binary, "image")]),
@@ -99,7 +99,7 @@ def log_model(folder: Path, *, name: str, registered_name: str | None = None, al
     if alias and not registered_name:
         raise AlmrrError(f"The alias {alias!r} belongs to a registered model; give registered_name too.")
     settings = InferenceSettings.load(folder)
-    logged = mlflow.pyfunc.log_model(
+    logged: ModelInfo = mlflow.pyfunc.log_model(
         name=name,
         python_model=str(Path(__file__)),
         artifacts={_ARTIFACT: str(folder)},
@@ -111,7 +111,8 @@ def log_model(folder: Path, *, name: str, registered_name: str | None = None, al
         metadata={"category": settings.category},
     )
     if registered_name and alias:
-        mlflow.MlflowClient().set_registered_model_alias(registered_name, alias, logged.registered_model_version)
+        version = str(logged.registered_model_version)
+        mlflow.MlflowClient().set_registered_model_alias(registered_name, alias, version)
     return logged
 
 
@@ -137,10 +138,10 @@ def _example(size: tuple[int, int]) -> pd.DataFrame:
 
 
 def _pinned_requirements() -> list[str]:
-    required = [f"{package}=={metadata.version(package)}" for package in _REQUIREMENTS]
-    present = {name.lower() for name in metadata.packages_distributions()}
-    optional = [f"{package}=={metadata.version(package)}" for package in _OPTIONAL_REQUIREMENTS if package in present]
-    return [f"mlflow=={mlflow.__version__}", *required, *optional]
+    pinned = [f"mlflow=={mlflow.__version__}", *(f"{name}=={metadata.version(name)}" for name in _REQUIREMENTS)]
+    with suppress(metadata.PackageNotFoundError):  # it only makes the scan faster
+        pinned.append(f"numba=={metadata.version('numba')}")
+    return pinned
 
 
 set_model(ServedModel())

@@ -331,7 +331,7 @@ def _predict_batch(model: nn.Module, tiles: npt.NDArray[np.uint8], device: torch
     """Maps of a batch of tiles; uint8 (B, H, W, 3) in, float32 (B, H, W) out."""
     pixels = torch.from_numpy(tiles).to(device)  # a quarter of what floats would move
     images = pixels.permute(0, 3, 1, 2).float().div_(255)  # (B, 3, H, W)
-    maps: AnomalyMap = model(images).float().cpu().numpy()
+    maps = np.asarray(model(images).float().cpu(), dtype=np.float32)
     if not np.isfinite(maps).all():
         raise AlmrrError(
             "The model's anomaly map holds values that are not finite: its weights are damaged; train it again."
@@ -343,5 +343,5 @@ def _resize_map(anomaly_map: AnomalyMap, size: tuple[int, int]) -> AnomalyMap:
     """Resize to `size` = (rows, columns) as pictures are resized: bilinear, antialiased, pixel centres aligned."""
     if anomaly_map.shape == size:
         return anomaly_map
-    resized = Image.fromarray(anomaly_map).resize(size[::-1], Image.Resampling.BILINEAR)
-    return np.clip(np.asarray(resized), 0.0, 1.0)  # rounding alone can leave [0, 1]
+    resized: AnomalyMap = np.array(Image.fromarray(anomaly_map).resize(size[::-1], Image.Resampling.BILINEAR))
+    return resized.clip(0.0, 1.0)  # rounding alone can leave [0, 1]

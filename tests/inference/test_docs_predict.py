@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from almrr_pipeline.inference.export import export_onnx
+from PIL import Image
+
+from almrr_pipeline.images import ImageArray
+from almrr_pipeline.inference.predictor import Predictor
+from almrr_pipeline.inference.tiling import TileGrid
+from almrr_pipeline.model.almrr import ALMRR
+
+
+@pytest.fixture
+def workplace(model_folder: Path, noise: list[ImageArray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What docs/predict.md speaks of: a model folder and photographs below the working directory."""
+    shutil.copytree(model_folder, tmp_path / "data" / "06_models" / "sample_brick")
+    (tmp_path / "photographs").mkdir()
+    for name, picture in zip("ab", noise, strict=False):
+        Image.fromarray(picture).save(tmp_path / "photographs" / f"{name}.png")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def _python(project: Path, containing: str) -> str:
+    text = (project / "docs" / "predict.md").read_text(encoding="utf-8")
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if containing in block]
+    return code
+
+
+def test_the_documented_predictor_code_runs(workplace: Path, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(_python(project, "predictor.stream"), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["a.png", "b.png"]
+
+
+def test_the_documented_onnx_code_gives_the_predictors_score(workplace: Path, project: Path) -> None:
+    folder = workplace / "data" / "06_models" / "sample_brick"
+    export_onnx(ALMRR.load(folder), workplace / "brick.onnx")
+    names: dict[str, object] = {}
+    exec(_python(project, "onnxruntime"), names)
+    (expected,) = Predictor(folder, device="cpu")([workplace / "photographs" / "a.png"])
+    assert names["score"] == pytest.approx(expected.score, abs=1e-4)
+
+
+def test_the_documented_number_of_tiles_is_right() -> None:
+    assert len(TileGrid((3000, 4096), tile=(256, 256), overlap=0.25)) == 336
+
+
+def test_the_documented_spread_of_the_real_rate_is_right() -> None:
+    """The real rate of a conformal threshold follows Beta(n + 1 - k, k); simulated with uniform scores."""
+    generator = np.random.default_rng(0)
+    real = 1 - np.sort(generator.random((20_000, 20)), axis=1)[:, 19]  # rank ceil(21 x 0.95) = 20
+    assert real.mean() == pytest.approx(0.05, abs=0.003)
+    assert real.std() == pytest.approx(np.sqrt(0.05 * 0.95 / 20), abs=0.005)
