@@ -78,18 +78,20 @@ class MFRM(nn.Module):
             return to_tokens(F.conv2d(features, weight, bias, stride=self.patch_embedding.stride))
         return to_tokens(self.patch_embedding(self.reduce(features)))  # through (B, latent, h, w)
 
-    def composed_embedding(self) -> tuple[Tensor, Tensor]:
+    def composed_embedding(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """The 1x1 convolution and the patch embedding as one convolution: nothing nonlinear stands between them.
 
         Returns:
-            weight (dim, C, patch, patch) and bias (dim,), functions of the parameters, through which gradients pass.
+            weight (dim, C, patch, patch) and bias (dim,), functions of the parameters, through which gradients pass;
+            computed in `dtype`, or in the parameters' own.
         """
-        inner = self.reduce.weight.flatten(1)  # (latent, C)
-        outer = self.patch_embedding.weight  # (dim, latent, patch, patch)
-        weight = torch.einsum("dlyx,lc->dcyx", outer, inner)
         assert self.reduce.bias is not None
         assert self.patch_embedding.bias is not None
-        return weight, self.patch_embedding.bias + outer.sum((2, 3)) @ self.reduce.bias
+        inner = self.reduce.weight.flatten(1).to(dtype=dtype)  # (latent, C)
+        outer = self.patch_embedding.weight.to(dtype=dtype)  # (dim, latent, patch, patch)
+        weight = torch.einsum("dlyx,lc->dcyx", outer, inner)
+        bias = outer.sum((2, 3)) @ self.reduce.bias.to(dtype=dtype)
+        return weight, bias + self.patch_embedding.bias.to(dtype=dtype)
 
     def composing_pays(self, batch: int) -> bool:
         """Whether a training step is cheaper with the two convolutions multiplied into one first.
