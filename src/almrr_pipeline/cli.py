@@ -338,5 +338,15 @@ def _report_unreadable(summary: Summary) -> None:
     )
 
 
+def __getattr__(name: str) -> click.Command:
+    """Kedro looks for `cli` and `run` in this module; they bring all of Kedro, so they come only when asked for."""
+    if name not in {"cli", "run"}:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from almrr_pipeline import kedro_cli
+
+    command: click.Command = getattr(kedro_cli, name)
+    return command
+
+
 if __name__ == "__main__":
     main()
