@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-import re
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -12,7 +12,6 @@ from typing import Any
 
 import jinja2
 import pandas as pd
-import yaml
 from markupsafe import Markup
 from PIL import Image
 
@@ -254,13 +253,12 @@ def _embed(overlay: Overlay) -> _Example:
 
 
 def _dump_parameters(parameters: Parameters) -> list[tuple[str, str]]:
-    """Sections of the parameters as YAML, the general ones first."""
+    """Sections of the parameters, the general ones first, a line a value, as params.yaml takes them."""
     values: dict[str, Any] = parameters.model_dump(mode="json")
     general = {name: value for name, value in values.items() if not isinstance(value, dict)}
     sections = {"general": general} | {name: value for name, value in values.items() if isinstance(value, dict)}
-    return [(name, _dump_yaml(value)) for name, value in sections.items()]
+    return [(name, _dump_lines(section)) for name, section in sections.items() if section]
 
 
-def _dump_yaml(value: Mapping[str, Any]) -> str:
-    text = yaml.safe_dump(value, sort_keys=False, allow_unicode=True, default_flow_style=None, width=100)
-    return re.sub(r"\n+$", "", text)
+def _dump_lines(section: Mapping[str, Any]) -> str:
+    return "\n".join(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in section.items())

@@ -96,7 +96,7 @@ def describe_metric(name: str) -> Head:
         group, text = _NAMES[name]
         return Head(text, group, _MEANINGS[name])
     percent = str(int(region[1])) + (f".{region[2]}" if region[2] else "")
-    return Head(f"AUPRO {percent} %", "regions", f"{_AUPRO_MEANING} up to a false positive rate of {percent} %.")
+    return Head(f"AUPRO {percent} %", "regions", f"{_AUPRO_MEANING} from 0 to {percent} %.")
 
 
 def tabulate_results(metrics: Mapping[str, Metrics], summary: Spread, *, links: Mapping[str, str]) -> Table:
@@ -215,7 +215,7 @@ def format_count(value: int | None) -> str:
     return DASH if value is None else f"{value:,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
 
 
-_AUPRO_MEANING = "Mean share of each defective region that is covered, integrated over false positive rates"
+_AUPRO_MEANING = "Mean share of a defective region that is covered, averaged over false positive rates"
 _MEANINGS = {
     "image_auroc": "Chance that a defective picture scores higher than a normal one; 0.5 is guessing.",
     "image_ap": "Average precision when pictures are called defective in the order of their scores.",
