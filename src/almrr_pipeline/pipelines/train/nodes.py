@@ -27,7 +27,7 @@ from almrr_pipeline.pipelines.datasets import FillsFolder
 from almrr_pipeline.sources.manifest import training_split
 from almrr_pipeline.synthesis.pool import Pool
 from almrr_pipeline.training.checkpoints import fingerprint, source_files
-from almrr_pipeline.training.fit import fit, is_main_process
+from almrr_pipeline.training.fit import fit
 from almrr_pipeline.training.randomness import isolated_randomness
 
 
@@ -76,8 +76,6 @@ def fit_network(
         keep_checkpoints=True,  # until the model lies in its place, see forget_checkpoints
         **train.model_dump(),
     )
-    if not is_main_process():
-        raise SystemExit  # one of several processes that have trained together: the first one goes on alone
     return network, history
 
 
