@@ -313,3 +313,13 @@ def test_items_are_listed_without_opening_them(draw: Any, tmp_path: Path) -> Non
         path.write_bytes(b"")
 
     assert count_items(source_for("mvtec_wood").items("mvtec_wood", folder)) == Counts(4, 2, 3)
+
+
+def test_textures_of_packages_need_no_address(workplace: Any) -> None:
+    target = workplace.target("textures")
+    target.mkdir(parents=True)
+
+    fetch_textures("package", target=target, request=workplace.request(addresses={"dtd": []}))
+
+    assert len([path for path in target.rglob("*") if path.is_file()]) > 5
+    assert not workplace.scratch.exists()

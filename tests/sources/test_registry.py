@@ -18,6 +18,7 @@ from almrr_pipeline.sources.registry import SOURCES, check_request, known_catego
         ("mt_defect", "mt_defect"),
         ("nanotwice", "nanotwice"),
         ("folder_my_tiles", "folder"),
+        ("sample_brick", "sample"),
     ],
 )
 def test_a_category_knows_its_source(category: str, source: str) -> None:

@@ -92,7 +92,7 @@ def obtain(offer: Offer, *, target: Path, request: FetchRequest, take: Take) -> 
         f"{offer.name} could not be fetched: {'; '.join(failures) or 'no address is known'}. "
         f"Name another address in data.addresses.{offer.archives[0].key}, or fetch "
         f"{' or '.join(archive.file_name for archive in offer.archives)} by hand and say where it lies: "
-        f"data.source.{offer.archives[0].key}: PATH."
+        f"{' or '.join(f'data.source.{archive.key}: PATH' for archive in offer.archives)}."
     )
 
 

@@ -16,6 +16,8 @@ from almrr_pipeline.sources.mt_defect import MtDefect
 from almrr_pipeline.sources.mvtec_ad import MvtecAd
 from almrr_pipeline.sources.nanotwice import Nanotwice
 from almrr_pipeline.sources.obtain import check_mirror, local_path
+from almrr_pipeline.sources.package_textures import write_package_textures
+from almrr_pipeline.sources.sample import Sample
 from almrr_pipeline.sources.source import FetchRequest, Patience, Source
 
 __all__ = [
@@ -36,6 +38,7 @@ SOURCES: dict[str, Source] = {
         MvtecAd(),
         MtDefect(),
         Nanotwice(),
+        Sample(),
         Folder(),
     )
 }
@@ -111,8 +114,6 @@ def fetch_textures(kind: Literal["package", "dtd"], *, target: Path, request: Fe
     if kind == "dtd":
         dtd.fetch_dtd(target=target, request=request)
     else:
-        from almrr_pipeline.sources.package_textures import write_package_textures
-
         write_package_textures(target)
 
 

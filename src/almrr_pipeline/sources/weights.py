@@ -13,7 +13,7 @@ from typing import Literal
 
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from almrr_pipeline.errors import AlmrrError
@@ -73,7 +73,8 @@ def fetch_backbone(
     load_weights(backbone.network, found.tensors, origin=found.origin)
     written = target / WEIGHTS_FILE
     with report_disk_errors(target):
-        save_file({key: tensor.contiguous() for key, tensor in backbone.network.state_dict().items()}, written)
+        # save_file has an error of its own for a full disk, which says nothing of an OSError.
+        written.write_bytes(save({key: each.contiguous() for key, each in backbone.network.state_dict().items()}))
         own_sha256 = hash_file(written)
         _check_sha256(own_sha256, sha256 if weights == "hub" else None, found.origin)
         description = {
