@@ -1,0 +1,179 @@
+"""The sample suite: three real textures that come with scikit-image, with drawn defects; nothing is downloaded.
+
+Brick, grass and gravel are photographs of 512x512 pixels in grey. Training pictures are cut from the left of each, test
+pictures from the right; between the two lies a strip that neither touches. Each crop gets its own light and sensor
+noise, as pictures taken one after the other have. Defects are drawn on test crops only, and the ground truth is where
+the finished picture differs visibly from what it would have been without the defect.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from scipy import ndimage
+
+from almrr_pipeline.errors import AlmrrError
+from almrr_pipeline.images import MaskArray
+from almrr_pipeline.sources.drawn_defects import DRAWINGS, Field
+from almrr_pipeline.sources.layout import list_test, list_train
+from almrr_pipeline.sources.manifest import Counts, Item
+from almrr_pipeline.sources.package_textures import read_package_picture
+from almrr_pipeline.sources.source import FetchRequest, Source
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "sample_"
+TEXTURES = ("brick", "grass", "gravel")
+CROP = 160
+"""Side of a picture, in pixels."""
+TRAIN_COLUMNS = (0, 296)
+TEST_COLUMNS = (312, 512)
+"""Columns of the photograph, the second not included: 58 % and 39 % of it, 16 columns in between stay unused."""
+TRAIN_PICTURES = 200
+"""A tenth of them, held out, is the least that allows a threshold at a false-alarm rate of 5 %."""
+TEST_NORMAL_PICTURES = 20
+PICTURES_PER_DEFECT = 6
+VISIBLE = 7.0
+"""Smallest difference that counts as visible, of 255, averaged over a pixel's surroundings."""
+LEAST_DEFECT = 40
+"""Pixels; a drawing that has changed fewer of them visibly is drawn again elsewhere."""
+_MOST_DRAWS = 50
+_FAINTEST = 0.35
+_SPECK = 8
+
+Grey = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Camera:
+    """Light and sensor of one exposure."""
+
+    light: Field
+    """Factor of each pixel's brightness, shape (S, S)."""
+    noise: Field
+    """Added by the sensor, of 255, shape (S, S)."""
+
+    def take(self, surface: Field) -> Grey:
+        """Take a picture of a surface, float in [0, 1], shape (S, S): uint8 in [0, 255], grey."""
+        return np.clip(np.rint(255.0 * surface * self.light + self.noise), 0, 255).astype(np.uint8)
+
+
+class Sample(Source):
+    """Brick, grass and gravel from scikit-image's wheel."""
+
+    name = "sample"
+    categories = tuple(PREFIX + texture for texture in TEXTURES)
+    license = (
+        "The textures brick, grass and gravel come with scikit-image and are in the public domain (CC0); "
+        "cite van der Walt et al., scikit-image: image processing in Python, PeerJ 2014."
+    )
+
+    def fetch(self, category: str, *, target: Path, request: FetchRequest) -> None:
+        """Cut and draw the pictures of a category; the same for the same seed."""
+        logger.info("%s: %s", category, self.license)
+        texture = category.removeprefix(PREFIX)
+        photograph = read_package_picture(f"{texture}.png")[..., 0] / 255.0
+        write_category(photograph, target, seed=(request.seed, TEXTURES.index(texture)))
+
+    def items(self, category: str, folder: Path) -> list[Item]:
+        """Return the split that the pictures were drawn for."""
+        return list_train(folder / "train" / "good") + list_test(folder / "test", folder / "ground_truth")
+
+    def expected(self, category: str) -> Counts:
+        """Return the numbers of pictures that `fetch` draws."""
+        return Counts(TRAIN_PICTURES, TEST_NORMAL_PICTURES, PICTURES_PER_DEFECT * len(DRAWINGS))
+
+
+def write_category(photograph: Field, target: Path, *, seed: tuple[int, int]) -> None:
+    """Write a category in MVTec AD's layout; picture k of each kind depends on the photograph, the seed and k alone.
+
+    Args:
+        photograph: float in [0, 1], shape (512, 512).
+        target: existing, empty folder.
+        seed: of the suite, and which category.
+    """
+    for kind, (part, columns, count) in enumerate(
+        [("train", TRAIN_COLUMNS, TRAIN_PICTURES), ("test", TEST_COLUMNS, TEST_NORMAL_PICTURES)]
+    ):
+        for number in range(count):
+            generator = np.random.default_rng([*seed, kind, number])
+            surface = cut_surface(photograph, columns, generator)
+            _write(draw_camera(generator).take(surface), target / part / "good" / f"{number:03d}.png")
+    for kind, defect in enumerate(DRAWINGS, start=2):
+        for number, least in enumerate(np.linspace(_FAINTEST, 1.0, PICTURES_PER_DEFECT)):
+            generator = np.random.default_rng([*seed, kind, number])
+            picture, mask = draw_defective(photograph, defect, generator, strength=float(least))
+            _write(picture, target / "test" / defect / f"{number:03d}.png")
+            _write(255 * mask.astype(np.uint8), target / "ground_truth" / defect / f"{number:03d}_mask.png")
+
+
+def cut_surface(photograph: Field, columns: tuple[int, int], generator: np.random.Generator) -> Field:
+    """Cut a random square, `CROP` wide, out of the given columns of a photograph."""
+    top = generator.integers(photograph.shape[0] - CROP + 1)
+    left = generator.integers(columns[0], columns[1] - CROP + 1)
+    return photograph[top : top + CROP, left : left + CROP]
+
+
+def draw_camera(generator: np.random.Generator) -> Camera:
+    """Draw an exposure: brightness within 6 %, a fall-off across the picture within 4 %, noise of about 1 of 255."""
+    across = np.linspace(-1.0, 1.0, CROP)
+    falloff = generator.uniform(-0.04, 0.04, 2)
+    light = generator.uniform(0.94, 1.06) * (1.0 + falloff[0] * across[:, None] + falloff[1] * across)
+    return Camera(light, generator.normal(0.0, generator.uniform(0.5, 1.5), (CROP, CROP)))
+
+
+def draw_defective(
+    photograph: Field, defect: str, generator: np.random.Generator, *, strength: float
+) -> tuple[Grey, MaskArray]:
+    """Draw a defect on a crop of the test columns.
+
+    Args:
+        photograph: float in [0, 1], shape (512, 512).
+        defect: a key of `DRAWINGS`.
+        generator: draws crop, light and defect.
+        strength: contrast of the defect, from faint (0.35) to plain (1).
+
+    Returns:
+        The picture, uint8 (S, S), and its ground truth, bool (S, S).
+
+    Raises:
+        AlmrrError: 50 drawings left no visible defect, as on a photograph that is black.
+    """
+    for _ in range(_MOST_DRAWS):
+        surface = cut_surface(photograph, TEST_COLUMNS, generator)
+        camera = draw_camera(generator)
+        defective = camera.take(np.clip(DRAWINGS[defect](surface, generator, strength), 0.0, 1.0))
+        mask = outline_difference(camera.take(surface), defective)
+        if mask.sum() >= LEAST_DEFECT:
+            return defective, mask
+    raise AlmrrError(f"No {defect} could be drawn visibly on this photograph; it needs a texture of middle brightness.")
+
+
+def outline_difference(without: Grey, with_defect: Grey) -> MaskArray:
+    """Return where two pictures differ visibly, as a person would outline it: gaps closed, single specks left out.
+
+    Args:
+        without: the picture without the defect, uint8 (H, W).
+        with_defect: the same with it.
+
+    Returns:
+        bool (H, W).
+    """
+    difference = np.abs(with_defect.astype(np.float64) - without)
+    visible = ndimage.gaussian_filter(difference, 0.7) >= VISIBLE
+    closed = ndimage.binary_closing(np.pad(visible, 4), iterations=2)[4:-4, 4:-4]
+    filled = ndimage.binary_fill_holes(closed)
+    labels, count = ndimage.label(filled)
+    areas = ndimage.sum_labels(filled, labels, np.arange(count + 1))
+    outlined: MaskArray = areas[labels] >= _SPECK
+    return outlined & filled
+
+
+def _write(picture: Grey, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture).save(path, compress_level=1)  # noise does not compress, and level 6 takes most of the time

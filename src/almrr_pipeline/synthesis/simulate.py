@@ -1,0 +1,168 @@
+"""The work of making a pool, cut into tasks that write a stretch of an array on disk each.
+
+A task is a function of its arguments and of files: any process may do it, and what comes out is the same. Every sample
+and every crop has a random generator of its own, made of the seed, its number and its stream.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from numpy.lib.format import open_memmap
+
+from almrr_pipeline.images import ImageArray, read_image, resize_image
+from almrr_pipeline.synthesis.blend import blend_anomaly
+from almrr_pipeline.synthesis.perlin import BinaryMask, perlin_mask
+from almrr_pipeline.synthesis.textures import alter_texture
+
+
+class Stream(IntEnum):
+    """What random numbers are drawn for; streams are independent of each other."""
+
+    TRAINING = 0
+    HELD_OUT = 1
+    TRAINING_CROPS = 2
+    HELD_OUT_CROPS = 3
+
+
+@dataclass(frozen=True)
+class AnomalyRecipe:
+    """How anomalies are simulated; see `simulate_pool` for ranges."""
+
+    anomaly_free: float
+    grid_exponents: tuple[int, int]
+    threshold: float
+    opacity: tuple[float, float]
+    operations: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class SampleTask:
+    """Samples `start` to `stop` (not included) of one part of the pool."""
+
+    normals: Path
+    textures: Path
+    augmented: Path
+    masks: Path
+    source: Path
+    recipe: AnomalyRecipe
+    stream: Stream
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class ResizeTask:
+    """Pictures to be resized to the rows `start`, `start` + 1, ... of an array."""
+
+    pictures: tuple[Path, ...]
+    target: Path
+    start: int
+
+
+@dataclass(frozen=True)
+class CropTask:
+    """Random crops of one picture, for the rows `rows` of an array."""
+
+    picture: Path
+    target: Path
+    rows: tuple[int, ...]
+    scale: float
+    seed: int
+    stream: Stream
+
+
+def make_generator(seed: int, number: int, stream: Stream) -> np.random.Generator:
+    """Return the random generator of sample or crop `number`: it depends on these three alone."""
+    return np.random.default_rng(np.random.SeedSequence([seed, number], spawn_key=(stream,)))
+
+
+def simulate_sample(
+    number: int,
+    *,
+    normals: npt.NDArray[np.uint8],
+    textures: npt.NDArray[np.uint8],
+    recipe: AnomalyRecipe,
+    stream: Stream = Stream.TRAINING,
+) -> tuple[ImageArray, BinaryMask, int]:
+    """Simulate one sample of the pool.
+
+    Args:
+        number: which sample; with the recipe's seed and the stream it determines all that is drawn.
+        normals: uint8 in [0, 255], shape (n, H, W, 3).
+        textures: anomaly sources of the same kind, shape (t, H, W, 3).
+        recipe: what is drawn from which range.
+        stream: training or held-out.
+
+    Returns:
+        The augmented picture, uint8 (H, W, 3); its mask, bool (H, W), all False for a sample without anomaly; and
+        which normal picture it was made of.
+    """
+    generator = make_generator(recipe.seed, number, stream)
+    source = int(generator.integers(len(normals)))
+    normal = np.asarray(normals[source])
+    if generator.random() < recipe.anomaly_free:
+        return normal, np.zeros(normal.shape[:2], dtype=np.bool_), source
+    texture = np.asarray(textures[generator.integers(len(textures))])
+    mask = perlin_mask(
+        normal.shape[:2], grid_exponents=recipe.grid_exponents, threshold=recipe.threshold, generator=generator
+    )
+    anomaly = alter_texture(texture, count=recipe.operations, generator=generator)
+    opacity = generator.uniform(*recipe.opacity)
+    return blend_anomaly(normal, anomaly, mask, opacity=opacity), mask, source
+
+
+def write_samples(task: SampleTask) -> int:
+    """Simulate a stretch of samples and write them; returns how many."""
+    normals, textures = open_memmap(task.normals, mode="r"), open_memmap(task.textures, mode="r")
+    augmented, masks, sources = (open_memmap(path, mode="r+") for path in (task.augmented, task.masks, task.source))
+    for row in range(task.start, task.stop):
+        augmented[row], masks[row], sources[row] = simulate_sample(
+            row, normals=normals, textures=textures, recipe=task.recipe, stream=task.stream
+        )
+    return task.stop - task.start
+
+
+def write_resized(task: ResizeTask) -> int:
+    """Read pictures and write them at the array's size; returns how many."""
+    target = open_memmap(task.target, mode="r+")
+    for row, picture in enumerate(task.pictures, start=task.start):
+        target[row] = resize_image(read_image(picture), target.shape[1:3])
+    return len(task.pictures)
+
+
+def write_crops(task: CropTask) -> int:
+    """Read a picture, scale it and write random crops of the array's size; returns how many."""
+    target = open_memmap(task.target, mode="r+")
+    size = (int(target.shape[1]), int(target.shape[2]))
+    picture = scale_picture(read_image(task.picture), scale=task.scale, at_least=size)
+    for row in task.rows:
+        generator = make_generator(task.seed, row, task.stream)
+        top, left = (int(generator.integers(picture.shape[axis] - size[axis] + 1)) for axis in (0, 1))
+        target[row] = picture[top : top + size[0], left : left + size[1]]
+    return len(task.rows)
+
+
+def scale_picture(picture: ImageArray, *, scale: float, at_least: tuple[int, int]) -> ImageArray:
+    """Scale a picture; where it is then smaller than a crop, add its reflection around it, as prediction does.
+
+    Args:
+        picture: uint8 in [0, 255], shape (H, W, 3).
+        scale: factor of both sides.
+        at_least: rows and columns of a crop.
+
+    Returns:
+        uint8 in [0, 255], at least of that size.
+    """
+    rows, columns = (max(1, round(length * scale)) for length in picture.shape[:2])
+    scaled = resize_image(picture, (rows, columns))
+    missing = (max(0, at_least[0] - rows), max(0, at_least[1] - columns))
+    if not any(missing):
+        return scaled
+    padding = [(pixels // 2, pixels - pixels // 2) for pixels in missing]
+    return np.pad(scaled, [*padding, (0, 0)], mode="reflect")

@@ -1,0 +1,111 @@
+"""Anomaly sources: ten photometric and geometric operations, of which a few change each texture.
+
+The operations and their ranges are those of DRAEM (arXiv 2108.07610, section 3.1), where they come from imgaug; here
+Pillow does the work. The randomness of one operation is drawn from the generator that it is given, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageEnhance, ImageOps
+
+from almrr_pipeline.images import ImageArray
+
+Operation = Callable[[Image.Image, np.random.Generator], Image.Image]
+
+
+def adjust_gamma(texture: Image.Image, generator: np.random.Generator) -> Image.Image:
+    """Raise each channel to a power of its own in [0.5, 2]."""
+    values = np.arange(256) / 255.0
+    curves = values ** generator.uniform(0.5, 2.0, (3, 1))
+    return texture.point(_as_table(255.0 * curves))
+
+
+def adjust_brightness(texture: Image.Image, generator: np.random.Generator) -> Image.Image:
+    """Multiply by a factor in [0.8, 1.2] and add a value in [-30, 30] of 255."""
+    curve = np.arange(256) * generator.uniform(0.8, 1.2) + generator.uniform(-30.0, 30.0)
+    return texture.point(_as_table(np.tile(curve, 3)))
+
+
+def adjust_sharpness(texture: Image.Image, generator: np.random.Generator) -> Image.Image:
+    """Blur or sharpen: factor in [0, 2]; 0 is smoothed, 1 unchanged, 2 sharpened."""
+    return ImageEnhance.Sharpness(texture).enhance(generator.uniform(0.0, 2.0))
+
+
+def shift_hue_and_saturation(texture: Image.Image, generator: np.random.Generator) -> Image.Image:
+    """Turn the hue and shift the saturation, each by a value of its own in [-50, 50] of 255."""
+    hue, saturation = generator.integers(-50, 50, 2, endpoint=True)
+    values = np.arange(256)
+    curves = ((values + hue) % 256, values + saturation, values)
+    return texture.convert("HSV").point(_as_table(np.concatenate(curves))).convert("RGB")
+
+
+def solarize(texture: Image.Image, generator: np.random.Generator) -> Image.Image:
+    """Invert the values from a threshold in [32, 128] upwards."""
+    return ImageOps.solarize(texture, threshold=int(generator.integers(32, 128, endpoint=True)))
+
+
+def posterize(texture: Image.Image, generator: np.random.Generator) -> Image.Image:
+    """Keep the highest 1 to 8 bits of each channel."""
+    return ImageOps.posterize(texture, int(generator.integers(1, 8, endpoint=True)))
+
+
+def invert(texture: Image.Image, generator: np.random.Generator) -> Image.Image:
+    """Replace each value v by 255 - v."""
+    return ImageOps.invert(texture)
+
+
+def stretch_contrast(texture: Image.Image, generator: np.random.Generator) -> Image.Image:
+    """Autocontrast: spread the values over the whole range after cutting off 0 to 20 % at each end."""
+    return ImageOps.autocontrast(texture, cutoff=float(generator.uniform(0.0, 20.0)))
+
+
+def equalize(texture: Image.Image, generator: np.random.Generator) -> Image.Image:
+    """Make the histogram of each channel uniform."""
+    return ImageOps.equalize(texture)
+
+
+def rotate(texture: Image.Image, generator: np.random.Generator) -> Image.Image:
+    """Turn by an angle in [-45, 45] degrees about the centre; what comes from outside is black."""
+    return texture.rotate(generator.uniform(-45.0, 45.0), resample=Image.Resampling.BILINEAR)
+
+
+OPERATIONS: tuple[Operation, ...] = (
+    adjust_gamma,
+    adjust_brightness,
+    adjust_sharpness,
+    shift_hue_and_saturation,
+    solarize,
+    posterize,
+    invert,
+    stretch_contrast,
+    equalize,
+    rotate,
+)
+"""The ten operations, in the order in which DRAEM lists them."""
+
+
+def alter_texture(texture: ImageArray, *, count: int, generator: np.random.Generator) -> ImageArray:
+    """Change a texture by `count` different random operations, in random order.
+
+    Args:
+        texture: uint8 in [0, 255], shape (H, W, 3); it is not changed.
+        count: how many of the ten operations, 0 to 10; the paper takes 3.
+        generator: draws the operations and what they do.
+
+    Returns:
+        uint8 in [0, 255], shape (H, W, 3).
+    """
+    picture = Image.fromarray(texture)
+    for index in generator.permutation(len(OPERATIONS))[:count]:
+        picture = OPERATIONS[index](picture, generator)
+    return np.asarray(picture)
+
+
+def _as_table(curve: npt.NDArray[np.floating] | npt.NDArray[np.integer]) -> list[int]:
+    """Return a lookup table for Pillow: 3 x 256 values, rounded and cut to [0, 255]."""
+    table: list[int] = np.clip(np.rint(curve), 0, 255).astype(int).ravel().tolist()
+    return table
