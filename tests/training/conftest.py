@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -45,6 +48,18 @@ def train(tmp_path: Path) -> Train:
         checkpoint_every=2,
         log_every=2,
     )
+
+
+@pytest.fixture(scope="session")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int]]:
+    """The folder that processes.py left its files in, and how each of its processes ended."""
+    if not hasattr(os, "fork"):
+        pytest.skip("this system cannot fork")
+    folder = tmp_path_factory.mktemp("processes")
+    command = [sys.executable, str(Path(__file__).with_name("processes.py")), str(folder)]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    return folder, json.loads(done.stdout)
 
 
 @pytest.fixture(autouse=True)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +16,11 @@ from tiny_training import SETTINGS, build_model, build_pool
 
 from almrr_pipeline.training.fit import fit
 
-SCRIPT = Path(__file__).with_name("interrupted.py")
-
 
 def differences(one: torch.nn.Module, other: torch.nn.Module) -> list[str]:
     """Names of the values that are not equal to the bit."""
     mine, theirs = one.state_dict(), other.state_dict()
     return [name for name in mine if not torch.equal(mine[name], theirs[name])]
-
-
-@pytest.fixture(scope="module")
-def died(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int]]:
-    """A folder of scratch folders, by the name of the death, and how each process ended."""
-    if not hasattr(os, "fork"):
-        pytest.skip("this system has no fork and no SIGKILL")
-    folder = tmp_path_factory.mktemp("died")
-    command = [sys.executable, str(SCRIPT), str(folder)]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()
-    return folder, json.loads(done.stdout)
 
 
 def checkpoints_in(scratch: Path) -> list[str]:
@@ -59,9 +42,9 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Any:
     ],
 )
 def test_an_interrupted_training_ends_equal_to_the_bit(
-    died: tuple[Path, dict[str, int]], uninterrupted: Any, death: str, status: int, left: list[str]
+    processes: tuple[Path, dict[str, int]], uninterrupted: Any, death: str, status: int, left: list[str]
 ) -> None:
-    folder, ended = died
+    folder, ended = processes
     scratch = folder / death
     assert ended[death] == status
     assert checkpoints_in(scratch) == left

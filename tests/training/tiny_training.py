@@ -34,7 +34,10 @@ DEATHS: dict[str, dict[str, Any]] = {
     "killed while writing a checkpoint": {"checkpoint": 2},
     "asked to end": {"row": 4, "by": "SIGTERM"},
 }
-"""How: see interrupted.py."""
+"""How: see processes.py."""
+
+TOGETHER = {"batch_size": 4, "checkpoint_every": 1, "steps": 2, "log_every": 1, "selection": "last"}
+"""What differs in the training that two processes share."""
 
 
 @dataclass

@@ -19,7 +19,6 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from almrr_pipeline.errors import AlmrrError
@@ -78,6 +77,7 @@ def fit(
 ) -> pd.DataFrame:
     """Train a model in place; it ends in evaluation mode on the CPU.
 
+    With several devices every process runs the caller's code up to here, and the main one alone goes on afterwards.
     The result depends on the model, the pool and the arguments alone. On a CPU a training that was killed and run
     again ends with weights and history equal to the bit to an uninterrupted one, for the same machine, versions and
     number of threads. The caller's random state and torch's global settings are left as they were.
@@ -125,6 +125,8 @@ def fit(
     Raises:
         AlmrrError: the pool does not fit, a loss or gradient is not finite, memory runs out, or the devices asked
             for do not exist; says what to do.
+        SystemExit: in all processes but the main one, with status 0 when the training is done: whatever the caller does
+            with the model is done once. In the main process, with status 143, after SIGTERM.
     """
     check_pool(pool, image_size=model.image_size)
     objective = Objective(focal_gamma, reconstruction_weight, refinement_weight)
@@ -196,14 +198,11 @@ def fit(
             trainer.fit(module, ckpt_path=_find_start(folder))
         if best is not None:
             best.restore_best(module)
-    if not keep_checkpoints and trainer.is_global_zero:
+    if not trainer.is_global_zero:
+        raise SystemExit(0)
+    if not keep_checkpoints:
         folder.remove()
     return history.frame()
-
-
-def is_main_process() -> bool:
-    """Whether this process is the one that saves and reports; with several devices all run the caller's code."""
-    return bool(getattr(rank_zero_only, "rank", 0) == 0)
 
 
 def _standardize(model: ALMRR, *, pool: TrainingPool) -> None:

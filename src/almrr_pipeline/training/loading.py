@@ -34,19 +34,34 @@ Turns = npt.NDArray[np.uint8]
 
 
 class TrainingPool(Protocol):
-    """What is read of a pool of simulated anomalies (almrr_pipeline.synthesis.pool.Pool has it).
+    """What training reads of a pool of simulated anomalies; synthesis.pool.Pool has it.
 
-    normals: uint8 (n, H, W, 3), RGB. augmented, held_augmented: uint8 (N, H, W, 3). masks, held_masks: bool or {0, 1}
-    (N, H, W). source: int64 (N,), which of the normal pictures was augmented. The held_ arrays are of normal pictures
-    that are not trained on; they may be empty.
+    The arrays may be memory-mapped. The held ones come from normal pictures that are not trained on; may be empty.
     """
 
-    normals: npt.NDArray[np.uint8]
-    augmented: npt.NDArray[np.uint8]
-    masks: npt.NDArray[Any]
-    source: npt.NDArray[np.int64]
-    held_augmented: npt.NDArray[np.uint8]
-    held_masks: npt.NDArray[Any]
+    @property
+    def normals(self) -> npt.NDArray[np.uint8]:
+        """RGB, shape (n, H, W, 3)."""
+
+    @property
+    def augmented(self) -> npt.NDArray[np.uint8]:
+        """RGB, shape (N, H, W, 3)."""
+
+    @property
+    def masks(self) -> npt.NDArray[Any]:
+        """Bool or {0, 1}, shape (N, H, W)."""
+
+    @property
+    def source(self) -> npt.NDArray[np.int64]:
+        """Which normal picture was augmented, shape (N,)."""
+
+    @property
+    def held_augmented(self) -> npt.NDArray[np.uint8]:
+        """As `augmented`."""
+
+    @property
+    def held_masks(self) -> npt.NDArray[Any]:
+        """As `masks`."""
 
 
 class Batch(TypedDict):

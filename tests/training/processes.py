@@ -1,0 +1,114 @@
+"""Trains the tiny model in processes of its own: some die on the way, one for each of DEATHS; two share a training.
+
+Not a test: run once by the fixture `processes`. Prints how each process ended (as subprocess counts: minus the signal's
+number, or the exit status), as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny_training import DEATHS, SETTINGS, TOGETHER, build_model, build_pool
+
+from almrr_pipeline.training import checkpoints
+from almrr_pipeline.training.fit import fit
+
+
+def train_and_die(scratch: Path, *, row: int = 0, checkpoint: int = 0, by: str = "SIGKILL") -> None:
+    """Train until a row of the history is made, or until the middle of writing a checkpoint; then die by a signal."""
+
+    def die_at_the_row(step: int, values: Mapping[str, float]) -> None:
+        if step == row:
+            os.kill(os.getpid(), signal.Signals[by])
+
+    if checkpoint:
+        die_in_the_middle_of_writing(checkpoint)
+    fit(build_model(standardize=True), build_pool(), scratch=scratch, on_metrics=die_at_the_row, **SETTINGS)
+
+
+def die_in_the_middle_of_writing(which: int) -> None:
+    """Let the process be killed when half of a checkpoint is on the disk."""
+    written = 0
+    sync = os.fsync
+
+    def kill_instead(descriptor: int) -> None:
+        nonlocal written
+        written += 1
+        if written == which:
+            os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        sync(descriptor)
+
+    checkpoints.os.fsync = kill_instead
+
+
+def train_together(folder: Path, *, rank: int, port: int) -> None:
+    """Train as one of two processes, as torchrun would start it; leave weights and reported steps in the folder."""
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "GROUP_RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "TORCHELASTIC_RUN_ID": "test",
+    }
+    model = build_model(drop_path=0.0)
+    reported: list[int] = []
+    settings = {**SETTINGS, **TOGETHER, "devices": 2}
+    try:
+        history = fit(
+            model,
+            build_pool(),
+            scratch=folder / "scratch",
+            on_metrics=lambda step, _: reported.append(step),
+            **settings,
+        )
+        history.to_csv(folder / f"history_{rank}.csv", index=False)
+    finally:
+        torch.save({"weights": model.state_dict(), "reported": reported}, folder / f"rank_{rank}.pt")
+
+
+def start(function: Callable[..., None], *arguments: Any, **named: Any) -> int:
+    """Run a function in a forked process, which spares it the import of torch; the process's id."""
+    child = os.fork()
+    if child == 0:
+        try:
+            function(*arguments, **named)
+        except SystemExit as stop:
+            os._exit(stop.code)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return child
+
+
+def wait_for(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    ended = {name: wait_for(start(train_and_die, folder / name, **death)) for name, death in DEATHS.items()}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pair = [start(train_together, folder, rank=rank, port=port) for rank in range(2)]
+    ended |= {f"rank {rank}": wait_for(child) for rank, child in enumerate(pair)}
+    print(json.dumps(ended))
+
+
+if __name__ == "__main__":
+    main()

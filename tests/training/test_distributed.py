@@ -1,0 +1,56 @@
+"""Two processes that share a training, as torchrun starts them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from tiny_training import SETTINGS, TOGETHER, build_model, build_pool
+
+from almrr_pipeline.errors import AlmrrError
+from almrr_pipeline.training.fit import fit
+
+
+@pytest.fixture(scope="module")
+def ranks(processes: tuple[Path, dict[str, int]]) -> list[dict[str, Any]]:
+    folder, ended = processes
+    assert (ended["rank 0"], ended["rank 1"]) == (0, 0)
+    return [torch.load(folder / f"rank_{rank}.pt") for rank in range(2)]
+
+
+def test_processes_end_with_equal_parameters(ranks: list[dict[str, Any]]) -> None:
+    names = [name for name, _ in build_model().named_parameters()]
+    first, second = (rank["weights"] for rank in ranks)
+    assert [name for name in names if not torch.equal(first[name], second[name])] == []
+
+
+def test_the_main_process_alone_reports_and_goes_on(
+    ranks: list[dict[str, Any]], processes: tuple[Path, dict[str, int]]
+) -> None:
+    assert [rank["reported"] for rank in ranks] == [[1, 2], []]
+    assert [path.name for path in processes[0].glob("history_*.csv")] == ["history_0.csv"]
+
+
+def test_the_history_is_that_of_one_process(
+    ranks: list[dict[str, Any]], processes: tuple[Path, dict[str, int]], tmp_path: Path
+) -> None:
+    """The reconstruction has no batch norm, so at the first step halves of a batch average to the whole."""
+    alone = fit(build_model(drop_path=0.0), build_pool(), scratch=tmp_path, **{**SETTINGS, **TOGETHER})
+    shared = pd.read_csv(processes[0] / "history_0.csv")
+    np.testing.assert_allclose(shared["reconstruction"][0], alone["reconstruction"][0], rtol=1e-5)
+    np.testing.assert_allclose(shared["loss"], alone["loss"], rtol=0.1)
+
+
+def test_checkpoints_are_removed_by_the_main_process(
+    ranks: list[dict[str, Any]], processes: tuple[Path, dict[str, int]]
+) -> None:
+    assert list((processes[0] / "scratch").iterdir()) == []
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AlmrrError, match=r"batch_size 3 cannot be shared equally by 2 devices; take 4"):
+        fit(build_model(), build_pool(), scratch=tmp_path, **{**SETTINGS, "batch_size": 3, "devices": 2})
