@@ -13,5 +13,5 @@ CONFIG_LOADER_ARGS = {
     "custom_resolvers": {"tracking_uri": lambda: tracking_uri(project_root())},
 }
 
-DISABLE_HOOKS_FOR_PLUGINS = ("kedro-mlflow",)  # TrackingHook is kedro-mlflow's hook with our parameters and tags
+DISABLE_HOOKS_FOR_PLUGINS = ("kedro-mlflow", "kedro_mlflow")  # TrackingHook is kedro-mlflow's hook with our parameters and tags
 HOOKS = (TrackingHook(),)

@@ -9,7 +9,7 @@ import pandas as pd
 from almrr_pipeline.config import BackboneSettings, DataSettings, split_seed
 from almrr_pipeline.pipelines.datasets import FillsFolder
 from almrr_pipeline.sources.manifest import build_manifest
-from almrr_pipeline.sources.registry import FetchRequest, check_request, fetch_textures, source_for
+from almrr_pipeline.sources.registry import FetchRequest, check_request, fetch_category, fetch_textures, source_for
 from almrr_pipeline.sources.weights import fetch_backbone
 
 
@@ -17,7 +17,7 @@ def request_textures(categories: list[str], data: DataSettings, seed: int, scrat
     """Fetch the anomaly sources into a folder; first of all, find out what would stop any category's fetching."""
     request = _request(data, seed, scratch)
     data_sets = dict.fromkeys(split_seed(category)[0] for category in categories)
-    check_request(data_sets, textures=data.textures, request=request)
+    check_request(data_sets, request=request)
     return lambda folder: fetch_textures(data.textures, target=folder, request=request)
 
 
@@ -36,8 +36,8 @@ def request_backbone_weights(backbone: BackboneSettings) -> FillsFolder:
 def request_pictures(category: str, data: DataSettings, seed: int, scratch: Path) -> FillsFolder:
     """Fetch a category's pictures into a folder."""
     data_set, _ = split_seed(category)
-    source, request = source_for(data_set), _request(data, seed, scratch)
-    return lambda folder: source.fetch(data_set, target=folder, request=request)
+    request = _request(data, seed, scratch)
+    return lambda folder: fetch_category(data_set, target=folder, request=request)
 
 
 def list_pictures(category: str, pictures: Path, data_folder: Path, data: DataSettings) -> pd.DataFrame:
