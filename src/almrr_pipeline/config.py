@@ -123,7 +123,9 @@ class ModelSettings(Section):
     @model_validator(mode="after")
     def _mean_has_one_channel(self) -> Self:
         if self.refinement_input == "mean" and self.refinement_channels != 1:
-            raise ValueError("refinement_input 'mean' has one channel; set refinement_channels to 1 or use 'projection'")
+            raise ValueError(
+                "refinement_input 'mean' has one channel; set refinement_channels to 1 or use 'projection'"
+            )
         return self
 
 
@@ -154,7 +156,7 @@ class TrainSettings(Section):
     devices: int | Literal["auto"] = "auto"
     nodes: Positive = 1
     workers: Annotated[int, Field(ge=0)] = 0
-    """Loader processes when the pool does not fit on the device."""
+    """Loader processes where the pool is not kept on a GPU; 0 chooses: four a GPU, none on a CPU."""
     checkpoint_every: Positive = 200
     """Steps between checkpoints for resuming."""
     log_every: Positive = 10

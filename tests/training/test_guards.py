@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from almrr_pipeline.errors import AlmrrError
-from almrr_pipeline.training.guards import check_finite, explained_memory
+from almrr_pipeline.training.guards import check_finite, explained_compilation, explained_memory
 
 
 def test_finite_values_pass() -> None:
@@ -43,3 +43,11 @@ def test_other_errors_pass_as_they_are() -> None:
         explained_memory(batch_size=24, devices=1, precision="32-true"),
     ):
         torch.zeros(2).view(3)
+
+
+def test_a_model_that_cannot_be_compiled_is_explained() -> None:
+    def fail(graph: object, inputs: object) -> None:
+        raise RuntimeError("no compiler here")
+
+    with pytest.raises(AlmrrError, match=r"set train\.compile to false.*no compiler here"), explained_compilation():
+        torch.compile(lambda x: x + 1, backend=fail)(torch.ones(2))

@@ -24,7 +24,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from almrr_pipeline.errors import AlmrrError
 from almrr_pipeline.model.almrr import ALMRR
 from almrr_pipeline.training import checkpoints
-from almrr_pipeline.training.guards import explained_memory
+from almrr_pipeline.training.guards import explained_compilation, explained_memory
 from almrr_pipeline.training.history import HistoryRecorder, OnMetrics, ProgressReport
 from almrr_pipeline.training.loading import TrainingPool, build_loader, check_pool, sample_normals
 from almrr_pipeline.training.module import Descent, Objective, TrainingModule
@@ -194,7 +194,8 @@ def fit(
             default_root_dir=scratch,
         )
         _check_share(batch_size, processes=trainer.world_size, image_size=model.image_size)
-        with explained_memory(batch_size=batch_size, devices=trainer.world_size, precision=precision):
+        memory = explained_memory(batch_size=batch_size, devices=trainer.world_size, precision=precision)
+        with memory, explained_compilation():
             trainer.fit(module, ckpt_path=_find_start(folder))
         if best is not None:
             best.restore_best(module)

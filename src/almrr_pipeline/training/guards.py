@@ -62,3 +62,21 @@ def explained_memory(*, batch_size: int, devices: int, precision: str) -> Iterat
             f"Memory ran out in training with train.batch_size {batch_size}{share}: halve the batch size{cheaper}, or "
             f"choose smaller widths in the model section. The device said: {str(error).splitlines()[0]}"
         ) from error
+
+
+@contextmanager
+def explained_compilation() -> Iterator[None]:
+    """Turn a failure of torch.compile into a sentence.
+
+    Raises:
+        AlmrrError: the model could not be compiled inside the context.
+    """
+    from torch._dynamo.exc import TorchDynamoException  # slow to import, and needed by trainings alone
+
+    try:
+        yield
+    except TorchDynamoException as error:
+        raise AlmrrError(
+            "torch.compile could not compile the model; set train.compile to false, or install a C++ compiler if that "
+            f"is what it misses. It said: {' '.join(str(error).split()[:40])}"
+        ) from error
