@@ -13,5 +13,6 @@ CONFIG_LOADER_ARGS = {
     "custom_resolvers": {"tracking_uri": lambda: tracking_uri(project_root())},
 }
 
-DISABLE_HOOKS_FOR_PLUGINS = ("kedro-mlflow", "kedro_mlflow")  # TrackingHook is kedro-mlflow's hook with our parameters and tags
+# TrackingHook is kedro-mlflow's hook with our parameters and tags; the plugin goes by either spelling of its name.
+DISABLE_HOOKS_FOR_PLUGINS = ("kedro-mlflow", "kedro_mlflow")
 HOOKS = (TrackingHook(),)

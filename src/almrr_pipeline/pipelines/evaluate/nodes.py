@@ -49,7 +49,7 @@ def measure(
     evaluate: EvaluateSettings,
     seed: int,
 ) -> tuple[dict[str, Any], pd.DataFrame, pd.DataFrame, pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """Compute all metrics; ROC, precision-recall and per-region overlap of the pixels; the first two of the pictures."""
+    """Compute all metrics; ROC, precision-recall and region overlap of the pixels; the first two of the pictures."""
     thresholds = InferenceSettings.load(model).thresholds
     rows = _test_rows(manifest)
     found = evaluate_maps(
