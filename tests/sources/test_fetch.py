@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from almrr_pipeline.errors import AlmrrError
+from almrr_pipeline.sources import registry
 from almrr_pipeline.sources.manifest import Counts, count_items
 from almrr_pipeline.sources.registry import fetch_textures, known_categories, source_for
 
@@ -315,11 +316,22 @@ def test_items_are_listed_without_opening_them(draw: Any, tmp_path: Path) -> Non
     assert count_items(source_for("mvtec_wood").items("mvtec_wood", folder)) == Counts(4, 2, 3)
 
 
-def test_textures_of_packages_need_no_address(workplace: Any) -> None:
-    target = workplace.target("textures")
-    target.mkdir(parents=True)
+def test_textures_of_packages_need_no_address(workplace: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Path] = []
+    monkeypatch.setattr(registry, "write_package_textures", asked.append)
 
-    fetch_textures("package", target=target, request=workplace.request(addresses={"dtd": []}))
+    fetch_textures("package", target=workplace.root, request=workplace.request(addresses={"dtd": []}))
 
-    assert len([path for path in target.rglob("*") if path.is_file()]) > 5
-    assert not workplace.scratch.exists()
+    assert asked == [workplace.root]
+
+
+def test_what_a_killed_run_has_left_is_no_part_of_the_next(
+    server: Any, draw: Any, pack: Pack, workplace: Any, tmp_path: Path
+) -> None:
+    draw.nanotwice(workplace.scratch / "unpacked-nanotwice", normal=9)
+    address = server.serve("nano.zip", pack(draw.nanotwice(tmp_path / "nano"), "zip"))
+
+    manifest = workplace.fetch("nanotwice", workplace.request(addresses={"nanotwice": [address]}))
+
+    assert counts_of(manifest) == Counts(5, 0, 40)
+    assert not [name for name in workplace.leftovers() if name.startswith("scratch")]

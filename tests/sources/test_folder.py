@@ -112,7 +112,7 @@ def empty_training(draw: Any, folder: Path) -> None:
     [
         (put_defect_into_training, "training pictures are normal ones alone"),
         (put_picture_beside_the_test_folders, r"0\.png lies beside the folders"),
-        (remove_training, "neither a folder train nor a folder normal"),
+        (remove_training, r"^data\.source\.folder_tiles: .*: there is neither a folder train nor a folder normal"),
         (empty_training, "no normal picture to train on"),
     ],
 )

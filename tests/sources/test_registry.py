@@ -31,9 +31,10 @@ def test_a_mistyped_category_lists_the_known_ones_the_closest_first() -> None:
     assert all(category in str(caught.value) for category in known_categories())
 
 
-def test_a_folder_needs_a_name() -> None:
+@pytest.mark.parametrize("category", ["folder_", "folder_../other", "folder_a/b"])
+def test_a_folder_needs_a_name_that_stays_in_its_place(category: str) -> None:
     with pytest.raises(AlmrrError, match="folder_NAME"):
-        source_for("folder_")
+        source_for(category)
 
 
 def test_every_source_states_its_licence_and_is_found_by_its_name() -> None:

@@ -101,6 +101,15 @@ def test_permissions_of_an_archive_are_not_taken_over(tmp_path: Path) -> None:
     assert (tmp_path / "target" / "tool").stat().st_mode & 0o7111 == 0
 
 
+def test_what_a_killed_run_has_left_is_replaced(tmp_path: Path) -> None:
+    save(tmp_path / ".unpacking-target", b"half", "half.png")
+
+    unpack(save(tmp_path, packed("zip", FILES)), tmp_path / "target")
+
+    assert files_in(tmp_path / "target") == FILES
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["archive", "target"]
+
+
 OUTSIDE = ["../outside", "a/../../outside", "/outside", "C:/outside", "C:outside", "..\\outside", "\\\\host\\share\\x"]
 
 

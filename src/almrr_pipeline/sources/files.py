@@ -115,7 +115,9 @@ def _files_below(part: Path) -> list[Path]:
 
 def remove_folder(folder: Path) -> None:
     """Remove a folder of ours with all that lies in it; what cannot be removed is logged, not raised."""
-    shutil.rmtree(folder, onerror=lambda _, path, __: logger.warning("%s could not be removed", path))
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        logger.warning("%s could not be removed", folder)
 
 
 def empty_folder(folder: Path) -> None:

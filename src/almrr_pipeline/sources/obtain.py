@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from urllib.request import url2pathname
 
 from almrr_pipeline.errors import AlmrrError
 from almrr_pipeline.sources.download import downloaded, shown
-from almrr_pipeline.sources.files import DiskError, empty_folder, hash_file, remove_folder, report_disk_errors
+from almrr_pipeline.sources.files import DiskError, empty_folder, hash_file, remove_folder
 from almrr_pipeline.sources.source import FetchRequest
 from almrr_pipeline.sources.unpack import unpack
 
@@ -79,12 +78,14 @@ def obtain(offer: Offer, *, target: Path, request: FetchRequest, take: Take) -> 
     for place in _find_places(offer, request):
         logger.info("%s: looking at %s", offer.name, shown(place.address))
         try:
-            with _opened(place, request) as (folder, is_ours):
+            with _opened(place, offer, request) as (folder, is_ours):
                 return take(folder, is_ours)
         except DiskError:
             raise
         except AlmrrError as error:
             reason = str(error).rstrip(".")
+            if is_local(offer, request):
+                raise AlmrrError(f"data.source.{place.archive.key}: {place.address}: {reason}.") from error
             logger.warning("%s: %s: %s", offer.name, shown(place.address), reason)
             failures.append(f"{shown(place.address)} ({reason})")
             empty_folder(target)
@@ -165,7 +166,7 @@ def _place_at(archive: Archive, address: str, request: FetchRequest) -> _Place:
 
 
 @contextmanager
-def _opened(place: _Place, request: FetchRequest) -> Iterator[tuple[Path, bool]]:
+def _opened(place: _Place, offer: Offer, request: FetchRequest) -> Iterator[tuple[Path, bool]]:
     """Give a folder with what lies at a place, and whether its files may be moved away."""
     path = local_path(place.address)
     if path is not None and path.is_dir():
@@ -175,14 +176,15 @@ def _opened(place: _Place, request: FetchRequest) -> Iterator[tuple[Path, bool]]
     elif place.archive.shared:
         yield _unpack_shared(place, request), False
     else:
-        with report_disk_errors(request.scratch):
-            request.scratch.mkdir(parents=True, exist_ok=True)
-            work = Path(tempfile.mkdtemp(dir=request.scratch, prefix="unpacking-"))
-        try:
-            _unpack_place(place, work / "content", request)
-            yield work / "content", True
-        finally:
+        work = request.scratch / f"unpacked-{offer.name}"
+        if work.exists():  # a run that was killed has left it
             remove_folder(work)
+        try:
+            _unpack_place(place, work, request)
+            yield work, True
+        finally:
+            if work.exists():
+                remove_folder(work)
 
 
 def _unpack_shared(place: _Place, request: FetchRequest) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
@@ -55,14 +56,14 @@ def source_for(category: str) -> Source:
     Raises:
         AlmrrError: no source has it; names the most similar ones first.
     """
-    if category.startswith(FOLDER_PREFIX) and category != FOLDER_PREFIX:
+    if re.fullmatch(rf"{FOLDER_PREFIX}[\w.-]+", category):
         return SOURCES["folder"]
     for source in SOURCES.values():
         if category in source.categories:
             return source
     raise AlmrrError(
         f"categories: there is no {category!r}. Known are {_similar_first(category, known_categories())}, and "
-        f"{FOLDER_PREFIX}NAME for pictures of your own."
+        f"{FOLDER_PREFIX}NAME (letters, digits, _, - and .) for pictures of your own."
     )
 
 

@@ -10,7 +10,6 @@ import shutil
 import stat
 import struct
 import tarfile
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -129,11 +128,13 @@ def unpack(archive: Path, target: Path, *, limits: Limits | None = None) -> None
         raise AlmrrError(f"There is no archive at {archive}; check the path.")
     with report_disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(dir=target.parent, prefix=".unpacking-"))
+        beside = target.with_name(f".unpacking-{target.name}")
+        if beside.exists():  # a run that was killed has left it
+            remove_folder(beside)
+        beside.mkdir()
         try:
             with _report_broken(archive):
                 _write_members(archive, beside, _Budget(archive, limits or Limits()))
-            beside.chmod(0o755)  # mkdtemp makes it private
             beside.rename(target)
         finally:
             if beside.exists():
@@ -231,7 +232,7 @@ def _tar_members(archive: Path, budget: _Budget) -> Iterator[_Member]:
     if opener is None:
         _check_end_of_tar(archive)
     stream = _Metered(cast(IO[bytes], opener(archive)) if opener else archive.open("rb"), budget)
-    with stream, tarfile.open(fileobj=cast(IO[bytes], stream), mode="r|", errorlevel=2) as opened:
+    with stream, tarfile.open(fileobj=cast(IO[bytes], stream), mode="r|") as opened:
         for info in opened:
             yield _Member(
                 info.name,
