@@ -87,7 +87,7 @@ def test_examples_survive_a_csv_file(scores: pd.DataFrame) -> None:
     count=st.integers(1, 4),
     seed=st.integers(0, 9),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_no_picture_is_an_example_twice(labels: list[str], count: int, seed: int) -> None:
     values = np.random.default_rng(seed).random(len(labels))
     frame = table(

@@ -85,8 +85,10 @@ def test_many_categories_stay_apart_and_inside(curve: pd.DataFrame) -> None:
     styles = re.findall(r'style="([^"]*)"><title>', drawing)
     assert len(set(styles)) == 24
     assert set(names) < set(texts(drawing))
-    height = float(ElementTree.fromstring(drawing).attrib["viewBox"].split()[3])
-    assert all(float(element.attrib["y"]) < height for element in ElementTree.fromstring(drawing).iter(f"{SVG}text"))
+    root = ElementTree.fromstring(drawing)
+    width, height = map(float, root.attrib["viewBox"].split()[2:])
+    labels = [(float(text.attrib["x"]), float(text.attrib["y"])) for text in root.iter(f"{SVG}text")]
+    assert all(0 < x < width and 0 < y < height for x, y in labels)
 
 
 def test_hostile_names_stay_text(curve: pd.DataFrame) -> None:

@@ -60,6 +60,7 @@ def test_an_undefined_metric_is_a_dash_with_its_reason(metrics: dict[str, Any]) 
     assert cell.text == DASH
     assert table.notes[ord(cell.note) - ord("a")] == "no normal test image"
     assert column(table, "AUROC", "images")[2].small == "1 of 2"
+    assert column(table, "AP", "pixels")[2].small == ""
 
 
 def test_a_metric_that_nobody_computed_says_so(metrics: dict[str, Any]) -> None:
