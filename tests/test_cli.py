@@ -312,7 +312,3 @@ def test_help_imports_nothing_heavy() -> None:
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.splitlines()[-1] == "[]"
-
-
-def test_the_module_has_no_attribute_that_kedro_takes_for_its_own() -> None:
-    assert not hasattr(cli, "cli")

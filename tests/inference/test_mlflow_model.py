@@ -111,11 +111,17 @@ def test_a_row_that_is_no_picture_is_named(served: PyFuncModel, contents: list[b
 def test_without_threshold_the_verdict_is_null(uncalibrated_folder: Path, contents: list[bytes]) -> None:
     class Context:
         artifacts = {"model_folder": str(uncalibrated_folder)}  # noqa: RUF012
+        model_config = None
 
     model = ServedModel()
     model.load_context(Context())  # type: ignore[arg-type]
     answer = model.predict(Context(), pd.DataFrame({"image": contents[:1]}))  # type: ignore[arg-type]
     assert answer["is_anomalous"].to_list() == [None]
+
+
+def test_the_device_can_be_chosen_at_loading(logged: ModelInfo) -> None:
+    with pytest.raises(AlmrrError, match="'cuda:99' cannot be used"):
+        mlflow.pyfunc.load_model(logged.model_uri, model_config={"device": "cuda:99"})
 
 
 def test_an_alias_needs_a_name(model_folder: Path) -> None:

@@ -140,6 +140,20 @@ def test_a_broken_model_is_noticed(noise: list[ImageArray]) -> None:
         _maps(Broken().eval(), noise)
 
 
+def test_too_large_a_batch_is_named(noise: list[ImageArray]) -> None:
+    class Greedy(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            raise torch.OutOfMemoryError("no memory")
+
+    with pytest.raises(AlmrrError, match="batch of 4 does not fit into cpu's memory; lower the batch size"):
+        _maps(Greedy().eval(), noise)
+
+
+def test_a_batch_holds_at_least_one(brightness: nn.Module, noise: list[ImageArray]) -> None:
+    with pytest.raises(AlmrrError, match="batch size is 0"):
+        _maps(brightness, noise, batch_size=0)
+
+
 @pytest.mark.parametrize(
     "picture",
     [

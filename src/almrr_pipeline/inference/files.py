@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,24 +110,11 @@ def predict_files(
         AlmrrError: not one picture can be read, the output folder is not free or cannot be written; nothing is left
         behind then.
     """
+    pictures = list(dict.fromkeys(pictures))
     check_output(output, pictures, overwrite=overwrite)
-    names = _name_results(pictures)
     summary = Summary()
-
     with _results_folder(output) as folder:
-
-        def write(item: tuple[Path, Prediction | AlmrrError]) -> tuple[Path, Verdict | AlmrrError]:
-            picture, outcome = item
-            if isinstance(outcome, AlmrrError):
-                return picture, outcome
-            if overlays:
-                _write_overlay(
-                    picture, outcome, folder / OVERLAYS_FOLDER / f"{names[picture]}.png", predictor.pixel_threshold
-                )
-            if maps != "none":
-                _write_map(outcome.anomaly_map, folder / MAPS_FOLDER / f"{names[picture]}.{maps}")
-            return picture, Verdict(picture, outcome.score, predictor.image_threshold, outcome.is_anomalous)
-
+        write = _ResultWriter(predictor, folder, _name_results(pictures), overlays, maps)
         outcomes = zip(pictures, predictor.try_stream(pictures), strict=True)
         for picture, written in map_ahead(write, outcomes, ahead=_WRITTEN_AHEAD, threads=2):
             if isinstance(written, AlmrrError):
@@ -240,16 +227,37 @@ def _publish(partial: Path, output: Path) -> None:
         entry.rename(output / entry.name)
 
 
-def _write_overlay(picture: Path, prediction: Prediction, target: Path, threshold: float | None) -> None:
-    overlay = draw_overlay(
-        read_image(picture),  # again: holding pictures back while a batch fills would cost memory without bound
-        prediction.anomaly_map,
-        threshold=threshold,
-        score=prediction.score,
-        is_anomalous=prediction.is_anomalous,
-    )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(overlay).save(target, format="PNG")
+@dataclass(frozen=True)
+class _ResultWriter:
+    """Writes what belongs to one picture; called from several threads at once."""
+
+    predictor: Predictor
+    folder: Path
+    names: Mapping[Path, str]
+    overlays: bool
+    maps: MapFormat
+
+    def __call__(self, item: tuple[Path, Prediction | AlmrrError]) -> tuple[Path, Verdict | AlmrrError]:
+        picture, outcome = item
+        if isinstance(outcome, AlmrrError):
+            return picture, outcome
+        if self.overlays:
+            self._write_overlay(picture, outcome)
+        if self.maps != "none":
+            _write_map(outcome.anomaly_map, self.folder / MAPS_FOLDER / f"{self.names[picture]}.{self.maps}")
+        return picture, Verdict(picture, outcome.score, self.predictor.image_threshold, outcome.is_anomalous)
+
+    def _write_overlay(self, picture: Path, prediction: Prediction) -> None:
+        overlay = draw_overlay(
+            read_image(picture),  # again: holding pictures back while a batch fills would cost memory without bound
+            prediction.anomaly_map,
+            threshold=self.predictor.pixel_threshold,
+            score=prediction.score,
+            is_anomalous=prediction.is_anomalous,
+        )
+        target = self.folder / OVERLAYS_FOLDER / f"{self.names[picture]}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(overlay).save(target, format="PNG")
 
 
 def _write_map(anomaly_map: AnomalyMap, target: Path) -> None:

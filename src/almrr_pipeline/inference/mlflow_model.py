@@ -38,6 +38,9 @@ _ARTIFACT = "model_folder"
 _REQUIREMENTS = ("torch", "torchvision", "timm", "numpy", "scipy", "pandas", "pillow", "pydantic", "safetensors")
 """What the source that travels along imports for predicting; pinned to the versions that are installed at logging."""
 
+MODEL_CONFIG: dict[str, Any] = {"device": "auto", "batch_size": 8, "scan_backend": "auto"}
+"""Arguments of `Predictor`, each open to `mlflow.pyfunc.load_model(uri, model_config={...})`."""
+
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec(DataType.binary, "image")]),
     outputs=Schema(
@@ -56,8 +59,9 @@ class ServedModel(PythonModel):
     """A `Predictor` behind MLflow's interface."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Load the model folder among the artifacts; on a GPU where there is one."""
-        self._predictor = Predictor(Path(context.artifacts[_ARTIFACT]))
+        """Load the model folder among the artifacts, by the values of `MODEL_CONFIG` or those given at loading."""
+        folder = Path(context.artifacts[_ARTIFACT])
+        self._predictor = Predictor(folder, **{**MODEL_CONFIG, **(context.model_config or {})})
         self._turn = threading.Lock()
 
     def predict(
@@ -103,6 +107,7 @@ def log_model(folder: Path, *, name: str, registered_name: str | None = None, al
         name=name,
         python_model=str(Path(__file__)),
         artifacts={_ARTIFACT: str(folder)},
+        model_config=MODEL_CONFIG,
         code_paths=[str(Path(almrr_pipeline.__file__).parent)],
         signature=SIGNATURE,
         input_example=_example(settings.image_size),

@@ -259,6 +259,8 @@ def _stream_maps(
     """Decode ahead, cut, predict in batches that span pictures, blend; an unreadable picture becomes its error."""
     if isinstance(images, str | os.PathLike) or (isinstance(images, np.ndarray) and images.ndim == 3):
         raise AlmrrError("One picture was given where several are expected; put it into a list.")
+    if batch_size < 1:
+        raise AlmrrError(f"The batch size is {batch_size}; it has to be 1 or more.")
     if model.training:
         raise ValueError("the model is in training mode, where its maps are random; call model.eval() first")
     prepare = partial(_try_prepare, image_size=image_size, tiling=tiling)
@@ -331,7 +333,12 @@ def _predict_batch(model: nn.Module, tiles: npt.NDArray[np.uint8], device: torch
     """Maps of a batch of tiles; uint8 (B, H, W, 3) in, float32 (B, H, W) out."""
     pixels = torch.from_numpy(tiles).to(device)  # a quarter of what floats would move
     images = pixels.permute(0, 3, 1, 2).float().div_(255)  # (B, 3, H, W)
-    maps = np.asarray(model(images).float().cpu(), dtype=np.float32)
+    try:
+        maps = np.asarray(model(images).float().cpu(), dtype=np.float32)
+    except torch.OutOfMemoryError as error:
+        raise AlmrrError(
+            f"A batch of {len(tiles)} does not fit into {device}'s memory; lower the batch size."
+        ) from error
     if not np.isfinite(maps).all():
         raise AlmrrError(
             "The model's anomaly map holds values that are not finite: its weights are damaged; train it again."
