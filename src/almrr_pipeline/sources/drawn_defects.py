@@ -74,12 +74,11 @@ def draw_dent(surface: Field, generator: np.random.Generator, strength: float) -
     bowl = np.clip(outline.inside / size, 0.0, 1.0)  # 0 at the edge, 1 in the middle
     slope = np.stack(np.gradient(-ndimage.gaussian_filter((bowl * (2.0 - bowl)) ** 2, 1.5)))
     slope /= np.abs(slope).max()
-    places = np.stack(np.mgrid[: surface.shape[0], : surface.shape[1]]) + 2.0 * slope
+    places = np.indices(surface.shape) + 2.0 * slope
     warped = ndimage.map_coordinates(surface, places, order=1, mode="nearest")
-    facing = -np.tensordot(
-        LIGHT, slope, axes=1
-    )  # of the surface to the light: a slope that rises toward it is lit less
-    return warped * (1.0 + np.where(facing > 0, 0.8, 0.6) * (0.35 + 0.65 * strength) * facing)
+    facing = -np.tensordot(LIGHT, slope, axes=1)  # a slope that rises toward the light turns away from it
+    dented: Field = warped * (1.0 + np.where(facing > 0, 0.8, 0.6) * (0.35 + 0.65 * strength) * facing)
+    return dented
 
 
 def draw_hole(surface: Field, generator: np.random.Generator, strength: float) -> Field:
@@ -176,7 +175,8 @@ def _draw_bands(across: Field, generator: np.random.Generator, *, width: float) 
     """Uneven parallel bands, about `width` pixels wide, of mean 0 and deviation 1, over the distance `across` them."""
     fine = ndimage.gaussian_filter1d(generator.standard_normal(8 * len(across)), 2.0 * width)
     places = np.arange(len(fine)) / 2.0 - 2.0 * len(across)
-    return np.interp(across, places, (fine - fine.mean()) / fine.std())
+    bands: Field = np.interp(across, places, (fine - fine.mean()) / fine.std())
+    return bands
 
 
 def _draw_centre(shape: tuple[int, ...], generator: np.random.Generator) -> Field:
@@ -193,7 +193,7 @@ def _lay_curve(shape: tuple[int, ...], generator: np.random.Generator, *, length
     positions = np.linspace(0.0, 1.0, _CURVE_POINTS)
     spline = interpolate.CubicSpline(knots + 0.5, corners)
     points, tangents = spline(positions), spline(positions, 1)
-    pixels = np.stack(np.mgrid[: shape[0], : shape[1]], axis=-1).reshape(-1, 2)
+    pixels = np.indices(shape).reshape(2, -1).T
     distance, nearest = spatial.cKDTree(points).query(pixels)
     tangent, offset = tangents[nearest], pixels - points[nearest]
     side = np.sign(tangent[:, 0] * offset[:, 1] - tangent[:, 1] * offset[:, 0])
@@ -222,7 +222,7 @@ def _lay_outline(
     centre = _draw_centre(shape, generator)
     turn = generator.uniform(0.0, np.pi) if angle is None else angle
     ratio = generator.uniform(0.5 + 0.5 * stretch, stretch) ** 0.5
-    rows, columns = np.mgrid[: shape[0], : shape[1]] - centre[:, None, None]
+    rows, columns = np.indices(shape) - centre[:, None, None]
     along = (np.sin(turn) * rows + np.cos(turn) * columns) / ratio
     across = (np.cos(turn) * rows - np.sin(turn) * columns) * ratio
     direction, distance = np.arctan2(across, along), np.hypot(along, across)

@@ -15,7 +15,8 @@ import numpy as np
 from PIL import Image
 
 from almrr_pipeline.errors import AlmrrError
-from almrr_pipeline.images import ImageArray, read_image
+from almrr_pipeline.images import ImageArray, read_image, resize_image
+from almrr_pipeline.sources.progress import track
 
 PICTURES = (
     "astronaut.png",
@@ -35,6 +36,8 @@ PICTURES = (
     "text.png",
 )
 """Files in scikit-image's wheel. Not among them: brick, grass and gravel, which are the sample suite's own."""
+LARGEST = 512
+"""Pixels of a square's side; larger ones are scaled down, as no network input here needs more."""
 DETAIL = 0.55
 """Side of a smaller square, as a share of the largest one that fits."""
 LEAST_DEVIATION = 12.0
@@ -65,10 +68,13 @@ def write_package_textures(target: Path) -> None:
     Raises:
         AlmrrError: the installed scikit-image lacks one of the pictures.
     """
-    for name in PICTURES:
-        squares = cut_squares(read_package_picture(name))
-        for number, square in enumerate(squares):
-            Image.fromarray(square).save(target / f"{Path(name).stem}_{number:02d}.png")
+    with track(len(PICTURES), unit="pictures", description="cut anomaly sources") as advance:
+        for name in PICTURES:
+            for number, square in enumerate(cut_squares(read_package_picture(name))):
+                side = min(LARGEST, len(square))
+                picture = Image.fromarray(resize_image(square, (side, side)))
+                picture.save(target / f"{Path(name).stem}_{number:02d}.png", compress_level=1)
+            advance(1)
 
 
 def cut_squares(picture: ImageArray) -> Iterator[ImageArray]:

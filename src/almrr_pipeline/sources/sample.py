@@ -23,6 +23,7 @@ from almrr_pipeline.sources.drawn_defects import DRAWINGS, Field
 from almrr_pipeline.sources.layout import list_test, list_train
 from almrr_pipeline.sources.manifest import Counts, Item
 from almrr_pipeline.sources.package_textures import read_package_picture
+from almrr_pipeline.sources.progress import track
 from almrr_pipeline.sources.source import FetchRequest, Source
 
 logger = logging.getLogger(__name__)
@@ -42,8 +43,9 @@ VISIBLE = 7.0
 """Smallest difference that counts as visible, of 255, averaged over a pixel's surroundings."""
 LEAST_DEFECT = 40
 """Pixels; a drawing that has changed fewer of them visibly is drawn again elsewhere."""
+FAINTEST = 0.35
+"""Strength of the faintest defect of each kind; they rise to 1."""
 _MOST_DRAWS = 50
-_FAINTEST = 0.35
 _SPECK = 8
 
 Grey = npt.NDArray[np.uint8]
@@ -97,19 +99,23 @@ def write_category(photograph: Field, target: Path, *, seed: tuple[int, int]) ->
         target: existing, empty folder.
         seed: of the suite, and which category.
     """
-    for kind, (part, columns, count) in enumerate(
-        [("train", TRAIN_COLUMNS, TRAIN_PICTURES), ("test", TEST_COLUMNS, TEST_NORMAL_PICTURES)]
-    ):
-        for number in range(count):
-            generator = np.random.default_rng([*seed, kind, number])
-            surface = cut_surface(photograph, columns, generator)
-            _write(draw_camera(generator).take(surface), target / part / "good" / f"{number:03d}.png")
-    for kind, defect in enumerate(DRAWINGS, start=2):
-        for number, least in enumerate(np.linspace(_FAINTEST, 1.0, PICTURES_PER_DEFECT)):
-            generator = np.random.default_rng([*seed, kind, number])
-            picture, mask = draw_defective(photograph, defect, generator, strength=float(least))
-            _write(picture, target / "test" / defect / f"{number:03d}.png")
-            _write(255 * mask.astype(np.uint8), target / "ground_truth" / defect / f"{number:03d}_mask.png")
+    normal = [("train", TRAIN_COLUMNS, TRAIN_PICTURES), ("test", TEST_COLUMNS, TEST_NORMAL_PICTURES)]
+    strengths = np.linspace(FAINTEST, 1.0, PICTURES_PER_DEFECT).tolist()
+    total = sum(count for _, _, count in normal) + len(DRAWINGS) * len(strengths)
+    with track(total, unit="pictures", description="draw the sample suite") as advance:
+        for kind, (part, columns, count) in enumerate(normal):
+            for number in range(count):
+                generator = np.random.default_rng([*seed, kind, number])
+                surface = cut_surface(photograph, columns, generator)
+                _write(draw_camera(generator).take(surface), target / part / "good" / f"{number:03d}.png")
+                advance(1)
+        for kind, defect in enumerate(DRAWINGS, start=len(normal)):
+            for number, strength in enumerate(strengths):
+                generator = np.random.default_rng([*seed, kind, number])
+                picture, mask = draw_defective(photograph, defect, generator, strength=strength)
+                _write(picture, target / "test" / defect / f"{number:03d}.png")
+                _write(255 * mask.astype(np.uint8), target / "ground_truth" / defect / f"{number:03d}_mask.png")
+                advance(1)
 
 
 def cut_surface(photograph: Field, columns: tuple[int, int], generator: np.random.Generator) -> Field:
@@ -170,8 +176,8 @@ def outline_difference(without: Grey, with_defect: Grey) -> MaskArray:
     filled = ndimage.binary_fill_holes(closed)
     labels, count = ndimage.label(filled)
     areas = ndimage.sum_labels(filled, labels, np.arange(count + 1))
-    outlined: MaskArray = areas[labels] >= _SPECK
-    return outlined & filled
+    outlined: MaskArray = filled & (areas[labels] >= _SPECK)
+    return outlined
 
 
 def _write(picture: Grey, path: Path) -> None:

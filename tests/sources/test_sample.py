@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+from scipy import ndimage
+
+from almrr_pipeline.errors import AlmrrError
+from almrr_pipeline.images import read_image, read_mask
+from almrr_pipeline.sources.drawn_defects import DRAWINGS
+from almrr_pipeline.sources.manifest import build_manifest, count_items
+from almrr_pipeline.sources.package_textures import read_package_picture
+from almrr_pipeline.sources.registry import source_for
+from almrr_pipeline.sources.sample import (
+    CROP,
+    LEAST_DEFECT,
+    PICTURES_PER_DEFECT,
+    TEST_COLUMNS,
+    TRAIN_COLUMNS,
+    VISIBLE,
+    Camera,
+    Sample,
+    cut_surface,
+    draw_camera,
+    draw_defective,
+    outline_difference,
+    write_category,
+)
+from almrr_pipeline.sources.source import FetchRequest
+
+SOURCE = Sample()
+CATEGORIES = ("sample_brick", "sample_grass", "sample_gravel")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole suite as it is fetched, in a folder for each category."""
+    root = tmp_path_factory.mktemp("data")
+    for category in CATEGORIES:
+        (root / category).mkdir()
+        SOURCE.fetch(category, target=root / category, request=FetchRequest(scratch=root / "scratch"))
+    return root
+
+
+@pytest.fixture(scope="module")
+def gravel() -> npt.NDArray[np.float64]:
+    return read_package_picture("gravel.png")[..., 0] / 255.0
+
+
+def test_suite_has_three_categories_and_its_source_is_known() -> None:
+    assert SOURCE.categories == CATEGORIES
+    assert all(isinstance(source_for(category), Sample) for category in CATEGORIES)
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_manifest_is_accepted_with_the_expected_counts(data: Path, category: str) -> None:
+    items = SOURCE.items(category, data / category)
+    assert count_items(items) == SOURCE.expected(category)
+    manifest = build_manifest(items, root=data, expected=SOURCE.expected(category), strict=True)
+    assert set(manifest["defect"]) == {"good", *DRAWINGS}
+    assert set(manifest["width"]) == set(manifest["height"]) == {CROP}
+    assert manifest["sha256"].is_unique
+
+
+def test_another_seed_draws_other_pictures_and_the_same_seed_the_same(data: Path, tmp_path: Path) -> None:
+    for seed, expected in ((0, True), (1, False)):
+        target = tmp_path / str(seed)
+        target.mkdir()
+        SOURCE.fetch("sample_brick", target=target, request=FetchRequest(scratch=tmp_path, seed=seed))
+        for path in (data / "sample_brick").rglob("*.png"):
+            same = path.read_bytes() == (target / path.relative_to(data / "sample_brick")).read_bytes()
+            assert same == expected, path
+
+
+def test_training_and_test_columns_are_apart_and_inside_the_photograph() -> None:
+    assert 0 <= TRAIN_COLUMNS[0] < TRAIN_COLUMNS[1] <= TEST_COLUMNS[0] - 8 < TEST_COLUMNS[1] <= 512
+    assert min(stop - start for start, stop in (TRAIN_COLUMNS, TEST_COLUMNS)) >= CROP
+
+
+def test_no_pixel_of_the_training_pictures_is_in_a_test_picture(tmp_path: Path) -> None:
+    photograph = np.full((512, 512), 0.5)  # dark where training pictures come from, bright where test pictures do
+    photograph[:, slice(*TRAIN_COLUMNS)], photograph[:, slice(*TEST_COLUMNS)] = 0.25, 0.75
+    write_category(photograph, tmp_path, seed=(0, 0))
+    for item in SOURCE.items("sample_brick", tmp_path):
+        image, outside = read_image(item.image), np.ones((CROP, CROP), bool)
+        if item.mask:
+            outside = ~ndimage.binary_dilation(read_mask(item.mask), iterations=6)
+        brightness = image[outside] / 255
+        if item.split == "train":
+            assert brightness.max() < 0.35, item.image
+        else:
+            assert brightness.min() > 0.6, item.image
+
+
+def test_crops_reach_both_ends_of_their_columns() -> None:
+    columns = np.tile(np.arange(512), (512, 1)).astype(float)
+    generator = np.random.default_rng(0)
+    for part in (TRAIN_COLUMNS, TEST_COLUMNS):
+        crops = [cut_surface(columns, part, generator) for _ in range(400)]
+        assert {crop.shape for crop in crops} == {(CROP, CROP)}
+        assert min(crop.min() for crop in crops) == part[0]
+        assert max(crop.max() for crop in crops) == part[1] - 1
+
+
+@pytest.mark.parametrize("defect", DRAWINGS)
+def test_ground_truth_is_where_the_picture_differs_visibly(defect: str, gravel: npt.NDArray[np.float64]) -> None:
+    for seed in range(4):
+        picture, mask = draw_defective(gravel, defect, np.random.default_rng(seed), strength=0.8)
+        without = find_normal_twin(gravel, defect, seed, picture)
+        difference = np.abs(picture.astype(float) - without)
+        assert mask.sum() >= LEAST_DEFECT
+        assert ndimage.gaussian_filter(difference, 0.7)[~mask].max() < 4 * VISIBLE  # single specks, which are left out
+        assert (difference[~ndimage.binary_dilation(mask)] < VISIBLE).mean() > 0.998
+        assert (ndimage.maximum_filter(difference, 5)[mask] >= VISIBLE).mean() > 0.9
+
+
+def find_normal_twin(
+    photograph: npt.NDArray[np.float64], defect: str, seed: int, picture: npt.NDArray[np.uint8]
+) -> npt.NDArray[np.uint8]:
+    """The picture that the same draws give without the defect: of the drawings, the one that was not drawn again."""
+    generator = np.random.default_rng(seed)
+    while True:
+        surface = cut_surface(photograph, TEST_COLUMNS, generator)
+        camera = draw_camera(generator)
+        drawn = camera.take(np.clip(DRAWINGS[defect](surface, generator, 0.8), 0, 1))
+        if np.array_equal(drawn, picture):
+            return camera.take(surface)
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_defects_vary_in_size_and_contrast(data: Path, category: str) -> None:
+    for defect in DRAWINGS:
+        masks = [read_mask(path) for path in sorted((data / category / "ground_truth" / defect).iterdir())]
+        areas = np.array([mask.sum() for mask in masks])
+        assert len(masks) == PICTURES_PER_DEFECT
+        assert areas.min() >= LEAST_DEFECT
+        assert areas.max() < 0.25 * CROP**2
+        assert areas.max() > 1.2 * areas.min(), defect
+
+
+@pytest.mark.parametrize("defect", DRAWINGS)
+def test_stronger_defects_stand_out_more(defect: str, gravel: npt.NDArray[np.float64]) -> None:
+    surface = gravel[100 : 100 + CROP, 330 : 330 + CROP]
+
+    def contrast(strength: float) -> float:
+        seeds = range(8)
+        drawn = [DRAWINGS[defect](surface, np.random.default_rng(seed), strength) for seed in seeds]
+        return float(np.mean([np.abs(each - surface).sum() for each in drawn]))
+
+    assert contrast(0.35) < contrast(0.7) < contrast(1.0)
+
+
+@pytest.mark.parametrize("defect", DRAWINGS)
+def test_drawing_leaves_the_surface_that_it_is_given_alone(defect: str, gravel: npt.NDArray[np.float64]) -> None:
+    surface = gravel[:CROP, -CROP:].copy()
+    DRAWINGS[defect](surface, np.random.default_rng(0), 1.0)
+    np.testing.assert_array_equal(surface, gravel[:CROP, -CROP:])
+
+
+def test_outline_closes_gaps_fills_what_is_enclosed_and_leaves_out_specks() -> None:
+    without = np.full((40, 40), 100, np.uint8)
+    with_defect = without.copy()
+    with_defect[10:21, 10:21] = 200
+    with_defect[13:18, 13:18] = 100  # enclosed
+    with_defect[12, 15] = 100  # a gap of one pixel
+    with_defect[33, 33] = 120  # a speck
+    mask = outline_difference(without, with_defect)
+    assert mask[10:21, 10:21].all()
+    assert not mask[25:].any()
+    assert mask.sum() <= 13 * 13
+
+
+def test_equal_pictures_have_no_outline() -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (30, 30), dtype=np.uint8)
+    assert not outline_difference(picture, picture).any()
+
+
+def test_black_photograph_is_refused() -> None:
+    with pytest.raises(AlmrrError, match="No stain could be drawn visibly"):
+        draw_defective(np.zeros((512, 512)), "stain", np.random.default_rng(0), strength=1.0)
+
+
+def test_camera_changes_light_slightly() -> None:
+    cameras = [draw_camera(np.random.default_rng(seed)) for seed in range(50)]
+    assert all(0.85 < camera.light.min() <= camera.light.max() < 1.16 for camera in cameras)
+    assert all(np.abs(camera.noise).max() < 10 for camera in cameras)
+    assert Camera(np.full((2, 2), 2.0), np.zeros((2, 2))).take(np.full((2, 2), 0.75)).tolist() == [[255] * 2] * 2
+
+
+def test_normal_pictures_are_crops_of_the_photograph_under_another_light(
+    data: Path, gravel: npt.NDArray[np.float64]
+) -> None:
+    crop = np.asarray(Image.open(data / "sample_gravel" / "train" / "good" / "000.png"), float)
+    windows = np.lib.stride_tricks.sliding_window_view(gravel[:, : TRAIN_COLUMNS[1]], (CROP, CROP))
+    sparse = windows[:, :, ::16, ::16].reshape(*windows.shape[:2], -1)
+    centred = sparse - sparse.mean(-1, keepdims=True)
+    wanted = crop[::16, ::16].ravel() - crop[::16, ::16].mean()
+    scores = (centred @ wanted) / (np.linalg.norm(centred, axis=-1) * np.linalg.norm(wanted))
+    assert scores.max() > 0.98
+
+
+def test_drawing_defects_shares_no_code_with_the_anomalies_of_training() -> None:
+    program = (
+        "import sys, almrr_pipeline.sources.sample;"
+        "print([name for name in sys.modules if name.startswith('almrr_pipeline.synthesis')])"
+    )
+    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "[]"
