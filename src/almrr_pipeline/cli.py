@@ -273,10 +273,12 @@ def categories() -> None:
     """
     from almrr_pipeline.sources.registry import known_categories, source_for
 
-    names = known_categories()
-    width = max(map(len, names))
-    for name in names:
-        click.echo(f"{name:<{width}}  {source_for(name).license}")
+    by_license: dict[str, list[str]] = {}
+    for name in known_categories():
+        by_license.setdefault(source_for(name).license, []).append(name)
+    for terms, names in by_license.items():
+        click.echo("\n".join(names))
+        click.echo(click.wrap_text(terms, width=100, initial_indent="    ", subsequent_indent="    ") + "\n")
 
 
 def main() -> None:
