@@ -22,7 +22,7 @@ from almrr_pipeline.model.regional_features import RegionalFeatures
 
 RefinementInput = Literal["mean", "projection"]
 SMALLEST_DEVIATION = 0.01
-"""Floor of a channel's deviation, over the median of all: one silent on normal pictures must not drown the others."""
+"""Floor of a channel's deviation, over the mean of all: one silent on normal pictures must not drown the others."""
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ class ALMRR(nn.Module):
             raise AlmrrError("There is no normal picture to standardise the features with.")
         deviation = (squares / count).sqrt()
         self.feature_mean.copy_(mean)
-        self.feature_deviation.copy_(deviation.clamp_min(SMALLEST_DEVIATION * deviation.median().clamp_min(1e-6)))
+        self.feature_deviation.copy_(deviation.clamp_min(SMALLEST_DEVIATION * float(deviation.mean())))
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters of MFRM, FRM and the projection, if there is one; the backbone has none to train."""

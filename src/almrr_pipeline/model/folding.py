@@ -60,7 +60,8 @@ class FoldedALMRR(nn.Module):
         self.frm = _fold_frm(model.frm, inputs=2 * len(summary))
         self.requires_grad_(False)
         self.eval()
-        self.to(memory_format=torch.channels_last)
+        # Composed in float64, kept in the model's own type.
+        self.to(dtype=model.mfrm.position.dtype, memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map anomalies: RGB, float in [0, 1], (B, 3, H, W) to a float map in [0, 1], (B, H, W); without gradient.
@@ -115,8 +116,8 @@ class FoldedEmbedding(nn.Module):
         with torch.no_grad():
             weight, bias = model.mfrm.composed_embedding(torch.float64)
         bias = bias + torch.einsum("dcyx,c->d", weight, offset)
-        self.register_buffer("position", (model.mfrm.position.double() + bias).float())
-        weights = torch.split((weight * scale[:, None, None]).float(), list(model.backbone.channels), dim=1)
+        self.register_buffer("position", model.mfrm.position.detach().double() + bias)
+        weights = torch.split(weight * scale[:, None, None], list(model.backbone.channels), dim=1)
         self.stages = nn.ModuleList(
             _embed_stage(stage_weight, *model.regional_features.matrices(stage), tokens=self.position.shape[1])
             for stage, stage_weight in enumerate(weights)
@@ -150,7 +151,7 @@ class ResizeThenEmbed(nn.Module):
 
 
 class EmbedThenResize(nn.Module):
-    """Tokens of a small stage: from the channels to all places of a patch first, then rows and columns.
+    """Tokens of a small stage: from channels to the places of a patch first, then rows and columns.
 
     Token (i, j) is the sum over places (a, b) of a patch of W_ab times row `p i + a` and column `p j + b` of the resized
     map; the product with W_ab does not care for places, so it may come before the resizing.
@@ -185,9 +186,9 @@ class FoldedSummary(nn.Module):
 
     def __init__(self, model: ALMRR, scale: Tensor, offset: Tensor, summary: Tensor) -> None:
         super().__init__()
-        self.register_buffer("constant", (summary @ offset).float()[:, None, None])
+        self.register_buffer("constant", (summary @ offset)[:, None, None])
         self.regional_features = copy.deepcopy(model.regional_features)
-        weights = torch.split((summary * scale).float(), list(model.backbone.channels), dim=1)
+        weights = torch.split(summary * scale, list(model.backbone.channels), dim=1)
         for stage, weight in enumerate(weights):
             self.register_buffer(f"weight{stage}", weight[:, :, None, None].clone())  # (k, C_i, 1, 1)
 
@@ -212,8 +213,8 @@ class FoldedDecoder(nn.Module):
         self.stages = nn.ModuleList(
             _without_bias(stage[0]) for stage in (decoder.stage1, decoder.stage2, decoder.stage3)
         )
-        self.register_buffer("weight", (summary @ expand.weight.flatten(1).double()).float()[:, :, None, None])
-        self.register_buffer("bias", (summary @ expand.bias.double()).float())
+        self.register_buffer("weight", (summary @ expand.weight.detach().flatten(1).double())[:, :, None, None])
+        self.register_buffer("bias", summary @ expand.bias.detach().double())
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, dim, rows, columns) of tokens -> (B, k, h, w)."""
@@ -229,7 +230,7 @@ def normalize(x: Tensor) -> Tensor:
 
 
 def fold_batch_norms(network: nn.Module, example: Tensor) -> nn.Module:
-    """A copy of a network, in evaluation mode, with the batch norms that follow convolutions folded into them.
+    """A copy of a network, in evaluation mode, with the batch norms folded into the convolutions before them.
 
     Which norm follows which convolution is seen by running the network once; and the result is run against the original.
 

@@ -1,0 +1,249 @@
+"""The whole model: what goes in, what comes out, what is trained, and what a folder holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from almrr_pipeline.errors import AlmrrError
+from almrr_pipeline.model.almrr import ALMRR, ChannelProjection
+
+SIZE = (128, 160)
+
+
+def test_the_map_is_a_probability_at_the_size_of_the_picture(build_model, images: Tensor) -> None:
+    anomaly_map = build_model()(images).detach()
+    assert anomaly_map.shape == (2, *SIZE)
+    assert float(anomaly_map.min()) >= 0.0
+    assert float(anomaly_map.max()) <= 1.0
+    assert float(anomaly_map.std()) > 0.05
+
+
+def test_the_stages_follow_the_papers_figure(build_model, images: Tensor) -> None:
+    model, images = build_model().double(), images.double()
+    maps = model.backbone(images)
+    resized = [F.interpolate(x, size=SIZE, mode="bilinear", align_corners=True) for x in maps]
+    features = torch.cat([F.avg_pool2d(x, 4) for x in resized], dim=1)
+    reconstruction = model.mfrm(features)
+    stacked = torch.stack([reconstruction.mean(1), features.mean(1)], dim=1)
+    probability = torch.softmax(model.frm(stacked), dim=1)
+    expected = F.interpolate(probability, size=SIZE, mode="bilinear", align_corners=True)[:, 1]
+    torch.testing.assert_close(model(images), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(128, 128), (144, 176), (160, 128)])
+def test_rectangles_and_grids_that_are_no_multiple_of_32(build_model, size: tuple[int, int]) -> None:
+    assert build_model(image_size=size)(torch.rand(1, 3, *size)).shape == (1, *size)
+
+
+def test_a_picture_does_not_feel_its_neighbours(build_model, images: Tensor) -> None:
+    model, images = build_model().double(), images.double()
+    torch.testing.assert_close(model(images)[1:], model(images[1:]), rtol=0, atol=1e-9)
+
+
+def test_training_forward_sends_each_picture_down_its_branch(build_model, images: Tensor) -> None:
+    model, normal, augmented = build_model().double(), images.double(), 1.0 - images.double()
+    out = model.training_forward(normal, augmented)
+    torch.testing.assert_close(out.target, model.embed(normal))
+    torch.testing.assert_close(out.reconstruction, model.reconstruct(model.embed(augmented)))
+    assert out.logits.shape == (2, 2, *SIZE)
+    torch.testing.assert_close(out.logits.softmax(1)[:, 1], model(augmented), rtol=0, atol=1e-9)
+    torch.testing.assert_close(out.logits.exp().sum(1), torch.ones(2, *SIZE, dtype=torch.float64))
+
+
+def test_logits_stay_finite_and_trainable_when_the_softmax_saturates(build_model) -> None:
+    model = build_model()
+    with torch.no_grad():
+        model.frm.out.bias.copy_(torch.tensor([80.0, -30.0]))
+    out = model.training_forward(torch.rand(1, 3, *SIZE), torch.rand(1, 3, *SIZE))
+    assert bool(out.logits.isfinite().all())
+    assert model.frm.out.bias.grad is None
+    out.logits[:, 1].mean().neg().backward()
+    assert bool(model.frm.out.bias.grad.isfinite().all())
+
+
+def test_the_backbone_takes_no_part_in_training(build_model) -> None:
+    model = build_model().train()
+    before = {name: tensor.clone() for name, tensor in model.backbone.state_dict().items()}
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x), lambda x: x):
+        features = model.embed(torch.rand(2, 3, *SIZE))
+    assert kept == []
+    assert not features.requires_grad
+    out = model.training_forward(torch.rand(2, 3, *SIZE), torch.rand(2, 3, *SIZE))
+    (F.mse_loss(out.reconstruction, out.target) - out.logits[:, 1].mean()).backward()
+    assert all(parameter.grad is None for parameter in model.backbone.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.backbone.state_dict().items())
+    trained = list(model.trainable_parameters())
+    assert {id(p) for p in trained} == {id(p) for part in (model.mfrm, model.frm) for p in part.parameters()}
+    assert all(parameter.grad is not None for parameter in trained)
+
+
+def test_standardised_features_have_mean_0_and_deviation_1(build_model) -> None:
+    model = build_model(standardize=True)
+    batches = [torch.rand(count, 3, *SIZE) * scale for count, scale in ((2, 1.0), (1, 0.3), (3, 0.7))]
+    raw = [model.regional_features(model.backbone(images)) for images in batches]
+    values = torch.cat(raw).transpose(0, 1).flatten(1).double().numpy()
+    model.fit_standardization(batches)
+    np.testing.assert_allclose(model.feature_mean.numpy(), values.mean(1), rtol=1e-5, atol=1e-6)
+    floor = 0.01 * float(values.std(1).mean())
+    np.testing.assert_allclose(model.feature_deviation.numpy(), np.maximum(values.std(1), floor), rtol=1e-4)
+    standardised = torch.cat([model.embed(images) for images in batches]).transpose(0, 1).flatten(1)
+    assert float(standardised.mean(1).abs().max()) < 1e-3
+    assert float((standardised.std(1) - 1).abs().median()) < 1e-3
+
+
+def test_a_channel_silent_on_normal_pictures_is_not_blown_up(build_model) -> None:
+    model = build_model(standardize=True)
+    images = torch.rand(2, 3, *SIZE)
+    dead = model.backbone.channels[0] + 1
+    norm = model.backbone.network.get_submodule("layer2.0.bn2")
+    with torch.no_grad():
+        norm.weight[1] = 0.0
+        norm.bias[1] = -100.0
+    model.fit_standardization([images])
+    deviation = model.feature_deviation
+    assert float(deviation[dead]) == pytest.approx(0.01 * float(deviation.mean()), rel=0.02)
+
+
+def test_standardising_is_refused_where_it_has_no_sense(build_model) -> None:
+    with pytest.raises(AlmrrError, match="does not standardise"):
+        build_model().fit_standardization([torch.rand(1, 3, *SIZE)])
+    with pytest.raises(AlmrrError, match="no normal picture"):
+        build_model(standardize=True).fit_standardization([])
+
+
+def test_the_projection_begins_as_the_mean_and_directions_orthogonal_to_it() -> None:
+    torch.manual_seed(0)
+    weight = ChannelProjection(50, 4).weight.detach()[:, :, 0, 0]
+    torch.testing.assert_close(weight[0], torch.full((50,), 1 / 50))
+    torch.testing.assert_close(weight @ weight.T, torch.eye(4) / 50, rtol=0, atol=1e-6)
+
+
+def test_the_projection_is_one_for_both_and_trained(build_model) -> None:
+    model = build_model(refinement_input="projection", refinement_channels=3)
+    features, reconstruction = torch.randn(2, 272, 32, 40), torch.randn(2, 272, 32, 40)
+    weight = model.summary.weight[:, :, 0, 0]
+    stacked = torch.cat([torch.einsum("kc,bcij->bkij", weight, x) for x in (reconstruction, features)], dim=1)
+    torch.testing.assert_close(model.refine(reconstruction, features), model.frm(stacked), rtol=1e-4, atol=1e-4)
+    assert any(parameter is model.summary.weight for parameter in model.trainable_parameters())
+
+
+def test_the_summary_must_be_one_that_exists(build_model) -> None:
+    with pytest.raises(AlmrrError, match="take 'mean' with 1"):
+        build_model(refinement_input="mean", refinement_channels=2)
+    with pytest.raises(AlmrrError, match="refinement_input 'median'"):
+        build_model(refinement_input="median")
+
+
+NAN, INFINITE = torch.rand(1, 3, *SIZE), torch.rand(1, 3, *SIZE)
+NAN[0, 1, 5, 5] = float("nan")
+INFINITE[0, 2, 0, 0] = float("inf")
+BAD_IMAGES = [
+    (torch.rand(1, 1, *SIZE), r"\(B, 3, H, W\).*got \(1, 1, 128, 160\)"),
+    (torch.rand(3, *SIZE), r"\(B, 3, H, W\)"),
+    (torch.rand(1, 3, 100, 160), "multiple of 16 and at least 128; instead of 100 take 128 or 144"),
+    (torch.rand(1, 3, 128, 170), "instead of 170 take 160 or 176"),
+    (torch.rand(1, 3, 256, 256), r"built for images of \(128, 160\); got \(256, 256\)"),
+    (torch.randint(0, 255, (1, 3, *SIZE), dtype=torch.uint8), r"floats in \[0, 1\]; these are torch.uint8. Divide"),
+    (torch.rand(1, 3, *SIZE) * 255, r"reach from .* to 25\d"),
+    (torch.rand(1, 3, *SIZE) - 0.5, r"reach from -0.\d"),
+    (NAN, "not finite"),
+    (INFINITE, "not finite"),
+    (-INFINITE, "not finite"),
+]
+
+
+@pytest.mark.parametrize(("images", "message"), BAD_IMAGES)
+@pytest.mark.parametrize("folded", [False, True])
+def test_bad_images_are_refused_with_what_to_do(build_model, images: Tensor, message: str, folded: bool) -> None:
+    model = build_model().fold() if folded else build_model()
+    with pytest.raises(AlmrrError, match=message):
+        model(images)
+
+
+@pytest.mark.parametrize("size", [(120, 128), (128, 130), (112, 128)])
+def test_a_size_that_does_not_fit_is_refused(build_model, size: tuple[int, int]) -> None:
+    with pytest.raises(AlmrrError, match="multiple of 16 and at least 128"):
+        build_model(image_size=size)
+
+
+def test_bad_training_pictures_are_refused(build_model) -> None:
+    model, good = build_model(), torch.rand(1, 3, *SIZE)
+    with pytest.raises(AlmrrError, match="Divide 8-bit values"):
+        model.training_forward(good, (good * 255).to(torch.uint8))
+    with pytest.raises(AlmrrError, match="got"):
+        model.training_forward(good[:, :1], good)
+
+
+def test_a_saved_model_comes_back_equal_without_any_download(build_model, tmp_path: Path) -> None:
+    model = build_model(
+        "tf_efficientnet_lite0", "expansion", refinement_input="projection", refinement_channels=2, standardize=True
+    )
+    model.save(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    loaded = ALMRR.load(tmp_path, scan_backend="torch")
+    assert not loaded.training
+    assert loaded.hyperparameters == model.hyperparameters
+    assert loaded.backbone.hyperparameters == model.backbone.hyperparameters
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
+    images = torch.rand(1, 3, *SIZE)
+    assert torch.equal(loaded(images), model(images))
+
+
+def test_an_interrupted_save_leaves_what_was_there(build_model, tmp_path: Path) -> None:
+    (tmp_path / "config.json").mkdir()  # a folder cannot be replaced by a file
+    (tmp_path / "config.json" / "kept").touch()
+    with pytest.raises(OSError, match=r"config\.json"):
+        build_model().save(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert (tmp_path / "config.json" / "kept").exists()
+
+
+def test_a_folder_that_does_not_fit_is_refused_naming_what_differs(build_model, tmp_path: Path) -> None:
+    build_model().save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+
+    def expect(message: str, **changes: object) -> None:
+        (tmp_path / "config.json").write_text(json.dumps(config | changes))
+        with pytest.raises(AlmrrError, match=message):
+            ALMRR.load(tmp_path)
+
+    expect(r"mfrm.reduce.weight is \(24, 272, 1, 1\) in the weights, \(32, 272", model=config["model"] | {"latent": 32})
+    expect(r"and \d+ more", model=config["model"] | {"depth": 3})
+    expect("unknown, missing or impossible values.*latnet", model=config["model"] | {"latnet": 32})
+    expect("unknown, missing or impossible values", model=config["model"] | {"latent": -3})
+    expect("impossible values", backbone={"stride_in_1x1": False})
+    expect("multiple of 16", model=config["model"] | {"image_size": [100, 100]})
+    expect("format version 99", version=99)
+    expect("does not describe an ALMRR model", format="other")
+    expect("does not describe an ALMRR model", model=[1])
+
+
+def test_a_damaged_folder_is_refused(build_model, tmp_path: Path) -> None:
+    with pytest.raises(AlmrrError, match=r"holds no model: there is no config.json"):
+        ALMRR.load(tmp_path)
+    build_model().save(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:1000])
+    with pytest.raises(AlmrrError, match="cannot be read as weights"):
+        ALMRR.load(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(AlmrrError, match=r"there is no model.safetensors"):
+        ALMRR.load(tmp_path)
+    (tmp_path / "config.json").write_text("{half")
+    with pytest.raises(AlmrrError, match="cannot be read"):
+        ALMRR.load(tmp_path)
+
+
+@pytest.mark.gpu
+def test_cpu_and_gpu_agree(build_model) -> None:
+    model, images = build_model(), torch.rand(2, 3, *SIZE)
+    expected = model(images)
+    torch.testing.assert_close(model.to("cuda")(images.to("cuda")).cpu(), expected, rtol=0, atol=1e-3)
