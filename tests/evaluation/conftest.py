@@ -39,7 +39,9 @@ class Case:
         return evaluate(self.maps, self.masks, self.scores, self.labels, self.defects, **settings)
 
 
-def _draw_case(seed: int, *, normal: int = 4, defective: int = 6, decimals: int = 2, side: int = 40) -> Case:
+def _draw_case(
+    seed: int, *, normal: int = 4, defective: int = 6, decimals: int = 2, side: int = 40, extent: int = 9
+) -> Case:
     """Draw pictures of varying sizes with rectangular defects of two kinds; few decimals make many ties."""
     generator = np.random.default_rng(seed)
     maps, masks, defects = [], [], []
@@ -48,7 +50,7 @@ def _draw_case(seed: int, *, normal: int = 4, defective: int = 6, decimals: int 
         mask = np.zeros((rows, columns), dtype=bool)
         for _ in range(2 if index >= normal else 0):
             top, left = generator.integers(0, rows - 4), generator.integers(0, columns - 4)
-            mask[top : top + generator.integers(1, 9), left : left + generator.integers(1, 9)] = True
+            mask[top : top + generator.integers(1, extent), left : left + generator.integers(1, extent)] = True
         values = generator.random((rows, columns)) * 0.7 + mask * generator.uniform(0.0, 0.4)
         maps.append(np.round(values, decimals).astype(np.float32))
         masks.append(mask)
@@ -59,7 +61,7 @@ def _draw_case(seed: int, *, normal: int = 4, defective: int = 6, decimals: int 
 
 @pytest.fixture(scope="session")
 def draw_case() -> Callable[..., Case]:
-    """Draw another test set: seed, then by keyword normal, defective, decimals, side."""
+    """Draw another test set: seed, then by keyword normal, defective, decimals, side, extent of defects."""
     return _draw_case
 
 

@@ -72,7 +72,9 @@ def test_counts_at_the_edges_lose_nothing_where_levels_are_few(case: Any) -> Non
 
 
 def test_counts_at_the_edges_are_close_where_levels_are_many(draw_case: Callable[..., Any]) -> None:
-    case = draw_case(5, normal=20, defective=60, decimals=8, side=120)
+    case = draw_case(5, normal=20, defective=60, decimals=8, side=120, extent=50)
+    labels, scores = case.pixels
+    assert len(np.unique(scores[labels])) > 20_000
     once = measure_resampled(case, np.ones((1, len(case.maps)), int))
     exact = case.evaluate().metrics
     for name, values in once.items():
