@@ -1,0 +1,188 @@
+"""The bidirectional Mamba encoder of the MFRM (ALMRR, arXiv 2407.17705), block type "v2" of Vision Mamba (arXiv 2401.09417).
+
+                        +- conv, SiLU -> x and dt projections -> scan, gate  (first token to last) -+
+    x -> in-projection -+                                                                           +- mean -> out-projection
+                        +- conv, SiLU -> x and dt projections -> scan, gate  (last token to first) -+
+
+The branches share the projections in and out and the gate's input; each has its own convolution, projections and state
+space. Channels stay innermost from end to end; nothing is transposed or flipped. Initialisation follows
+state-spaces/mamba (Apache-2.0).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from almrr_pipeline.model.scan import causal_conv, selective_scan
+
+_STEPS = (1e-3, 0.1)
+_SMALLEST_STEP = 1e-4
+_EPSILON = 1e-5
+
+
+class ScanBranch(nn.Module):
+    """One direction: causal convolution, step sizes, B and C that depend on the input, and the gated scan.
+
+    Args:
+        channels: d, the width inside the block.
+        state: n, states per channel.
+        conv: width of the depthwise causal convolution.
+        dt_rank: rank of the projection to step sizes.
+        reverse: look back, and scan, from the last token to the first.
+    """
+
+    def __init__(self, channels: int, *, state: int, conv: int, dt_rank: int, reverse: bool) -> None:
+        super().__init__()
+        self.reverse = reverse
+        self.sizes = (dt_rank, state, state)
+        self.conv_weight = nn.Parameter(torch.empty(channels, conv))
+        self.conv_bias = nn.Parameter(torch.empty(channels))
+        self.x_proj = nn.Linear(channels, sum(self.sizes), bias=False)
+        self.dt_proj = nn.Linear(dt_rank, channels)
+        self.A_log = nn.Parameter(torch.arange(1, state + 1, dtype=torch.float32).log().repeat(channels, 1))  # (d, n)
+        self.D = nn.Parameter(torch.ones(channels))
+        self._initialize(conv, dt_rank)
+
+    def forward(self, x: Tensor, z: Tensor, *, backend: str) -> Tensor:
+        """Gated output (b, l, d) for x and the gate's input z, both (b, l, d)."""
+        u = causal_conv(x, self.conv_weight, self.conv_bias, reverse=self.reverse, backend=backend)
+        low_rank, B, C = self.x_proj(u).split(self.sizes, dim=-1)  # (b, l, dt_rank), (b, l, n), (b, l, n)
+        return selective_scan(
+            u,
+            F.linear(low_rank, self.dt_proj.weight),  # the bias is added inside the scan, before the softplus
+            -torch.exp(self.A_log.float()),
+            B,
+            C,
+            self.D,
+            z=z,
+            delta_bias=self.dt_proj.bias,
+            reverse=self.reverse,
+            backend=backend,
+        )
+
+    def _initialize(self, conv: int, dt_rank: int) -> None:
+        """As Mamba: step sizes log-uniform between 0.001 and 0.1, their projection of the scale 1/sqrt(rank)."""
+        nn.init.uniform_(self.conv_weight, -(conv**-0.5), conv**-0.5)
+        nn.init.uniform_(self.conv_bias, -(conv**-0.5), conv**-0.5)
+        nn.init.uniform_(self.dt_proj.weight, -(dt_rank**-0.5), dt_rank**-0.5)
+        low, high = map(math.log, _STEPS)
+        with torch.no_grad():
+            steps = torch.exp(torch.empty_like(self.dt_proj.bias).uniform_(low, high)).clamp(min=_SMALLEST_STEP)
+            self.dt_proj.bias.copy_(steps + torch.log(-torch.expm1(-steps)))  # the inverse of softplus
+
+
+class BidirectionalMamba(nn.Module):
+    """The mixer: (b, l, dim) to (b, l, dim), each token seeing all others.
+
+    Args:
+        dim: width of a token.
+        state: states per channel.
+        expand: d = expand * dim channels inside.
+        conv: width of the depthwise causal convolutions.
+        dt_rank: rank of the projection to step sizes; `auto` is dim / 16, rounded up.
+        scan_backend: `auto` or a backend of `almrr_pipeline.model.scan`; may be changed at any time.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        state: int = 16,
+        expand: int = 2,
+        conv: int = 4,
+        dt_rank: int | Literal["auto"] = "auto",
+        scan_backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.scan_backend = scan_backend
+        channels = expand * dim
+        rank = math.ceil(dim / 16) if dt_rank == "auto" else dt_rank
+        self.in_proj = nn.Linear(dim, 2 * channels, bias=False)
+        self.forward_branch = ScanBranch(channels, state=state, conv=conv, dt_rank=rank, reverse=False)
+        self.backward_branch = ScanBranch(channels, state=state, conv=conv, dt_rank=rank, reverse=True)
+        self.out_proj = nn.Linear(channels, dim, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(b, l, dim) to (b, l, dim)."""
+        x, z = self.in_proj(tokens).chunk(2, dim=-1)  # (b, l, d) each
+        ahead = self.forward_branch(x, z, backend=self.scan_backend)
+        back = self.backward_branch(x, z, backend=self.scan_backend)
+        return F.linear(ahead + back, self.out_proj.weight / 2)  # of the mean; halving the weight is the smaller work
+
+
+class MambaBlock(nn.Module):
+    """Pre-norm residual block: tokens + drop_path(mixer(norm(tokens)))."""
+
+    def __init__(self, mixer: BidirectionalMamba, *, dim: int, drop_path: float) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(dim, eps=_EPSILON)
+        self.mixer = mixer
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(b, l, dim) to (b, l, dim)."""
+        residual: Tensor = self.drop_path(self.mixer(self.norm(tokens)))
+        return tokens + residual
+
+
+class MambaEncoder(nn.Module):
+    """The MFRM's encoder: `depth` residual blocks of bidirectional Mamba, then RMSNorm; (b, l, dim) to (b, l, dim).
+
+    Args:
+        dim: width of a token (the paper: 192).
+        depth: number of blocks (the paper: 8).
+        state: states per channel.
+        expand: width inside a block over `dim`.
+        conv: width of the depthwise causal convolutions.
+        drop_path: probability of leaving out the last block for a picture; rises linearly from 0 at the first.
+        scan_backend: `auto` or a backend of `almrr_pipeline.model.scan`.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        depth: int,
+        state: int = 16,
+        expand: int = 2,
+        conv: int = 4,
+        drop_path: float = 0.1,
+        scan_backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        rates = torch.linspace(0.0, drop_path, depth).tolist()
+        self.blocks = nn.ModuleList(
+            MambaBlock(
+                BidirectionalMamba(dim, state=state, expand=expand, conv=conv, scan_backend=scan_backend),
+                dim=dim,
+                drop_path=rate,
+            )
+            for rate in rates
+        )
+        self.norm = nn.RMSNorm(dim, eps=_EPSILON)
+        self._scale_residuals(depth)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(b, l, dim) to (b, l, dim)."""
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.norm(tokens)
+
+    def set_scan_backend(self, name: str) -> None:
+        """Let every block scan with this backend from now on."""
+        for module in self.modules():
+            if isinstance(module, BidirectionalMamba):
+                module.scan_backend = name
+
+    def _scale_residuals(self, depth: int) -> None:
+        """As Mamba and Vim (and GPT-2): out-projections over sqrt(depth), so that the sum of residuals keeps its scale."""
+        with torch.no_grad():
+            for module in self.modules():
+                if isinstance(module, BidirectionalMamba):
+                    module.out_proj.weight /= math.sqrt(depth)
