@@ -6,7 +6,7 @@ import os
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlflow
 from kedro.framework.context import KedroContext
@@ -15,7 +15,7 @@ from kedro.io import DataCatalog
 from kedro.pipeline import Pipeline
 from kedro_mlflow.framework.hooks import MlflowHook
 
-from almrr_pipeline.config import Parameters
+from almrr_pipeline.config_loader import ParamsYamlLoader
 
 LONGEST_VALUE = 500
 """MLflow's limit for the text of a parameter, which it refuses to exceed."""
@@ -28,7 +28,7 @@ class TrackingHook(MlflowHook):  # type: ignore[misc]  # kedro-mlflow is not typ
     def after_context_created(self, context: KedroContext) -> None:
         """Set tracking up, and keep the parameters for the run to come."""
         super().after_context_created(context)
-        self._parameters: Parameters = context.config_loader.parameters
+        self._parameters = cast(ParamsYamlLoader, context.config_loader).parameters
         self._project = Path(context.project_path)
 
     @hook_impl

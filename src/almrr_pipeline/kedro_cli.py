@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import click
 from kedro.framework.cli.project import run as kedro_run
@@ -43,7 +43,7 @@ def cli() -> None:
 
 run = click.Command(
     name="run",
-    callback=_with_plain_errors(kedro_run.callback),
+    callback=_with_plain_errors(cast(Callable[..., Any], kedro_run.callback)),
     params=kedro_run.params,
     help=kedro_run.help,
     short_help=kedro_run.short_help,

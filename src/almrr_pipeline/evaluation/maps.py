@@ -98,9 +98,8 @@ def tabulate_scores(
     """
     table = rows[["image", "label", "defect"]].reset_index(drop=True).assign(score=list(scores))
     verdicts = pd.Series([None] * len(table), dtype="boolean") if threshold is None else table["score"] > threshold
-    return table.assign(
-        is_anomalous=verdicts, pixel_ap=[_pixel_ap(maps, truth, index) for index in range(len(table))]
-    )
+    localised = pd.Series([_pixel_ap(maps, truth, index) for index in range(len(table))], dtype="float64")
+    return table.assign(is_anomalous=verdicts, pixel_ap=localised)
 
 
 def _pixel_ap(maps: AnomalyMaps, truth: GroundTruth, index: int) -> float | None:

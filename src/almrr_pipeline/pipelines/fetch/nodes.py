@@ -10,14 +10,17 @@ from almrr_pipeline.config import BackboneSettings, DataSettings, split_seed
 from almrr_pipeline.pipelines.datasets import FillsFolder
 from almrr_pipeline.sources.manifest import build_manifest
 from almrr_pipeline.sources.registry import FetchRequest, check_request, fetch_category, fetch_textures, source_for
-from almrr_pipeline.sources.weights import fetch_backbone
+from almrr_pipeline.sources.weights import check_backbone, fetch_backbone
 
 
-def request_textures(categories: list[str], data: DataSettings, seed: int, scratch: Path) -> FillsFolder:
-    """Fetch the anomaly sources into a folder; first of all, find out what would stop any category's fetching."""
+def request_textures(
+    categories: list[str], data: DataSettings, backbone: BackboneSettings, seed: int, scratch: Path
+) -> FillsFolder:
+    """Fetch the anomaly sources into a folder; before that, find out what would stop the fetching of anything."""
     request = _request(data, seed, scratch)
     data_sets = dict.fromkeys(split_seed(category)[0] for category in categories)
     check_request(data_sets, request=request)
+    check_backbone(name=backbone.name, weights=backbone.weights)
     return lambda folder: fetch_textures(data.textures, target=folder, request=request)
 
 

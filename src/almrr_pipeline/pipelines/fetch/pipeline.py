@@ -18,7 +18,11 @@ def create_pipeline(categories: Sequence[str]) -> Pipeline:
     """Two shared steps, tagged `shared`, and a namespace per category."""
     shared = pipeline(
         [
-            node(request_textures, ["params:categories", "params:data", "params:seed", "scratch_folder"], "textures"),
+            node(
+                request_textures,
+                ["params:categories", "params:data", "params:backbone", "params:seed", "scratch_folder"],
+                "textures",
+            ),
             node(request_backbone_weights, "params:backbone", "backbone_weights"),
         ],
         tags="shared",
