@@ -39,6 +39,8 @@ def test_the_documented_predictor_code_runs(workplace: Path, project: Path, caps
 
 
 def test_the_documented_onnx_code_gives_the_predictors_score(workplace: Path, project: Path) -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason="ONNX is an extra")
     folder = workplace / "data" / "06_models" / "sample_brick"
     export_onnx(ALMRR.load(folder), workplace / "brick.onnx")
     names: dict[str, object] = {}
