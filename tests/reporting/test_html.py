@@ -226,6 +226,13 @@ def test_figures_hold_all_categories(report: Report) -> None:
     assert "<title>nanotwice</title>" in drawing
 
 
+def test_the_overlap_curve_fills_its_frame(report: Report) -> None:
+    assert report.categories[0].pro["fpr"].max() == pytest.approx(0.3)
+    drawing = next(part for part in render_report(report).split("<figure") if "Overlap with" in part)
+    ends = re.findall(r'([\d.]+) [\d.]+" style="[^"]*"><title>', drawing)
+    assert ends == ["340", "340"]
+
+
 def embedded(report: Report, picture: Image.Image, format_: str) -> tuple[str, bytes]:
     """Address type and content of a picture as the page embeds it."""
     stream = io.BytesIO()
@@ -235,9 +242,10 @@ def embedded(report: Report, picture: Image.Image, format_: str) -> tuple[str, b
     return kind, base64.b64decode(content)
 
 
-def test_pictures_become_small_web_pictures(report: Report) -> None:
+@pytest.mark.parametrize("format_", ["PNG", "WEBP"])
+def test_pictures_become_small_web_pictures(report: Report, format_: str) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (200, 2000, 3), dtype=np.uint8)
-    kind, content = embedded(report, Image.fromarray(noise), "PNG")
+    kind, content = embedded(report, Image.fromarray(noise), format_)
     assert kind == "data:image/webp"
     assert Image.open(io.BytesIO(content)).size == (1280, 128)
 
