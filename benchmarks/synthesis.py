@@ -3,7 +3,8 @@
     python benchmarks/synthesis.py [--samples 2000] [--size 256] [--workers 1 2] [--repeats 3] [--json FILE]
 
 Normal pictures and anomaly sources are those of the sample suite. The time includes starting the processes, decoding
-and resizing all pictures, and writing the pool. Each figure is the median of the repeats with their least and greatest.
+and resizing all pictures, and writing the pool. Rates are medians of the repeats with their least and greatest. The
+processor time per sample, of all processes together, is the figure to compare on a machine that is busy otherwise.
 The second table says what one anomaly costs, step by step, in one process.
 """
 
@@ -11,17 +12,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from almrr_pipeline.images import read_image, resize_image
-from almrr_pipeline.sources.package_textures import write_package_textures
-from almrr_pipeline.sources.registry import FetchRequest, source_for
 from almrr_pipeline.synthesis.blend import blend_anomaly
 from almrr_pipeline.synthesis.perlin import perlin_mask, perlin_noise
 from almrr_pipeline.synthesis.pool import simulate_pool
@@ -30,8 +31,19 @@ from almrr_pipeline.synthesis.textures import OPERATIONS, alter_texture
 CATEGORY = "sample_gravel"
 
 
+class Cost(NamedTuple):
+    """What a pool costs."""
+
+    samples_per_second: float
+    processor_ms_per_sample: float
+
+
 def collect_pictures(folder: Path) -> tuple[list[Path], list[Path]]:
     """Write the sample suite's pictures; returns normal pictures and anomaly sources."""
+    # Imported here, because the processes that are started import this file, and these take a second.
+    from almrr_pipeline.sources.package_textures import write_package_textures
+    from almrr_pipeline.sources.registry import FetchRequest, source_for
+
     (folder / CATEGORY).mkdir()
     (folder / "textures").mkdir()
     source = source_for(CATEGORY)
@@ -41,21 +53,27 @@ def collect_pictures(folder: Path) -> tuple[list[Path], list[Path]]:
     return normals, sorted((folder / "textures").iterdir())
 
 
-def measure_pool(folder: Path, *, samples: int, size: int, workers: int) -> float:
-    """Simulate a pool once; returns samples per second."""
-    normals, textures = collect_pictures(folder)
-    pool = simulate_pool(
-        normals, [], textures, root=folder, image_size=(size, size), samples=samples, seed=0, workers=workers
-    )
-    (folder / "pool").mkdir()
-    begun = time.perf_counter()
-    pool.save(folder / "pool")
-    return samples / (time.perf_counter() - begun)
+def measure_pool(normals: list[Path], textures: list[Path], *, samples: int, size: int, workers: int) -> Cost:
+    """Simulate a pool once."""
+    with tempfile.TemporaryDirectory() as folder:
+        pool = simulate_pool(
+            normals,
+            [],
+            textures,
+            root=normals[0].parent,
+            image_size=(size, size),
+            samples=samples,
+            seed=0,
+            workers=workers,
+        )
+        begun, used = time.perf_counter(), _processor_seconds()
+        pool.save(Path(folder))
+        seconds = time.perf_counter() - begun
+    return Cost(samples / seconds, 1e3 * (_processor_seconds() - used) / samples)
 
 
-def measure_steps(folder: Path, *, size: int) -> dict[str, float]:
+def measure_steps(normals: list[Path], textures: list[Path], *, size: int) -> dict[str, float]:
     """Time the steps of one simulated anomaly; returns milliseconds, medians of 100 draws."""
-    normals, textures = collect_pictures(folder)
     normal, texture = (resize_image(read_image(paths[0]), (size, size)) for paths in (normals, textures))
     generator = np.random.default_rng(0)
     mask = perlin_mask((size, size), generator=generator)
@@ -66,6 +84,12 @@ def measure_steps(folder: Path, *, size: int) -> dict[str, float]:
         "blending": lambda: blend_anomaly(normal, texture, mask, opacity=0.4),
     }
     return {name: 1e3 * statistics.median(_time(step) for _ in range(100)) for name, step in steps.items()}
+
+
+def _processor_seconds() -> float:
+    """Of this process and of those that it started and that have ended (on Windows of this one alone)."""
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system
 
 
 def _time(step: Callable[[], object]) -> float:
@@ -83,22 +107,27 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
-    rates: dict[int, list[float]] = {workers: [] for workers in arguments.workers}
-    for _ in range(arguments.repeats):
-        for workers, found in rates.items():
-            with tempfile.TemporaryDirectory() as folder:
-                found.append(
-                    measure_pool(Path(folder), samples=arguments.samples, size=arguments.size, workers=workers)
-                )
+    costs: dict[int, list[Cost]] = {workers: [] for workers in arguments.workers}
     with tempfile.TemporaryDirectory() as folder:
-        steps = measure_steps(Path(folder), size=arguments.size)
-    print("processes  samples per second")
-    for workers, found in rates.items():
-        print(f"{workers:9d}  {statistics.median(found):.0f} ({min(found):.0f}-{max(found):.0f})")
-    for name, milliseconds in steps.items():
-        print(f"{name:34}{milliseconds:6.2f} ms")
+        normals, textures = collect_pictures(Path(folder))
+        for _ in range(arguments.repeats):
+            for workers, found in costs.items():
+                found.append(
+                    measure_pool(normals, textures, samples=arguments.samples, size=arguments.size, workers=workers)
+                )
+        steps = measure_steps(normals, textures, size=arguments.size)
+    print("processes   samples per second   processor time per sample")
+    for workers, found in costs.items():
+        rates, milliseconds = zip(*found, strict=True)
+        rate = f"{statistics.median(rates):.0f} ({min(rates):.0f}-{max(rates):.0f})"
+        print(f"{workers:9d}   {rate:18}   {statistics.median(milliseconds):.2f} ms")
+    for name, duration in steps.items():
+        print(f"{name:34}{duration:6.2f} ms")
     if arguments.json:
-        figures = {"samples_per_second": rates, "milliseconds": steps}
+        figures = {
+            "pool": {workers: [cost._asdict() for cost in found] for workers, found in costs.items()},
+            "steps_ms": steps,
+        }
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 

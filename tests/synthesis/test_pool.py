@@ -13,7 +13,7 @@ import pytest
 from almrr_pipeline.config import Tiling
 from almrr_pipeline.errors import AlmrrError
 from almrr_pipeline.images import read_image, resize_image
-from almrr_pipeline.synthesis.pool import Pool, SimulatedPool, simulate_pool
+from almrr_pipeline.synthesis.pool import LEAST_WORK, Pool, SimulatedPool, simulate_pool
 
 SIZE = (48, 32)
 OPENED: list[str] = []
@@ -100,11 +100,15 @@ def test_description_names_the_pictures_and_counts_but_no_place_of_this_machine(
     assert sorted(path.stem for path in folder.iterdir()) == sorted([*said["arrays"], "pool"])
 
 
-def test_pool_is_the_same_whatever_the_number_of_processes(pictures: SimpleNamespace, tmp_path: Path) -> None:
+def test_pool_is_the_same_whatever_the_number_of_processes(
+    pictures: SimpleNamespace, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     folders = [tmp_path / "one", tmp_path / "two"]
     for workers, target in enumerate(folders, start=1):
         target.mkdir()
-        describe(pictures, samples=300, workers=workers).save(target)
+        describe(pictures, samples=2 * LEAST_WORK, workers=workers).save(target)
+        assert f"(processes: {workers})" in caplog.text
     for path in folders[0].iterdir():
         assert path.read_bytes() == (folders[1] / path.name).read_bytes(), path.name
 
@@ -199,7 +203,7 @@ def test_broken_picture_is_named(pictures: SimpleNamespace, tmp_path: Path, work
     target = tmp_path / "pool"
     target.mkdir()
     with pytest.raises(AlmrrError, match=r"broken\.png"):
-        describe(with_broken, samples=300, workers=workers).save(target)
+        describe(with_broken, samples=2 * LEAST_WORK, workers=workers).save(target)
     assert not (target / "pool.json").exists()
 
 

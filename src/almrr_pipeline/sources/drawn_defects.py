@@ -46,30 +46,30 @@ class _Outline(NamedTuple):
 
 def draw_scratch(surface: Field, generator: np.random.Generator, strength: float) -> Field:
     """A long, nearly straight groove: dark where it turns from the light, bright where the material is torn open."""
-    length = generator.uniform(0.3, 0.8) * len(surface)
+    length = generator.uniform(0.45, 0.9) * len(surface)
     curve = _lay_curve(surface.shape, generator, length=length, bend=0.05)
-    width = generator.uniform(1.1, 2.2) * _taper(curve.along)
+    width = generator.uniform(1.3, 2.6) * _taper(curve.along)
     groove = _bump(curve.across, width)
     ridge = _bump(curve.across - 1.6 * width, width)
     pressure = 0.7 + 0.3 * np.sin(2 * np.pi * (generator.uniform(1, 3) * curve.along + generator.uniform()))
     torn_open = surface.mean() + 2.0 * surface.std() + 0.1 + 0.2 * strength
-    scratched = _mix(surface, torn_open, (0.5 + 0.45 * strength) * pressure * ridge)
-    return _mix(scratched, 0.35 * surface.mean(), (0.5 + 0.45 * strength) * pressure * groove)
+    scratched = _mix(surface, torn_open, (0.6 + 0.4 * strength) * pressure * ridge)
+    return _mix(scratched, 0.3 * surface.mean(), (0.6 + 0.4 * strength) * pressure * groove)
 
 
 def draw_stain(surface: Field, generator: np.random.Generator, strength: float) -> Field:
     """A liquid that has dried: darker, the texture shines through, and the edge is darker still."""
-    size = generator.uniform(0.09, 0.2) * len(surface)
+    size = generator.uniform(0.1, 0.2) * len(surface)
     outline = _lay_outline(surface.shape, generator, size=size, stretch=1.6, unevenness=0.16)
     covered = _edge(outline.inside, softness=generator.uniform(0.8, 2.0))
     rim = covered * np.exp(-((outline.inside / 3.0) ** 2))
-    soaked = _mix(surface, ndimage.gaussian_filter(surface, 1.5), 0.5 * covered)
-    return soaked * (1.0 - (0.2 + 0.35 * strength) * covered - 0.22 * strength * rim)
+    soaked = _mix(surface, ndimage.gaussian_filter(surface, 1.5), 0.65 * covered)
+    return soaked * (1.0 - (0.26 + 0.34 * strength) * covered - 0.2 * strength * rim)
 
 
 def draw_dent(surface: Field, generator: np.random.Generator, strength: float) -> Field:
     """A hollow: its side toward the light lies in the shade, the far side shines, and the texture is drawn inward."""
-    size = generator.uniform(0.08, 0.16) * len(surface)
+    size = generator.uniform(0.1, 0.18) * len(surface)
     outline = _lay_outline(surface.shape, generator, size=size, stretch=1.4, unevenness=0.05)
     bowl = np.clip(outline.inside / size, 0.0, 1.0)  # 0 at the edge, 1 in the middle
     slope = np.stack(np.gradient(-ndimage.gaussian_filter((bowl * (2.0 - bowl)) ** 2, 1.5)))
@@ -77,13 +77,13 @@ def draw_dent(surface: Field, generator: np.random.Generator, strength: float) -
     places = np.indices(surface.shape) + 2.0 * slope
     warped = ndimage.map_coordinates(surface, places, order=1, mode="nearest")
     facing = -np.tensordot(LIGHT, slope, axes=1)  # a slope that rises toward the light turns away from it
-    dented: Field = warped * (1.0 + np.where(facing > 0, 0.8, 0.6) * (0.35 + 0.65 * strength) * facing)
+    dented: Field = warped * (1.0 + np.where(facing > 0, 0.9, 0.75) * (0.45 + 0.55 * strength) * facing)
     return dented
 
 
 def draw_hole(surface: Field, generator: np.random.Generator, strength: float) -> Field:
     """A piece broken out: nearly black inside, lighter where light reaches the bottom, a bright broken edge."""
-    size = generator.uniform(0.035, 0.1) * len(surface)
+    size = generator.uniform(0.05, 0.115) * len(surface)
     outline = _lay_outline(surface.shape, generator, size=size, stretch=1.5, unevenness=0.2)
     covered = _edge(outline.inside, softness=0.6)
     away = -(LIGHT[0] * outline.rows + LIGHT[1] * outline.columns) / size
@@ -119,8 +119,8 @@ def draw_smear(surface: Field, generator: np.random.Generator, strength: float) 
     rubbed = np.mean([ndimage.shift(surface, step * direction, order=1, mode="reflect") for step in reach], axis=0)
     across = direction[0] * outline.columns - direction[1] * outline.rows
     streaks = 1.0 + 0.35 * _draw_bands(across, generator, width=2.0)
-    film = generator.choice([-1.0, 1.0]) * (0.06 + 0.16 * strength) * streaks
-    return _mix(surface, rubbed + film, (0.55 + 0.4 * strength) * covered)
+    film = generator.choice([-1.0, 1.0]) * (0.08 + 0.16 * strength) * streaks
+    return _mix(surface, rubbed + film, (0.65 + 0.3 * strength) * covered)
 
 
 def draw_chip(surface: Field, generator: np.random.Generator, strength: float) -> Field:

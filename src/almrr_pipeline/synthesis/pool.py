@@ -39,7 +39,8 @@ CROPS_PER_PICTURE = 64
 """Random crops of a normal picture when training on tiles; many more only repeat what they show."""
 HELD_OUT_SAMPLES = (16, 256)
 """Least and most samples of the held-out part: enough to tell two checkpoints apart, and quick to predict."""
-_LEAST_WORK = 128
+LEAST_WORK = 256
+"""Samples and pictures for which starting a process pays: about a second's work."""
 _FOLDER_OVERHEAD = 1 << 20
 
 
@@ -108,7 +109,7 @@ class SimulatedPool:
         self._check_space(folder)
         samples = sum(part.samples for part in self.parts)
         pictures = len(self.texture_paths) + sum(len(part.pictures) for part in self.parts)
-        processes = count_processes(self.workers, work=samples + pictures, least_work=_LEAST_WORK)
+        processes = count_processes(self.workers, work=samples + pictures, least_work=LEAST_WORK)
         begun = time.perf_counter()
         with spread_over(processes) as spread, tempfile.TemporaryDirectory(prefix="textures.", dir=folder) as scratch:
             textures = Path(scratch) / "textures.npy"
