@@ -1,18 +1,19 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from almrr_pipeline.inference.export import export_onnx
+from click.testing import CliRunner
 from PIL import Image
 
+from almrr_pipeline.cli import almrr
 from almrr_pipeline.images import ImageArray
 from almrr_pipeline.inference.predictor import Predictor
 from almrr_pipeline.inference.tiling import TileGrid
-from almrr_pipeline.model.almrr import ALMRR
 
 
 @pytest.fixture
@@ -26,9 +27,13 @@ def workplace(model_folder: Path, noise: list[ImageArray], tmp_path: Path, monke
     return tmp_path
 
 
+def _documentation(project: Path) -> str:
+    return (project / "docs" / "predict.md").read_text(encoding="utf-8")
+
+
 def _python(project: Path, containing: str) -> str:
-    text = (project / "docs" / "predict.md").read_text(encoding="utf-8")
-    (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if containing in block]
+    blocks = re.findall(r"```python\n(.*?)```", _documentation(project), flags=re.DOTALL)
+    (code,) = [block for block in blocks if containing in block]
     return code
 
 
@@ -42,7 +47,9 @@ def test_the_documented_onnx_code_gives_the_predictors_score(workplace: Path, pr
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason="ONNX is an extra")
     folder = workplace / "data" / "06_models" / "sample_brick"
-    export_onnx(ALMRR.load(folder), workplace / "brick.onnx")
+    (command,) = re.findall(r"^    almrr (export .* --format onnx .*)$", _documentation(project), flags=re.MULTILINE)
+    result = CliRunner().invoke(almrr, shlex.split(command))
+    assert result.exit_code == 0, result.output
     names: dict[str, object] = {}
     exec(_python(project, "onnxruntime"), names)
     (expected,) = Predictor(folder, device="cpu")([workplace / "photographs" / "a.png"])

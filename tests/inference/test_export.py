@@ -1,0 +1,99 @@
+"""Exported files give the maps of the model they were made from, without this package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from almrr_pipeline.inference.export import export_onnx, export_torch
+from almrr_pipeline.model.almrr import ALMRR
+from almrr_pipeline.model.backbone import build_backbone
+
+SIZE = (128, 256)
+
+
+@pytest.fixture(scope="module")
+def model() -> ALMRR:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        backbone = build_backbone("test_efficientnet", weights=None)
+        changes = {"latent": 16, "dim": 16, "depth": 1, "state": 4, "decoder": (8, 12), "refinement_width": 4}
+        model = ALMRR(backbone, image_size=SIZE, **changes).eval()
+        with torch.no_grad():
+            model.frm.out.weight *= 100.0
+    return model
+
+
+@pytest.fixture(scope="module")
+def onnx_file(model: ALMRR, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("export") / "model.onnx"
+    export_onnx(model, path)
+    return path
+
+
+def map_with_torch(model: ALMRR, images: torch.Tensor) -> np.ndarray:
+    with torch.no_grad():
+        return model(images).numpy()
+
+
+def draw_images(batch: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(batch)
+    blots = torch.rand(batch, 3, 5, 9, generator=generator)
+    return torch.nn.functional.interpolate(blots, size=SIZE, mode="bilinear")
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_onnxruntime_gives_the_models_maps(model: ALMRR, onnx_file: Path, batch: int) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    session = onnxruntime.InferenceSession(onnx_file, providers=["CPUExecutionProvider"])
+    images = draw_images(batch)
+    (given,) = session.run(["anomaly_map"], {"images": images.numpy()})
+    expected = map_with_torch(model, images)
+    assert given.shape == (batch, *SIZE)
+    assert expected.std() > 0.01
+    np.testing.assert_allclose(given, expected, rtol=0, atol=1e-4)
+
+
+def test_the_graph_takes_any_batch_and_one_size(onnx_file: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    graph = onnx.load(onnx_file).graph
+    (images,) = graph.input
+    batch, *rest = images.type.tensor_type.shape.dim
+    assert batch.dim_param == "batch"
+    assert [axis.dim_value for axis in rest] == [3, *SIZE]
+
+
+def test_the_scan_does_not_unroll(model: ALMRR, onnx_file: Path) -> None:
+    """128 tokens scanned step by step in two directions would alone take more nodes than the whole graph may have."""
+    onnx = pytest.importorskip("onnx")
+    nodes = len(onnx.load(onnx_file, load_external_data=False).graph.node)
+    assert model.mfrm.position.shape[1] == 128
+    assert nodes < 2 * 2 * 128
+
+
+def test_weights_are_inside_the_one_file(onnx_file: Path) -> None:
+    assert [path.name for path in onnx_file.parent.iterdir()] == ["model.onnx"]
+
+
+@pytest.mark.parametrize("folded_before", [False, True])
+def test_torch_export_gives_the_models_maps(model: ALMRR, tmp_path: Path, folded_before: bool) -> None:
+    export_torch(model.fold() if folded_before else model, tmp_path / "model.pt2")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt2"]
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    for batch in (1, 3):
+        images = draw_images(batch)
+        given = program(images).detach().numpy()
+        np.testing.assert_allclose(given, map_with_torch(model, images), rtol=0, atol=1e-4)
+
+
+def test_a_failed_export_leaves_nothing(model: ALMRR, tmp_path: Path) -> None:
+    with pytest.raises((OSError, RuntimeError)):
+        export_torch(model, tmp_path / "absent" / "model.pt2")
+    (tmp_path / "model.pt2").mkdir()
+    (tmp_path / "model.pt2" / "kept").touch()
+    with pytest.raises(OSError, match=r"model\.pt2"):
+        export_torch(model, tmp_path / "model.pt2")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt2"]
