@@ -47,6 +47,15 @@ def test_a_picture_does_not_feel_its_neighbours(build_model, images: Tensor) -> 
     torch.testing.assert_close(model(images)[1:], model(images[1:]), rtol=0, atol=1e-9)
 
 
+def test_pictures_without_an_anomaly_have_the_same_features_in_both_branches(build_model) -> None:
+    model = build_model().train()
+    normal, other = torch.rand(2, 3, *SIZE), torch.rand(1, 3, *SIZE)
+    target, features = model._embed_both(normal, torch.cat([normal[:1], other]))
+    torch.testing.assert_close(features[0], target[0], rtol=0, atol=0)
+    torch.testing.assert_close(target, model.embed(normal))
+    torch.testing.assert_close(features[1:], model.embed(other))
+
+
 def test_training_forward_sends_each_picture_down_its_branch(build_model, images: Tensor) -> None:
     model, normal, augmented = build_model().double(), images.double(), 1.0 - images.double()
     out = model.training_forward(normal, augmented)

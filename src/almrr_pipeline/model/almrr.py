@@ -162,12 +162,29 @@ class ALMRR(nn.Module):
         """
         check_shape(normal, self.image_size)
         check_shape(augmented, self.image_size)
-        target, features = self.embed(torch.cat([normal, augmented])).chunk(2)  # phi, F (B, C, h, w) each
+        target, features = self._embed_both(normal, augmented)  # phi, F (B, C, h, w) each
         reconstruction = self.reconstruct(features)  # F_hat (B, C, h, w)
         probabilities = self.upsample(self.refine(reconstruction, features).softmax(dim=1))  # (B, 2, H, W)
         # The smallest normal float keeps the logarithm finite, and its gradient alive, where the softmax underflows.
         logits = probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log()
         return TrainingOutput(target=target, reconstruction=reconstruction, logits=logits)
+
+    @torch.no_grad()
+    def _embed_both(self, normal: Tensor, augmented: Tensor) -> tuple[Tensor, Tensor]:
+        """phi and F (B, C, h, w) in one call of the backbone.
+
+        On a CPU, pictures without an anomaly, half of the pool, are embedded once; a GPU would have to wait to be told
+        which those are.
+        """
+        if normal.device.type != "cpu" or torch.compiler.is_compiling():
+            target, features = self.embed(torch.cat([normal, augmented])).chunk(2)
+            return target, features
+        changed = (normal != augmented).flatten(1).any(dim=1)  # (B,)
+        embedded = self.embed(torch.cat([normal, augmented[changed]]))
+        target = embedded[: len(normal)]
+        features = target.clone()
+        features[changed] = embedded[len(normal) :]
+        return target, features
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
