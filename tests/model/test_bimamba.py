@@ -1,12 +1,13 @@
 """The bidirectional block against a plain re-statement with flips, loops and torch's own layers."""
 
+# ruff: noqa: N806 - names are those of the formulas
 from __future__ import annotations
 
 import math
 
 import pytest
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from almrr_pipeline.model.bimamba import BidirectionalMamba, MambaBlock, MambaEncoder, ScanBranch

@@ -1,5 +1,6 @@
 """Every scan backend against a loop that says the recurrence one number at a time."""
 
+# ruff: noqa: N803, E741 - names are those of the formulas
 from __future__ import annotations
 
 import importlib
@@ -366,7 +367,7 @@ def test_without_numba_auto_takes_torch_and_a_named_numba_is_an_error(
     assert resolve_backend("auto", "cpu") == "torch"
     case = draw_case((1, 3, 2, 2))
     assert_all_close(case.run(selective_scan), case.run(selective_scan, backend="torch"), relative=0)
-    with pytest.raises(AlmrrError, match="numba cannot be used here.*pip install numba"):
+    with pytest.raises(AlmrrError, match=r"numba cannot be used here.*pip install numba"):
         case.run(selective_scan, backend="numba")
 
 
@@ -388,7 +389,7 @@ def test_kernels_compile_where_no_cache_can_be_written(monkeypatch: pytest.Monke
         return lambda function: (function, options)
 
     monkeypatch.setattr(numba_kernels, "njit", refuse_cache)
-    compiled, options = numba_kernels._compiled(frozenset({"contract"}))(len)
+    compiled, options = numba_kernels._kernel(len)
     assert compiled is len
     assert options["nogil"]
 

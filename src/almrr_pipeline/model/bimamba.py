@@ -1,23 +1,24 @@
-"""The bidirectional Mamba encoder of the MFRM (ALMRR, arXiv 2407.17705), block type "v2" of Vision Mamba (arXiv 2401.09417).
+"""The bidirectional Mamba encoder of the MFRM (ALMRR, arXiv 2407.17705): Vision Mamba's block "v2" (arXiv 2401.09417).
 
-                        +- conv, SiLU -> x and dt projections -> scan, gate  (first token to last) -+
-    x -> in-projection -+                                                                           +- mean -> out-projection
-                        +- conv, SiLU -> x and dt projections -> scan, gate  (last token to first) -+
+                    +- conv, SiLU -> x and dt projections -> scan, gate  (first token to last) -+
+    in-projection --+                                                                           +-- mean, out-projection
+                    +- conv, SiLU -> x and dt projections -> scan, gate  (last token to first) -+
 
 The branches share the projections in and out and the gate's input; each has its own convolution, projections and state
 space. Channels stay innermost from end to end; nothing is transposed or flipped. Initialisation follows
 state-spaces/mamba (Apache-2.0).
 """
 
+# ruff: noqa: N806 - names are those of the formulas
 from __future__ import annotations
 
 import math
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
-from timm.layers import DropPath
+from timm.layers.drop import DropPath
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 
 from almrr_pipeline.model.scan import causal_conv, selective_scan
 
@@ -172,7 +173,8 @@ class MambaEncoder(nn.Module):
         """(b, l, dim) to (b, l, dim)."""
         for block in self.blocks:
             tokens = block(tokens)
-        return self.norm(tokens)
+        normalized: Tensor = self.norm(tokens)
+        return normalized
 
     def set_scan_backend(self, name: str) -> None:
         """Let every block scan with this backend from now on."""
@@ -181,7 +183,7 @@ class MambaEncoder(nn.Module):
                 module.scan_backend = name
 
     def _scale_residuals(self, depth: int) -> None:
-        """As Mamba and Vim (and GPT-2): out-projections over sqrt(depth), so that the sum of residuals keeps its scale."""
+        """As Mamba and Vim: out-projections over sqrt(depth), so that the sum of the residuals keeps its scale."""
         with torch.no_grad():
             for module in self.modules():
                 if isinstance(module, BidirectionalMamba):

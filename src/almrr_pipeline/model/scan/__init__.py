@@ -1,4 +1,4 @@
-"""The selective scan of Mamba (Gu and Dao, arXiv 2312.00752, section 3) behind one signature, and the backends that run it.
+"""The selective scan of Mamba (Gu and Dao, arXiv 2312.00752, section 3) behind one signature, and its backends.
 
     name        runs on   what it is
     mamba_ssm   CUDA      mamba-ssm's fused kernel; an extra that its users compile
@@ -11,6 +11,7 @@
 backend that was named is used, or its absence is an error.
 """
 
+# ruff: noqa: N803, E741 - names are those of the formulas
 from __future__ import annotations
 
 import importlib
@@ -37,8 +38,8 @@ _FUNCTIONS = {
     "torch": ("reference", "scan_with_torch"),
     "parallel": ("parallel", "scan_in_parallel"),
 }
-# On CUDA ours comes first: mamba-ssm's kernel needs every tensor transposed, and flipped for the reverse direction, which
-# moves more memory than the scan itself, and sums gradients with atomics, which differ from run to run.
+# On CUDA ours comes first: mamba-ssm's kernel needs every tensor transposed, and flipped for the reverse direction,
+# which moves more memory than the scan itself; and its atomic sums make gradients differ from run to run.
 _PREFERENCE = {"cuda": ("triton", "mamba_ssm"), "cpu": ("numba",)}
 _REMEDY = {
     "mamba_ssm": (
@@ -102,8 +103,8 @@ def selective_scan(
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, *, reverse: bool = False, backend: str = "auto") -> Tensor:
     """The causal depthwise convolution and SiLU in front of a scan: silu(bias + sum over k of weight_k x_{t-K+1+k}).
 
-    With `numba` as the (resolved) backend one fused kernel, otherwise torch operations, which torch.compile fuses and an
-    export can hold. Channels stay innermost in both.
+    With `numba` as the (resolved) backend one fused kernel, otherwise torch operations, which torch.compile fuses and
+    an export can hold. Channels stay innermost in both.
 
     Args:
         x: (b, l, d).
@@ -188,7 +189,7 @@ def _interpreted() -> bool:
 def _is_exporting() -> bool:
     """torch.export, or either of the two ways to ONNX."""
     exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
-    return exporting() or torch.jit.is_tracing()
+    return exporting() or bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
 
 
 @cache

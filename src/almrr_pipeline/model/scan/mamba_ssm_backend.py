@@ -1,9 +1,10 @@
-"""The selective scan by mamba-ssm's fused CUDA kernel (Gu and Dao, arXiv 2312.00752; Apache-2.0), where it is installed.
+"""The selective scan by mamba-ssm's fused CUDA kernel (Gu and Dao, arXiv 2312.00752; Apache-2.0), if it is installed.
 
-Its kernel wants channels before time and knows one direction, so inputs are handed over as transposed views (it copies what
-it needs contiguous) and, for the reverse direction, flipped.
+That kernel wants channels before time and knows one direction: inputs are handed over as transposed views (it copies
+what it needs contiguous) and, for the reverse direction, flipped.
 """
 
+# ruff: noqa: N803 - names are those of the formulas
 from __future__ import annotations
 
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn

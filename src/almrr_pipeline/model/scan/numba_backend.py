@@ -1,21 +1,26 @@
 """The fused CPU kernels as torch functions with gradients, spread over the threads that torch may use."""
 
+# ruff: noqa: N803, N806, E741, ANN401 - names are those of the formulas; autograd's ctx has no type
 from __future__ import annotations
 
+import math
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
-import numpy.typing as npt
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from almrr_pipeline.model.scan import numba_kernels as kernels
 
-_LOG2_E = 1.4426950408889634
+_LOG2_E = math.log2(math.e)
+_SCRATCH = threading.local()
 
 
 def scan_with_numba(
@@ -31,7 +36,7 @@ def scan_with_numba(
     delta_softplus: bool = True,
     reverse: bool = False,
 ) -> Tensor:
-    """Selective scan as `almrr_pipeline.model.scan.selective_scan` describes it; computes in float32 whatever comes in."""
+    """Selective scan as `almrr_pipeline.model.scan.selective_scan` describes it; the arithmetic is float32."""
     scanned: Tensor = _Scan.apply(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
     return scanned
 
@@ -58,10 +63,10 @@ class _Scan(torch.autograd.Function):
         reverse: bool,
     ) -> Tensor:
         ctx.save_for_backward(u, delta, A, B, C, D, z, delta_bias)
-        ctx.flags = reverse, delta_softplus, z is not None
+        ctx.flags = delta_softplus, reverse
         out = torch.empty(u.shape, dtype=torch.float32)
-        inputs = _scan_arguments(u, delta, A, B, C, D, z, delta_bias, ctx.flags)
-        _spread(kernels.scan_forward, _tasks(u), *inputs, _flat(out))
+        inputs = _scan_inputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
+        _spread(kernels.scan_forward, _tasks(u), inputs, _flat(out))
         return out.to(u.dtype)
 
     @staticmethod
@@ -75,9 +80,10 @@ class _Scan(torch.autograd.Function):
         dz = torch.empty(b, l, d) if z is not None else torch.empty(0)
         dA, dB, dC = torch.empty(b, n, d), torch.empty(blocks, b, l, n), torch.empty(blocks, b, l, n)
         dD, d_bias = torch.zeros(b, d), torch.zeros(b, d)
-        inputs = _scan_arguments(u, delta, A, B, C, D, z, delta_bias, ctx.flags)
-        outputs = (_flat(tensor) for tensor in (du, d_delta, dz, dA, dB, dC, dD, d_bias))
-        _spread(kernels.scan_backward, _tasks(u), *inputs, _flat(g.float().contiguous()), *outputs)
+        inputs = _scan_inputs(*ctx.saved_tensors, *ctx.flags)
+        gradients = kernels.ScanGradients(*map(_flat, (du, d_delta, dz, dA, dB, dC, dD, d_bias)))
+        scratch = kernels.scratch_size(l, n)
+        _spread(kernels.scan_backward, _tasks(u), inputs, _flat(g), gradients, scratch=scratch)
         return (
             du.to(u.dtype),
             d_delta.to(delta.dtype),
@@ -98,7 +104,7 @@ class _Convolution(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias)
         ctx.reverse = reverse
         out = torch.empty(x.shape, dtype=torch.float32)
-        _spread(kernels.conv_forward, _tasks(x), *_conv_arguments(x, weight, bias, reverse), _flat(out))
+        _spread(kernels.conv_forward, _tasks(x), _conv_inputs(x, weight, bias, reverse), _flat(out))
         return out.to(x.dtype)
 
     @staticmethod
@@ -107,13 +113,12 @@ class _Convolution(torch.autograd.Function):
         x, weight, bias = ctx.saved_tensors
         b, l, d = x.shape
         dx, d_weight, d_bias = torch.zeros(b, l, d), torch.zeros(b, weight.shape[1], d), torch.zeros(b, d)
-        inputs = _conv_arguments(x, weight, bias, ctx.reverse)
-        outputs = (_flat(tensor) for tensor in (dx, d_weight, d_bias))
-        _spread(kernels.conv_backward, _tasks(x), *inputs, _flat(g.float().contiguous()), *outputs)
+        inputs = _conv_inputs(x, weight, bias, ctx.reverse)
+        _spread(kernels.conv_backward, _tasks(x), inputs, _flat(g), *map(_flat, (dx, d_weight, d_bias)))
         return dx.to(x.dtype), d_weight.sum(0).t().to(weight.dtype), d_bias.sum(0).to(bias.dtype), None
 
 
-def _scan_arguments(
+def _scan_inputs(
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -122,36 +127,42 @@ def _scan_arguments(
     D: Tensor,
     z: Tensor | None,
     delta_bias: Tensor | None,
-    flags: tuple[bool, bool, bool],
-) -> tuple[Any, ...]:
-    """What both scan kernels take after the range of tasks."""
-    _, length, channels = u.shape
-    bias = torch.zeros(channels) if delta_bias is None else delta_bias
-    exponents = (A.detach().float() * _LOG2_E).t().contiguous().numpy()  # (n, d)
-    gate = (_flat(torch.empty(0)), (0, 0)) if z is None else _strided(z)
-    rows = (*_strided(u), *_strided(delta), exponents, *_strided(B), *_strided(C))
-    vectors = (_flat(D.detach().float().contiguous()), _flat(bias.detach().float().contiguous()))
-    return length, channels, A.shape[1], *flags, *rows, *vectors, *gate
+    delta_softplus: bool,
+    reverse: bool,
+) -> kernels.ScanInputs:
+    return kernels.ScanInputs(
+        u=_rows(u),
+        delta=_rows(delta),
+        B=_rows(B),
+        C=_rows(C),
+        z=_rows(u if z is None else z),
+        A=(A.detach().float() * _LOG2_E).t().contiguous().numpy(),
+        D=_flat(D),
+        bias=_flat(torch.zeros(u.shape[2]) if delta_bias is None else delta_bias),
+        length=u.shape[1],
+        reverse=reverse,
+        softplus=delta_softplus,
+        gated=z is not None,
+    )
 
 
-def _conv_arguments(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> tuple[Any, ...]:
-    """What both convolution kernels take after the range of tasks."""
-    taps = weight.detach().float().t().contiguous().numpy()  # (width, d)
-    return x.shape[1], x.shape[2], reverse, *_strided(x), taps, _flat(bias.detach().float().contiguous())
+def _conv_inputs(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> kernels.ConvInputs:
+    taps = weight.detach().float().t().contiguous().numpy()  # (taps, d)
+    return kernels.ConvInputs(_rows(x), taps, _flat(bias), x.shape[1], reverse)
 
 
-def _strided(tensor: Tensor) -> tuple[npt.NDArray[Any], tuple[int, int]]:
-    """Flat float32 storage of (b, l, d) from its first element on, and the strides of b and l; no copy if it can be."""
+def _rows(tensor: Tensor) -> kernels.Rows:
+    """The kernels' view of (b, l, channels), float32; a copy only where channels are not contiguous."""
     rows = tensor.detach().float()
-    if rows.stride(-1) != 1 or min(rows.stride()) < 0:
+    if rows.stride(-1) != 1:
         rows = rows.contiguous()
-    by = rows.stride(0), rows.stride(1)
     extent = 1 + sum((size - 1) * stride for size, stride in zip(rows.shape, rows.stride(), strict=True))
-    return torch.as_strided(rows, (extent,), (1,)).numpy(), by
+    return kernels.Rows(torch.as_strided(rows, (extent,), (1,)).numpy(), rows.stride(0), rows.stride(1))
 
 
-def _flat(tensor: Tensor) -> npt.NDArray[Any]:
-    return tensor.view(-1).numpy()
+def _flat(tensor: Tensor) -> kernels.Array:
+    """The numbers of a tensor, float32, in order; shared with the tensor if it has them so."""
+    return tensor.detach().float().contiguous().view(-1).numpy()
 
 
 def _tasks(tensor: Tensor) -> int:
@@ -159,21 +170,34 @@ def _tasks(tensor: Tensor) -> int:
     return tensor.shape[0] * -(-tensor.shape[2] // kernels.BLOCK)
 
 
-def _spread(kernel: Callable[..., None], tasks: int, *arguments: Any) -> None:
+def _spread(kernel: Callable[..., None], tasks: int, *arguments: Any, scratch: int = 0) -> None:
     """Run the kernel on all tasks, over as many threads as torch uses; one share runs in the calling thread.
 
-    The kernels release the interpreter's lock. Plain threads, not numba's own: those of numba may abort the process
-    when two Python threads start a kernel at once, as a server does.
+    The kernels release the interpreter's lock. Plain threads, not numba's own: those may abort the process when two
+    Python threads start a kernel at once, as a server does.
     """
     shares = max(1, min(torch.get_num_threads(), tasks))
     ends = [tasks * share // shares for share in range(shares + 1)]
     others = [
-        _threads(os.getpid(), shares - 1).submit(kernel, first, last, *arguments)
-        for first, last in zip(ends[1:-1], ends[2:], strict=True)
+        _threads(os.getpid(), shares - 1).submit(_work, kernel, first, last, arguments, scratch)
+        for first, last in pairwise(ends[1:])
     ]
-    kernel(ends[0], ends[1], *arguments)
+    _work(kernel, ends[0], ends[1], arguments, scratch)
     for other in others:
         other.result()
+
+
+def _work(kernel: Callable[..., None], first: int, last: int, arguments: tuple[Any, ...], scratch: int) -> None:
+    """One thread's share; `scratch` numbers of memory of its own are the kernel's last argument, if it wants any."""
+    kernel(first, last, *arguments, *([_borrow(scratch)] if scratch else []))
+
+
+def _borrow(size: int) -> kernels.Array:
+    """Memory that this thread keeps for the next call: fresh pages from the system cost as much as the arithmetic."""
+    kept: kernels.Array | None = getattr(_SCRATCH, "memory", None)
+    if kept is None or kept.size < size:
+        kept = _SCRATCH.memory = np.empty(size, np.float32)
+    return kept
 
 
 @lru_cache(maxsize=8)

@@ -1,68 +1,124 @@
 """Fused CPU kernels of the selective scan and of the causal convolution before it, compiled by numba.
 
-A kernel works off the tasks `first` to `last`; a task is one picture of the batch and one block of `BLOCK` channels, so
-that tasks share nothing that they write and the result does not depend on how they are spread over threads. Within a task
+A kernel works off the tasks `first` to `last`. A task is one picture of the batch and one block of `BLOCK` channels;
+tasks share nothing that they write, so the result does not depend on how they are spread over threads. Within a task
 time is the outer loop, channels are the innermost one, and the state stays in the cache.
 
-What keeps the inner loops vectorised, and must be kept in mind when they are changed:
-- their length is the constant BLOCK (a narrower last block computes with zeros in the lanes that it lacks);
-- all that a loop writes lies at constant offsets in two or three arrays (the rows of `lanes` and `rows` below): LLVM gives
-  up when it would have to prove more than eight pairs of arrays distinct at run time;
-- the exponential is a polynomial of our own, made of additions, multiplications and one shift.
-
-Tensors come as their flat storage with the strides of picture and token (`Strides`); channels are contiguous.
+What keeps the innermost loops vectorised, to be kept in mind when they are changed:
+- the hot ones run over the constant BLOCK (a narrower last block computes with zeros in the lanes that it lacks);
+- what they write lies at constant offsets in two or three arrays (`lanes` and `rows` below): LLVM gives up when it
+  would have to compare more than eight pairs of arrays at run time to know them distinct;
+- the exponential is a polynomial of our own, made of multiplications, additions and one shift.
 """
 
+# ruff: noqa: N803, N806, ANN401 - names are those of the formulas; numba's scalars have no Python type
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from llvmlite import ir
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba import njit, types
 from numba.extending import intrinsic
 
 BLOCK = 64
-"""Channels of a task: four AVX-512 registers, or eight of AVX2, or sixteen of NEON."""
+"""Channels of a task: four registers of AVX-512, eight of AVX2, sixteen of NEON."""
 
 Array = npt.NDArray[np.float32]
-Strides = tuple[int, int]
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+class Rows(NamedTuple):
+    """A tensor (b, l, channels): its storage from the first element on, channels contiguous, and the other strides."""
+
+    values: Array
+    by_picture: int
+    by_token: int
+
+
+class ScanInputs(NamedTuple):
+    """What both passes of a scan read; see `almrr_pipeline.model.scan.selective_scan`.
+
+    A is (n, d) and in units of log2(e), so that a_t = 2^(delta_t A). Without a gate z is not read.
+    """
+
+    u: Rows
+    delta: Rows
+    B: Rows
+    C: Rows
+    z: Rows
+    A: Array
+    D: Array
+    bias: Array
+    length: int
+    reverse: bool
+    softplus: bool
+    gated: bool
+
+
+class ScanGradients(NamedTuple):
+    """What the backward pass writes, flat: u, delta, z (b, l, d); per picture A (b, n, d), D and bias (b, d).
+
+    B and C are (blocks, b, l, n): their sum over the blocks of channels is still to be taken.
+    """
+
+    u: Array
+    delta: Array
+    z: Array
+    A: Array
+    B: Array
+    C: Array
+    D: Array
+    bias: Array
+
+
+class ConvInputs(NamedTuple):
+    """What both passes of the convolution read; weight is (taps, d), its last row for the token itself."""
+
+    x: Rows
+    weight: Array
+    bias: Array
+    length: int
+    reverse: bool
+
 
 _EXACT = frozenset({"contract"})  # fused multiply-add only: _exp2 subtracts what it has just added
 _SUMS = frozenset({"contract", "reassoc", "nsz"})  # and sums in any order; infinities and NaN stay what they are
 
-_ONE, _ZERO, _TWO = np.float32(1.0), np.float32(0.0), np.float32(2.0)
+_ZERO, _ONE, _TWO = np.float32(0.0), np.float32(1.0), np.float32(2.0)
 _LOG2_E = np.float32(np.log2(np.e))
 _LN_2 = np.float32(np.log(2.0))
 _TO_INTEGER = np.float32(1.5 * 2**23)  # a float32 of this size has no bits behind the point: adding it rounds
-_LOWEST, _HIGHEST = np.float32(-126.0), np.float32(126.0)  # 2^x is neither subnormal nor infinite in between
-# 2^r on [-1/2, 1/2] (Remez, relative error 1.9e-9), and 2 atanh(s) / s in s^2 on [0, 1/9] (Remez, 4.0e-9)
+_LOWEST, _HIGHEST = np.float32(-126.0), np.float32(126.0)  # in between 2^x is neither subnormal nor infinite
+# 2^r on [-1/2, 1/2], relative error 1.9e-9, and 2 atanh(s) / s in s^2 on [0, 1/9], 4.0e-9: both by Remez' algorithm
 _E1, _E2, _E3 = np.float32(6.93147206e-01), np.float32(2.40226469e-01), np.float32(5.55032878e-02)
 _E4, _E5, _E6 = np.float32(9.61848896e-03), np.float32(1.33999312e-03), np.float32(1.53458120e-04)
 _L0, _L1, _L2 = np.float32(2.00000001), np.float32(0.66666315), np.float32(0.4002491)
 _L3, _L4 = np.float32(0.27960603), np.float32(0.28178335)
 
 
-def _compiled(fastmath: frozenset[str]) -> Callable[[_Function], _Function]:
-    """njit with a cache on disk, and without one where no folder for it can be written."""
-    options: dict[str, Any] = {"fastmath": set(fastmath), "nogil": True, "error_model": "numpy"}
-
-    def compile_function(function: _Function) -> _Function:
-        try:
-            compiled: _Function = njit(cache=True, **options)(function)
-        except RuntimeError:  # numba: "no locator available"
-            compiled = njit(**options)(function)
-        return compiled
-
-    return compile_function
+def _kernel(function: _Function) -> _Function:
+    """Compile what Python calls, with numba's cache on disk, or without one where no folder for it can be written."""
+    options: dict[str, Any] = {"fastmath": set(_SUMS), "nogil": True, "error_model": "numpy"}
+    try:
+        compiled: _Function = njit(cache=True, **options)(function)
+    except RuntimeError:  # "cannot cache function: no locator available"
+        compiled = njit(**options)(function)
+    return compiled
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+def _part(fastmath: frozenset[str]) -> Callable[[_Function], _Function]:
+    """Compile what kernels alone call; without entries for Python and C, which none would use."""
+    options: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "fastmath": set(fastmath)}
+    inside: Callable[[_Function], _Function] = njit(nogil=True, error_model="numpy", **options)
+    return inside
+
+
+@intrinsic
 def _power_of_two(context: Any, rounded: Any) -> Any:
-    """2^k from k + _TO_INTEGER: k lies in the float's lowest bits, and belongs into its exponent."""
+    """2^k from the float32 k + _TO_INTEGER: k stands in its lowest bits, and belongs into the exponent's."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         integer = ir.IntType(32)
@@ -72,260 +128,311 @@ def _power_of_two(context: Any, rounded: Any) -> Any:
     return types.float32(types.float32), generate
 
 
-@_compiled(_EXACT)
+@_part(_EXACT)
 def _exp2(x: Any) -> Any:
     """2^x to 1e-7; saturates at 2^-126 and 2^126, NaN stays NaN."""
     x = _LOWEST if x < _LOWEST else x
     x = _HIGHEST if x > _HIGHEST else x
     rounded = x + _TO_INTEGER
     r = x - (rounded - _TO_INTEGER)
-    p = ((((((_E6 * r + _E5) * r) + _E4) * r + _E3) * r + _E2) * r + _E1) * r + _ONE
-    return p * _power_of_two(rounded)
+    p = (((((_E6 * r + _E5) * r + _E4) * r + _E3) * r + _E2) * r + _E1) * r + _ONE
+    return p * _power_of_two(rounded)  # type: ignore[call-arg]
 
 
-@_compiled(_EXACT)
+@_part(_EXACT)
 def _sigmoid(x: Any) -> Any:
     return _ONE / (_ONE + _exp2(-_LOG2_E * x))
 
 
-@_compiled(_EXACT)
+@_part(_EXACT)
 def _softplus(x: Any) -> Any:
-    """log(1 + e^x) = max(x, 0) + log(1 + e^-|x|), the logarithm by 2 atanh(e / (2 + e)): exact for small values too."""
+    """log(1 + e^x) = max(x, 0) + log(1 + e), e = e^-|x|; the logarithm as 2 atanh(e / (2 + e)), exact for any e."""
     e = _exp2(-_LOG2_E * abs(x))
     s = e / (_TWO + e)
     q = s * s
-    tail = ((((_L4 * q + _L3) * q) + _L2) * q + _L1) * q + _L0
-    return (x if x > _ZERO else _ZERO) + s * tail
+    return (x if x > _ZERO else _ZERO) + s * ((((_L4 * q + _L3) * q + _L2) * q + _L1) * q + _L0)
 
 
-@_compiled(_EXACT)
-def _load(
-    lanes: Array, delta: Array, delta_at: int, bias: Array, u: Array, u_at: int, width: int, softplus: bool
+@_kernel
+def scan_forward(first: int, last: int, inputs: ScanInputs, out: Array) -> None:
+    """Write out (b, l, d), flat."""
+    states, channels = inputs.A.shape
+    lanes = np.empty(3 * BLOCK, np.float32)  # step size | step size x input | output
+    rows = np.empty((states, 2 * BLOCK), np.float32)  # A | state
+    for task in range(first, last):
+        batch, start, width = _locate(task, channels)
+        _begin(lanes, rows, inputs.A, start, width)
+        for step in range(inputs.length):
+            t = inputs.length - 1 - step if inputs.reverse else step
+            _load(lanes, inputs, batch, t, start, width)
+            lanes[2 * BLOCK :] = _ZERO
+            B_t, C_t = _row(inputs.B, batch, t, 0, states), _row(inputs.C, batch, t, 0, states)
+            for n in range(states):
+                B_n, C_n, row = B_t[n], C_t[n], rows[n]
+                for c in range(BLOCK):
+                    h = row[BLOCK + c] * _exp2(lanes[c] * row[c]) + lanes[BLOCK + c] * B_n
+                    row[BLOCK + c] = h
+                    lanes[2 * BLOCK + c] += h * C_n
+            at = (batch * inputs.length + t) * channels + start
+            _skip_and_gate(out[at : at + width], lanes, inputs, batch, t, start, width)
+
+
+@_kernel
+def scan_backward(
+    first: int, last: int, inputs: ScanInputs, g: Array, gradients: ScanGradients, scratch: Array
 ) -> None:
-    """Fill lanes [0, BLOCK) with the step sizes and [BLOCK, 2 BLOCK) with step size times input."""
-    delta_row = delta[delta_at : delta_at + width]
-    u_row = u[u_at : u_at + width]
+    """Write the gradients for the gradient g (b, l, d) of the output; nothing of the forward pass has to be kept.
+
+    `scratch` holds at least `scratch_size` numbers, of any value.
+    """
+    states, channels = inputs.A.shape
+    length = inputs.length
+    lanes = np.empty(5 * BLOCK, np.float32)  # step size | times input | its gradient | exponent's gradient | g
+    rows = np.empty((states, 3 * BLOCK), np.float32)  # A | its gradient | the state's gradient
+    ungated = scratch[: length * BLOCK].reshape((length, BLOCK))  # g before the gate, by step
+    end = length * BLOCK + (length + 1) * states * BLOCK
+    history = scratch[length * BLOCK : end].reshape((length + 1, states, BLOCK))  # the states around each step
+    for task in range(first, last):
+        batch, start, width = _locate(task, channels)
+        _begin(lanes, rows, inputs.A, start, width)
+        history[0] = _ZERO
+        _remember(history, lanes, rows, inputs, batch, start, width)
+        for step in range(length):
+            t = length - 1 - step if inputs.reverse else step
+            at = (batch * length + t) * channels + start
+            ungated[step, :width] = g[at : at + width]
+            if inputs.gated:
+                dz_row = gradients.z[at : at + width]
+                _ungate(ungated[step], dz_row, history[step + 1], lanes, inputs, batch, t, start, width)
+        _walk_back(history, ungated, lanes, rows, inputs, gradients, task, batch, start, width)
+        for n in range(states):
+            at = (batch * states + n) * channels + start
+            gradients.A[at : at + width] = rows[n, BLOCK : BLOCK + width]
+
+
+def scratch_size(length: int, states: int) -> int:
+    """Numbers that one run of `scan_backward` keeps in between: what a token's states and output gradients take."""
+    return BLOCK * (length + (length + 1) * states)
+
+
+@_part(_SUMS)
+def _remember(
+    history: Array, lanes: Array, rows: Array, inputs: ScanInputs, batch: int, start: int, width: int
+) -> None:
+    """Run the recurrence forward and keep each state: history[step + 1] is the one after `step`."""
+    states = inputs.A.shape[0]
+    for step in range(inputs.length):
+        t = inputs.length - 1 - step if inputs.reverse else step
+        _load(lanes, inputs, batch, t, start, width)
+        B_t = _row(inputs.B, batch, t, 0, states)
+        for n in range(states):
+            B_n, row, before, after = B_t[n], rows[n], history[step, n], history[step + 1, n]
+            for c in range(BLOCK):
+                after[c] = before[c] * _exp2(lanes[c] * row[c]) + lanes[BLOCK + c] * B_n
+
+
+@_part(_SUMS)
+def _ungate(
+    g_row: Array, dz_row: Array, state: Array, lanes: Array,
+    inputs: ScanInputs, batch: int, t: int, start: int, width: int,
+) -> None:  # fmt: skip
+    """Gradient of the gate, and, in place, the output's gradient before the gate."""
+    states = inputs.A.shape[0]
+    lanes[2 * BLOCK : 3 * BLOCK] = _ZERO
+    C_t = _row(inputs.C, batch, t, 0, states)
+    for n in range(states):
+        C_n, row = C_t[n], state[n]
+        for c in range(BLOCK):
+            lanes[2 * BLOCK + c] += row[c] * C_n
+    u_row, z_row = _row(inputs.u, batch, t, start, width), _row(inputs.z, batch, t, start, width)
+    D_row = inputs.D[start : start + width]
     for c in range(width):
-        lanes[c] = delta_row[c] + bias[c]
-    if softplus:
+        gate = _sigmoid(z_row[c])
+        y = lanes[2 * BLOCK + c] + D_row[c] * u_row[c]
+        dz_row[c] = g_row[c] * y * gate * (_ONE + z_row[c] * (_ONE - gate))
+        g_row[c] *= z_row[c] * gate
+
+
+@_part(_SUMS)
+def _walk_back(
+    history: Array, ungated: Array, lanes: Array, rows: Array, inputs: ScanInputs, gradients: ScanGradients,
+    task: int, batch: int, start: int, width: int,
+) -> None:  # fmt: skip
+    """From the last step to the first: the gradients of the recurrence and of all that goes into it."""
+    states, channels = inputs.A.shape
+    length, pictures = inputs.length, gradients.D.size // channels
+    for step in range(length - 1, -1, -1):
+        t = length - 1 - step if inputs.reverse else step
+        _load(lanes, inputs, batch, t, start, width)
+        lanes[2 * BLOCK : 4 * BLOCK] = _ZERO
+        lanes[4 * BLOCK : 4 * BLOCK + width] = ungated[step, :width]
+        B_t, C_t = _row(inputs.B, batch, t, 0, states), _row(inputs.C, batch, t, 0, states)
+        at = ((task % _blocks(channels) * pictures + batch) * length + t) * states
+        dB_t, dC_t = gradients.B[at : at + states], gradients.C[at : at + states]
+        for n in range(states):
+            B_n, C_n, row, before, after = B_t[n], C_t[n], rows[n], history[step, n], history[step + 1, n]
+            dB_n, dC_n = _ZERO, _ZERO
+            for c in range(BLOCK):
+                dC_n += lanes[4 * BLOCK + c] * after[c]
+                dh = row[2 * BLOCK + c] + lanes[4 * BLOCK + c] * C_n
+                dB_n += dh * lanes[BLOCK + c]
+                lanes[2 * BLOCK + c] += dh * B_n
+                dh *= _exp2(lanes[c] * row[c])
+                row[2 * BLOCK + c] = dh  # the gradient of the state before
+                dh *= before[c]
+                row[BLOCK + c] += dh * lanes[c]
+                lanes[3 * BLOCK + c] += dh * row[c]
+            dB_t[n], dC_t[n] = dB_n, dC_n
+        _store_gradients(lanes, inputs, gradients, batch, t, start, width)
+
+
+@_part(_SUMS)
+def _store_gradients(
+    lanes: Array, inputs: ScanInputs, gradients: ScanGradients, batch: int, t: int, start: int, width: int
+) -> None:
+    """Gradients of one token's u and delta, and its part of those of D and of the bias."""
+    channels = inputs.A.shape[1]
+    at, sums_at = (batch * inputs.length + t) * channels + start, batch * channels + start
+    u_row, delta_row = _row(inputs.u, batch, t, start, width), _row(inputs.delta, batch, t, start, width)
+    du_row, d_delta_row = gradients.u[at : at + width], gradients.delta[at : at + width]
+    D_row, bias_row = inputs.D[start : start + width], inputs.bias[start : start + width]
+    dD_row, d_bias_row = gradients.D[sums_at : sums_at + width], gradients.bias[sums_at : sums_at + width]
+    for c in range(width):
+        du_row[c] = lanes[2 * BLOCK + c] * lanes[c] + lanes[4 * BLOCK + c] * D_row[c]
+    for c in range(width):
+        dD_row[c] += lanes[4 * BLOCK + c] * u_row[c]
+    for c in range(width):
+        d_delta_row[c] = lanes[3 * BLOCK + c] * _LN_2 + lanes[2 * BLOCK + c] * u_row[c]
+    if inputs.softplus:
+        for c in range(width):
+            d_delta_row[c] *= _sigmoid(delta_row[c] + bias_row[c])
+    for c in range(width):
+        d_bias_row[c] += d_delta_row[c]
+
+
+@_kernel
+def conv_forward(first: int, last: int, inputs: ConvInputs, out: Array) -> None:
+    """Write the SiLU of the causal depthwise convolution, (b, l, d), flat."""
+    channels = inputs.weight.shape[1]
+    lanes = np.zeros(BLOCK, np.float32)
+    for task in range(first, last):
+        batch, start, width = _locate(task, channels)
+        for t in range(inputs.length):
+            _convolve(lanes, inputs, batch, t, start, width)
+            at = (batch * inputs.length + t) * channels + start
+            out_row = out[at : at + width]
+            for c in range(width):
+                out_row[c] = lanes[c] * _sigmoid(lanes[c])
+
+
+@_kernel
+def conv_backward(
+    first: int, last: int, inputs: ConvInputs, g: Array, dx: Array, d_weight: Array, d_bias: Array
+) -> None:
+    """Write dx (b, l, d), and per picture d_weight (b, taps, d) and d_bias (b, d); all are given as zeros, flat."""
+    taps, channels = inputs.weight.shape
+    lanes = np.zeros(BLOCK, np.float32)
+    inner = np.zeros((inputs.length, BLOCK), np.float32)  # gradient before the SiLU
+    for task in range(first, last):
+        batch, start, width = _locate(task, channels)
+        d_bias_row = d_bias[batch * channels + start : batch * channels + start + width]
+        for t in range(inputs.length):
+            _convolve(lanes, inputs, batch, t, start, width)
+            at = (batch * inputs.length + t) * channels + start
+            g_row, inner_row = g[at : at + width], inner[t]
+            for c in range(width):
+                gate = _sigmoid(lanes[c])
+                inner_row[c] = g_row[c] * gate * (_ONE + lanes[c] * (_ONE - gate))
+            for c in range(width):
+                d_bias_row[c] += inner_row[c]
+        for t in range(inputs.length):
+            at = (batch * inputs.length + t) * channels + start
+            dx_row, x_row = dx[at : at + width], _row(inputs.x, batch, t, start, width)
+            for k in range(taps):
+                target = _neighbour(t, taps - 1 - k, not inputs.reverse)  # the token whose tap k this one is
+                if 0 <= target < inputs.length:
+                    at = (batch * taps + k) * channels + start
+                    _spread_tap(
+                        dx_row, d_weight[at : at + width], x_row, inner[target], inputs.weight[k, start : start + width]
+                    )
+
+
+@_part(_SUMS)
+def _spread_tap(dx_row: Array, d_weight_row: Array, x_row: Array, inner_row: Array, weight_row: Array) -> None:
+    for c in range(dx_row.size):
+        dx_row[c] += weight_row[c] * inner_row[c]
+    for c in range(dx_row.size):
+        d_weight_row[c] += inner_row[c] * x_row[c]
+
+
+@_part(_SUMS)
+def _convolve(lanes: Array, inputs: ConvInputs, batch: int, t: int, start: int, width: int) -> None:
+    """Put bias + sum over k of weight_k x_(t - taps + 1 + k) into the lanes."""
+    taps = inputs.weight.shape[0]
+    lanes[:width] = inputs.bias[start : start + width]
+    for k in range(taps):
+        source = _neighbour(t, taps - 1 - k, inputs.reverse)
+        if 0 <= source < inputs.length:
+            x_row, weight_row = _row(inputs.x, batch, source, start, width), inputs.weight[k, start : start + width]
+            for c in range(width):
+                lanes[c] += x_row[c] * weight_row[c]
+
+
+@_part(_EXACT)
+def _neighbour(t: int, distance: int, later: bool) -> int:
+    return t + distance if later else t - distance
+
+
+@_part(_EXACT)
+def _blocks(channels: int) -> int:
+    return (channels + BLOCK - 1) // BLOCK
+
+
+@_part(_EXACT)
+def _locate(task: int, channels: int) -> tuple[int, int, int]:
+    """Picture, first channel and number of channels of a task."""
+    start = task % _blocks(channels) * BLOCK
+    return task // _blocks(channels), start, min(BLOCK, channels - start)
+
+
+@_part(_EXACT)
+def _row(rows: Rows, batch: int, t: int, start: int, width: int) -> Array:
+    at = batch * rows.by_picture + t * rows.by_token + start
+    return rows.values[at : at + width]
+
+
+@_part(_EXACT)
+def _begin(lanes: Array, rows: Array, A: Array, start: int, width: int) -> None:
+    """Put A into the rows' first BLOCK; all else is zero."""
+    lanes[:] = _ZERO
+    rows[:] = _ZERO
+    for n in range(A.shape[0]):
+        rows[n, :width] = A[n, start : start + width]
+
+
+@_part(_EXACT)
+def _load(lanes: Array, inputs: ScanInputs, batch: int, t: int, start: int, width: int) -> None:
+    """Put a token's step sizes, and step size times input, into the first two BLOCKs of the lanes."""
+    delta_row, u_row = _row(inputs.delta, batch, t, start, width), _row(inputs.u, batch, t, start, width)
+    bias_row = inputs.bias[start : start + width]
+    for c in range(width):
+        lanes[c] = delta_row[c] + bias_row[c]
+    if inputs.softplus:
         for c in range(width):
             lanes[c] = _softplus(lanes[c])
     for c in range(width):
         lanes[BLOCK + c] = lanes[c] * u_row[c]
 
 
-@_compiled(_SUMS)
-def scan_forward(
-    first: int, last: int, length: int, channels: int, states: int, reverse: bool, softplus: bool, gated: bool,
-    u: Array, u_by: Strides, delta: Array, delta_by: Strides, A: Array, B: Array, B_by: Strides, C: Array, C_by: Strides,
-    D: Array, bias: Array, z: Array, z_by: Strides, out: Array,
-) -> None:  # fmt: skip
-    """out (b, l, d); A (n, d) is given in units of log2(e): a_t = 2^(delta_t A)."""
-    blocks = (channels + BLOCK - 1) // BLOCK
-    lanes = np.empty(3 * BLOCK, np.float32)  # step size | step size x input | output
-    rows = np.empty((states, 2 * BLOCK), np.float32)  # A | state
-    for task in range(first, last):
-        batch, start = task // blocks, task % blocks * BLOCK
-        width = min(BLOCK, channels - start)
-        lanes[:] = _ZERO
-        rows[:] = _ZERO
-        for n in range(states):
-            rows[n, :width] = A[n, start : start + width]
-        for step in range(length):
-            t = length - 1 - step if reverse else step
-            u_at = batch * u_by[0] + t * u_by[1] + start
-            delta_at = batch * delta_by[0] + t * delta_by[1] + start
-            _load(lanes, delta, delta_at, bias[start : start + width], u, u_at, width, softplus)
-            lanes[2 * BLOCK :] = _ZERO
-            B_at, C_at = batch * B_by[0] + t * B_by[1], batch * C_by[0] + t * C_by[1]
-            for n in range(states):
-                B_n, C_n, row = B[B_at + n], C[C_at + n], rows[n]
-                for c in range(BLOCK):
-                    h = row[BLOCK + c] * _exp2(lanes[c] * row[c]) + lanes[BLOCK + c] * B_n
-                    row[BLOCK + c] = h
-                    lanes[2 * BLOCK + c] += h * C_n
-            out_at = (batch * length + t) * channels + start
-            out_row, u_row, D_row = out[out_at : out_at + width], u[u_at : u_at + width], D[start : start + width]
-            for c in range(width):
-                out_row[c] = lanes[2 * BLOCK + c] + D_row[c] * u_row[c]
-            if gated:
-                z_at = batch * z_by[0] + t * z_by[1] + start
-                z_row = z[z_at : z_at + width]
-                for c in range(width):
-                    out_row[c] *= z_row[c] * _sigmoid(z_row[c])
-
-
-@_compiled(_SUMS)
-def scan_backward(
-    first: int, last: int, length: int, channels: int, states: int, reverse: bool, softplus: bool, gated: bool,
-    u: Array, u_by: Strides, delta: Array, delta_by: Strides, A: Array, B: Array, B_by: Strides, C: Array, C_by: Strides,
-    D: Array, bias: Array, z: Array, z_by: Strides, g: Array,
-    du: Array, d_delta: Array, dz: Array, dA: Array, dB: Array, dC: Array, dD: Array, d_bias: Array,
-) -> None:  # fmt: skip
-    """Gradients for the gradient g (b, l, d) of the output; nothing of the forward pass has to be kept.
-
-    du, d_delta, dz: (b, l, d). dA (b, n, d), dD and d_bias (b, d) are still to be summed over the batch; dB and dC
-    (blocks, b, l, n) over the blocks of channels.
-    """
-    blocks = (channels + BLOCK - 1) // BLOCK
-    lanes = np.empty(5 * BLOCK, np.float32)  # step size | times input | its gradient | exponent's gradient | g
-    rows = np.empty((states, 3 * BLOCK), np.float32)  # A | dA | gradient of the state
-    history = np.empty((length + 1, states, BLOCK), np.float32)  # the state before each step, and after the last
-    ungated = np.empty((length, BLOCK), np.float32)  # g before the gate
-    pictures = du.size // (length * channels)
-    for task in range(first, last):
-        batch, start = task // blocks, task % blocks * BLOCK
-        width = min(BLOCK, channels - start)
-        D_row, bias_row = D[start : start + width], bias[start : start + width]
-        lanes[:] = _ZERO
-        rows[:] = _ZERO
-        history[0] = _ZERO
-        for n in range(states):
-            rows[n, :width] = A[n, start : start + width]
-        for step in range(length):
-            t = length - 1 - step if reverse else step
-            u_at = batch * u_by[0] + t * u_by[1] + start
-            delta_at = batch * delta_by[0] + t * delta_by[1] + start
-            _load(lanes, delta, delta_at, bias_row, u, u_at, width, softplus)
-            B_at = batch * B_by[0] + t * B_by[1]
-            for n in range(states):
-                B_n, row, before, after = B[B_at + n], rows[n], history[step, n], history[step + 1, n]
-                for c in range(BLOCK):
-                    after[c] = before[c] * _exp2(lanes[c] * row[c]) + lanes[BLOCK + c] * B_n
-            at = (batch * length + t) * channels + start
-            g_row, ungated_row = g[at : at + width], ungated[step]
-            for c in range(width):
-                ungated_row[c] = g_row[c]
-            if gated:
-                lanes[2 * BLOCK : 3 * BLOCK] = _ZERO
-                C_at = batch * C_by[0] + t * C_by[1]
-                for n in range(states):
-                    C_n, after = C[C_at + n], history[step + 1, n]
-                    for c in range(BLOCK):
-                        lanes[2 * BLOCK + c] += after[c] * C_n
-                z_at = batch * z_by[0] + t * z_by[1] + start
-                z_row, u_row, dz_row = z[z_at : z_at + width], u[u_at : u_at + width], dz[at : at + width]
-                for c in range(width):
-                    gate = _sigmoid(z_row[c])
-                    y = lanes[2 * BLOCK + c] + D_row[c] * u_row[c]
-                    dz_row[c] = g_row[c] * y * gate * (_ONE + z_row[c] * (_ONE - gate))
-                    ungated_row[c] *= z_row[c] * gate
-        dD_row = dD[batch * channels + start : batch * channels + start + width]
-        d_bias_row = d_bias[batch * channels + start : batch * channels + start + width]
-        for step in range(length - 1, -1, -1):
-            t = length - 1 - step if reverse else step
-            u_at = batch * u_by[0] + t * u_by[1] + start
-            delta_at = batch * delta_by[0] + t * delta_by[1] + start
-            _load(lanes, delta, delta_at, bias_row, u, u_at, width, softplus)
-            lanes[2 * BLOCK : 4 * BLOCK] = _ZERO
-            lanes[4 * BLOCK : 4 * BLOCK + width] = ungated[step, :width]
-            B_at, C_at = batch * B_by[0] + t * B_by[1], batch * C_by[0] + t * C_by[1]
-            sums_at = ((task % blocks * pictures + batch) * length + t) * states
-            for n in range(states):
-                B_n, C_n, row = B[B_at + n], C[C_at + n], rows[n]
-                before, after = history[step, n], history[step + 1, n]
-                sum_B, sum_C = _ZERO, _ZERO
-                for c in range(BLOCK):
-                    sum_C += lanes[4 * BLOCK + c] * after[c]
-                    dh = row[2 * BLOCK + c] + lanes[4 * BLOCK + c] * C_n
-                    sum_B += dh * lanes[BLOCK + c]
-                    lanes[2 * BLOCK + c] += dh * B_n
-                    dh *= _exp2(lanes[c] * row[c])
-                    row[2 * BLOCK + c] = dh
-                    dh *= before[c]
-                    row[BLOCK + c] += dh * lanes[c]
-                    lanes[3 * BLOCK + c] += dh * row[c]
-                dB[sums_at + n] = sum_B
-                dC[sums_at + n] = sum_C
-            at = (batch * length + t) * channels + start
-            u_row, delta_row = u[u_at : u_at + width], delta[delta_at : delta_at + width]
-            du_row, d_delta_row = du[at : at + width], d_delta[at : at + width]
-            for c in range(width):
-                du_row[c] = lanes[2 * BLOCK + c] * lanes[c] + lanes[4 * BLOCK + c] * D_row[c]
-                d_delta_row[c] = lanes[3 * BLOCK + c] * _LN_2 + lanes[2 * BLOCK + c] * u_row[c]
-                dD_row[c] += lanes[4 * BLOCK + c] * u_row[c]
-            if softplus:
-                for c in range(width):
-                    d_delta_row[c] *= _sigmoid(delta_row[c] + bias_row[c])
-            for c in range(width):
-                d_bias_row[c] += d_delta_row[c]
-        for n in range(states):
-            at = (batch * states + n) * channels + start
-            dA[at : at + width] = rows[n, BLOCK : BLOCK + width]
-
-
-@_compiled(_SUMS)
-def conv_forward(
-    first: int, last: int, length: int, channels: int, reverse: bool,
-    x: Array, x_by: Strides, weight: Array, bias: Array, out: Array,
-) -> None:  # fmt: skip
-    """SiLU of the causal depthwise convolution; weight (width, d), its last row for the token itself."""
-    blocks = (channels + BLOCK - 1) // BLOCK
-    lanes = np.zeros(2 * BLOCK, np.float32)  # sum | a row of x
-    for task in range(first, last):
-        batch, start = task // blocks, task % blocks * BLOCK
-        width = min(BLOCK, channels - start)
-        for t in range(length):
-            _convolve(lanes, batch, t, length, start, width, reverse, x, x_by, weight, bias)
-            at = (batch * length + t) * channels + start
-            out_row = out[at : at + width]
-            for c in range(width):
-                out_row[c] = lanes[c] * _sigmoid(lanes[c])
-
-
-@_compiled(_SUMS)
-def conv_backward(
-    first: int, last: int, length: int, channels: int, reverse: bool,
-    x: Array, x_by: Strides, weight: Array, bias: Array, g: Array, dx: Array, d_weight: Array, d_bias: Array,
-) -> None:  # fmt: skip
-    """dx (b, l, d); d_weight (b, width, d) and d_bias (b, d) are still to be summed over the batch."""
-    blocks = (channels + BLOCK - 1) // BLOCK
-    taps = weight.shape[0]
-    lanes = np.zeros(2 * BLOCK, np.float32)
-    inner = np.zeros((length, BLOCK), np.float32)  # gradient before the SiLU
-    for task in range(first, last):
-        batch, start = task // blocks, task % blocks * BLOCK
-        width = min(BLOCK, channels - start)
-        d_bias_row = d_bias[batch * channels + start : batch * channels + start + width]
-        for t in range(length):
-            _convolve(lanes, batch, t, length, start, width, reverse, x, x_by, weight, bias)
-            at = (batch * length + t) * channels + start
-            g_row, inner_row = g[at : at + width], inner[t]
-            for c in range(width):
-                gate = _sigmoid(lanes[c])
-                inner_row[c] = g_row[c] * gate * (_ONE + lanes[c] * (_ONE - gate))
-                d_bias_row[c] += inner_row[c]
-        for t in range(length):
-            at = (batch * length + t) * channels + start
-            dx_row = dx[at : at + width]
-            x_at = batch * x_by[0] + t * x_by[1] + start
-            x_row = x[x_at : x_at + width]
-            for k in range(taps):
-                target = t - (taps - 1 - k) if reverse else t + (taps - 1 - k)  # whose tap k is this token
-                if 0 <= target < length:
-                    inner_row = inner[target]
-                    weight_row = weight[k, start : start + width]
-                    at = (batch * taps + k) * channels + start
-                    d_weight_row = d_weight[at : at + width]
-                    for c in range(width):
-                        dx_row[c] += weight_row[c] * inner_row[c]
-                        d_weight_row[c] += inner_row[c] * x_row[c]
-
-
-@_compiled(_SUMS)
-def _convolve(
-    lanes: Array, batch: int, t: int, length: int, start: int, width: int, reverse: bool,
-    x: Array, x_by: Strides, weight: Array, bias: Array,
-) -> None:  # fmt: skip
-    """Put bias + sum over k of weight_k x_(t - taps + 1 + k) into lanes [0, BLOCK)."""
-    taps = weight.shape[0]
-    bias_row = bias[start : start + width]
+@_part(_EXACT)
+def _skip_and_gate(
+    out_row: Array, lanes: Array, inputs: ScanInputs, batch: int, t: int, start: int, width: int
+) -> None:
+    """(y + D u) silu(z) of one token, y being in the third BLOCK of the lanes."""
+    u_row, D_row = _row(inputs.u, batch, t, start, width), inputs.D[start : start + width]
     for c in range(width):
-        lanes[c] = bias_row[c]
-    for k in range(taps):
-        source = t + (taps - 1 - k) if reverse else t - (taps - 1 - k)
-        if 0 <= source < length:
-            at = batch * x_by[0] + source * x_by[1] + start
-            x_row, weight_row = x[at : at + width], weight[k, start : start + width]
-            for c in range(width):
-                lanes[c] += x_row[c] * weight_row[c]
+        out_row[c] = lanes[2 * BLOCK + c] + D_row[c] * u_row[c]
+    if inputs.gated:
+        z_row = _row(inputs.z, batch, t, start, width)
+        for c in range(width):
+            out_row[c] *= z_row[c] * _sigmoid(z_row[c])

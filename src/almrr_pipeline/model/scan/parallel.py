@@ -9,13 +9,14 @@ Nothing is divided by a product of decays, so nothing underflows into infinity; 
 tokens these are 2 x 15 multiply-adds over a sixteenth of the states, at any batch size, instead of 256 steps.
 """
 
+# ruff: noqa: N803, N806 - names are those of the formulas
 from __future__ import annotations
 
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 
 from almrr_pipeline.model.scan.reference import discretize_delta, skip_and_gate, widen, without_autocast
 
@@ -62,7 +63,7 @@ def _scan_chunks(steps: Tensor, A: Tensor, increments: Tensor, *, reverse: bool)
 
 def _recur(decay: Tensor, increments: Tensor, *, dim: int, reverse: bool) -> Tensor:
     """h_t = a_t h_{t-1} + b_t along `dim`, all else at once."""
-    factors, terms = decay.split(1, dim), increments.split(1, dim)
+    factors, terms = torch.split(decay, 1, dim), torch.split(increments, 1, dim)
     order = range(len(terms) - 1, -1, -1) if reverse else range(len(terms))
     states: dict[int, Tensor] = {}
     state: Tensor | None = None
@@ -76,4 +77,4 @@ def _cut(tensor: Tensor, chunk: int, reverse: bool) -> Tensor:
     """(b, l, ...) to (b, m, chunk, ...), filled up with zeros where the scan ends (they change nothing)."""
     missing = -tensor.shape[1] % chunk
     padded = F.pad(tensor, (0, 0, missing, 0) if reverse else (0, 0, 0, missing)) if missing else tensor
-    return padded.unflatten(1, (-1, chunk))
+    return padded.reshape(padded.shape[0], -1, chunk, padded.shape[2])

@@ -7,15 +7,17 @@ backward of the same cost as its forward:
     h_t = a_t h_{t-1} + b_t        db_t = g_t + a_{t+1} db_{t+1}        da_t = db_t h_{t-1}
 """
 
+# ruff: noqa: N803, N806, ANN401 - names are those of the formulas; autograd's ctx has no type
 from __future__ import annotations
 
 import contextlib
+from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F  # noqa: N812
 
 
 def scan_with_torch(
@@ -86,7 +88,7 @@ class _Recurrence(torch.autograd.Function):
         states = torch.empty_like(increments)
         order = _order(len(decay), reverse)
         states[order[0]].copy_(increments[order[0]])
-        for before, now in zip(order, order[1:], strict=False):
+        for before, now in pairwise(order):
             torch.addcmul(increments[now], decay[now], states[before], out=states[now])
         ctx.save_for_backward(decay, states)
         ctx.reverse = reverse
@@ -98,7 +100,7 @@ class _Recurrence(torch.autograd.Function):
         decay, states = ctx.saved_tensors
         order = _order(len(decay), ctx.reverse)
         d_increments = gradient.clone(memory_format=torch.contiguous_format)
-        for before, now in zip(order[-2::-1], order[:0:-1], strict=True):
+        for now, before in pairwise(reversed(order)):
             d_increments[before].addcmul_(decay[now], d_increments[now])
         d_decay = torch.empty_like(decay)
         d_decay[order[0]].zero_()

@@ -1,16 +1,18 @@
-"""The selective scan for GPUs in Triton: forward and backward, either direction, without transposes or flipped copies.
+"""The selective scan for GPUs in Triton: forward and backward, either direction, nothing transposed or flipped.
 
-A program is one picture and one block of channels; it walks through the tokens with the state (n, channels) in registers.
-One warp holds 32 channels, a lane each, with all n states of its channel: sums over states stay within a lane, and loads of u,
-delta and z are coalesced because channels are innermost in memory. tl.range(num_stages) lets the loads of the coming tokens run
-ahead of the arithmetic, which is what a loop of dependent steps needs.
+A program is one picture and one block of channels; it walks through the tokens with the state (n, channels) in
+registers. One warp holds 32 channels, a lane each with all n states of its channel: sums over states stay within a
+lane, and loads of u, delta and z are coalesced because channels are innermost in memory. `tl.range(num_stages)` lets
+the loads of the coming tokens run ahead of the arithmetic, which a loop of dependent steps needs.
 
-The forward pass keeps the state at the start of every chunk of `_CHUNK` tokens (a sixteenth of all states); the backward pass goes
-through the chunks from the last to the first, recomputes a chunk's states into a scratch of chunk size, and walks back.
+The forward pass keeps the state at the start of every chunk of `_CHUNK` tokens, a sixteenth of all states. The backward
+pass goes through the chunks from the last to the first, recomputes a chunk's states into a scratch, and walks back.
 Gradients of B and C, which all channels share, are written per block of channels and summed by torch: no atomics, so
-that results are the same in every run. Arithmetic is float32 whatever comes in.
+results are the same in every run. The arithmetic is float32 whatever comes in.
 """
 
+# ruff: noqa: N803, N806, E741, ANN001, ANN202, ANN401 - names are those of the formulas; kernels are Triton's
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 from __future__ import annotations
 
 import contextlib
@@ -40,7 +42,7 @@ def scan_with_triton(
     delta_softplus: bool = True,
     reverse: bool = False,
 ) -> Tensor:
-    """Selective scan as `almrr_pipeline.model.scan.selective_scan` describes it; computes in float32 whatever comes in."""
+    """Selective scan as `almrr_pipeline.model.scan.selective_scan` describes it; the arithmetic is float32."""
     scanned: Tensor = _Scan.apply(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
     return scanned
 
@@ -110,7 +112,7 @@ class _Scan(torch.autograd.Function):
 
 
 def _rows(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, z: Tensor | None) -> tuple[list[Tensor], list[int]]:
-    """The tensors (b, l, ...) with contiguous channels, and the strides of picture and token of each; u stands in for no z."""
+    """The tensors (b, l, ...), channels contiguous, and each one's other strides; without a gate u stands in for z."""
     tensors = [t if t.stride(-1) == 1 else t.contiguous() for t in (u, delta, B, C, u if z is None else z)]
     return tensors, [stride for t in tensors for stride in t.stride()[:2]]
 
@@ -145,7 +147,7 @@ def _on_device(u: Tensor) -> contextlib.AbstractContextManager[None]:
 
 
 @triton.jit
-def _softplus(x):  # noqa: ANN001, ANN202
+def _softplus(x):
     """log(1 + e^x), also where e^x is too small for 1 + e^x to notice (Kahan's log1p)."""
     e = tl.exp(-tl.abs(x))
     w = 1.0 + e
@@ -154,18 +156,18 @@ def _softplus(x):  # noqa: ANN001, ANN202
 
 
 @triton.jit
-def _sigmoid(x):  # noqa: ANN001, ANN202
+def _sigmoid(x):
     return 1.0 / (1.0 + tl.exp(-x))
 
 
 @triton.jit
-def _forward(  # noqa: ANN202
+def _forward(
     u, delta, B, C, z, A, D, bias, out, starts,
     u_b, u_l, delta_b, delta_l, B_b, B_l, C_b, C_l, z_b, z_l, length, channels, states,
     REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, GATED: tl.constexpr, KEEP: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip  # noqa: ANN001, N803
-    """out (b, l, d), and starts (b, chunks, n, d): the state before the first token of each chunk."""
+):  # fmt: skip
+    """Output (b, l, d), and starts (b, chunks, n, d): the state before the first token of each chunk."""
     batch = tl.program_id(1).to(tl.int64)
     c = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     n = tl.arange(0, BLOCK_N)
@@ -197,13 +199,13 @@ def _forward(  # noqa: ANN202
 
 
 @triton.jit
-def _backward(  # noqa: ANN202
+def _backward(
     u, delta, B, C, z, A, D, bias, g, starts, scratch, du, d_delta, dz, dA, dB, dC, dD, d_bias,
     u_b, u_l, delta_b, delta_l, B_b, B_l, C_b, C_l, z_b, z_l, length, channels, states,
     REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, GATED: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip  # noqa: ANN001, N803
-    """du, d_delta, dz (b, l, d); dA (b, n, d), dD and d_bias (b, d) per picture; dB and dC (blocks, b, l, n) per block."""
+):  # fmt: skip
+    """Gradients of u, delta, z (b, l, d); per picture of A (b, n, d), D, bias (b, d); per block of B, C (b, l, n)."""
     batch = tl.program_id(1).to(tl.int64)
     block = tl.program_id(0)
     c = block * BLOCK_D + tl.arange(0, BLOCK_D)

@@ -1,0 +1,134 @@
+"""Scan backends against the indexed Python loop, both sides in one run, on the CPU and on the GPU when there is one.
+
+python benchmarks/scan.py --shape 4 256 384 16 --repeats 9
+
+Prints a Markdown table: medians and quartiles in milliseconds, peak memory of forward and backward, and how many times
+faster than the loop each backend is. The loop is the formulation that the authors' dependencies fall back to
+(mamba-ssm's `selective_scan_ref`): all decays at once, then `decay[:, t]` step by step, gradients by autograd.
+"""
+
+# ruff: noqa: N803, N806, E741 - names are those of the formulas; a benchmark prints
+from __future__ import annotations
+
+import argparse
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from timing import Timing, measure, measure_peak_memory
+from torch import Tensor
+
+from almrr_pipeline.errors import AlmrrError
+from almrr_pipeline.model.scan import BACKENDS, resolve_backend, selective_scan
+
+LOOP = "indexed loop"
+_LOOP_REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Leaves of a scan, and the gradient of its output."""
+
+    required: tuple[Tensor, ...]
+    z: Tensor
+    delta_bias: Tensor
+    gradient: Tensor
+
+    def leaves(self) -> tuple[Tensor, ...]:
+        """All that gets a gradient."""
+        return (*self.required, self.z, self.delta_bias)
+
+
+def scan_by_indexing(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *, z: Tensor, delta_bias: Tensor
+) -> Tensor:
+    """The loop that is measured against; shapes as in `almrr_pipeline.model.scan.selective_scan`."""
+    delta = F.softplus(delta + delta_bias)
+    decay = torch.exp(delta.unsqueeze(-1) * A)  # (b, l, d, n)
+    increments = (delta * u).unsqueeze(-1) * B.unsqueeze(2)  # (b, l, d, n)
+    h, outputs = torch.zeros_like(decay[:, 0]), []
+    for t in range(u.shape[1]):
+        h = decay[:, t] * h + increments[:, t]
+        outputs.append(torch.einsum("bdn,bn->bd", h, C[:, t]))
+    return (torch.stack(outputs, 1) + D * u) * F.silu(z)
+
+
+def draw_inputs(shape: Sequence[int], device: str, dtype: torch.dtype) -> Inputs:
+    """Tensors as a network has them: step sizes around 0.01, A = -(1..n)."""
+    (b, l, d, n), generator = shape, torch.Generator().manual_seed(0)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator).to(device, dtype).requires_grad_()
+
+    A = -torch.arange(1.0, n + 1, device=device).repeat(d, 1)
+    bias = torch.full((d,), -4.6, device=device)
+    required = (draw(b, l, d), draw(b, l, d), A.requires_grad_(), draw(b, l, n), draw(b, l, n), draw(d))
+    return Inputs(required, draw(b, l, d), bias.requires_grad_(), draw(b, l, d).detach())
+
+
+def run_forward(scan: Callable[..., Tensor], inputs: Inputs) -> Tensor:
+    """One call, as in inference."""
+    with torch.no_grad():
+        return scan(*inputs.required, z=inputs.z, delta_bias=inputs.delta_bias)
+
+
+def run_both_ways(scan: Callable[..., Tensor], inputs: Inputs) -> tuple[Tensor, ...]:
+    """One call and the gradients of everything that goes in, as in training."""
+    out = scan(*inputs.required, z=inputs.z, delta_bias=inputs.delta_bias)
+    return torch.autograd.grad(out, inputs.leaves(), inputs.gradient)
+
+
+def list_scans(device: str) -> dict[str, Callable[..., Tensor]]:
+    """The loop, and every backend that runs on the device."""
+    scans: dict[str, Callable[..., Tensor]] = {LOOP: scan_by_indexing}
+    for name in (*BACKENDS, "parallel"):
+        try:
+            scans[name] = partial(selective_scan, backend=resolve_backend(name, device))
+        except AlmrrError:
+            continue
+    return scans
+
+
+def format_row(name: str, times: tuple[Timing, Timing], memory: int | None, loop: tuple[Timing, Timing]) -> str:
+    """One line of the table."""
+    ratios = [f"{theirs.median / mine.median:.1f}" for mine, theirs in zip(times, loop, strict=True)]
+    peak = "-" if memory is None else f"{memory / 2**20:.0f}"
+    return f"| {name} | {times[0]} | {ratios[0]} | {times[1]} | {ratios[1]} | {peak} |"
+
+
+def compare_on(device: str, shape: Sequence[int], dtype: torch.dtype, repeats: int) -> None:
+    """Print the table of one device."""
+    inputs = draw_inputs(shape, device, dtype)
+    print(f"\n{device}: (b, l, d, n) = {tuple(shape)}, {dtype}, {torch.get_num_threads()} threads\n")
+    print("| backend | forward | x | forward + backward | x | peak MiB |\n| --- | --- | --- | --- | --- | --- |")
+    loop: tuple[Timing, Timing] | None = None
+    for name, scan in list_scans(device).items():
+        count = min(repeats, _LOOP_REPEATS) if name == LOOP else repeats
+        forward, both = partial(run_forward, scan, inputs), partial(run_both_ways, scan, inputs)
+        times = (
+            measure(forward, repeats=count, device=device),
+            measure(both, repeats=count, device=device),
+        )
+        loop = loop or times
+        print(format_row(name, times, measure_peak_memory(both, device=device), loop), flush=True)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", nargs=4, type=int, default=(4, 256, 384, 16), metavar=("B", "L", "D", "N"))
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="this one alone; otherwise all there are")
+    arguments = parser.parse_args()
+    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}")
+    present = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    for device in [arguments.device] if arguments.device else present:
+        compare_on(device, arguments.shape, getattr(torch, arguments.dtype), arguments.repeats)
+
+
+if __name__ == "__main__":
+    main()
