@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import re
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,6 +54,7 @@ def measure_peak_memory(fn: Callable[[], object], *, device: torch.device | str 
         fn()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    _return_free_memory()
     if not _reset_resident_peak():
         return None
     before = _resident_bytes("VmRSS")
@@ -66,6 +70,14 @@ def _time_once(fn: Callable[[], object], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
+
+
+def _return_free_memory() -> None:
+    """Give back what earlier calls left with the C library, or the next call would not be seen to grow."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _reset_resident_peak() -> bool:
