@@ -17,7 +17,9 @@ The rest is the order of work that measured fastest; see docs/performance.md.
 from __future__ import annotations
 
 import copy
+import importlib.util
 import logging
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 
 _TOLERANCE = 1e-3
 """Largest relative change of a network's output that folding its batch norms may make; rounding makes about 1e-6."""
+_EPSILON = 1e-5
+"""Of the instance norms, torch's default."""
 _logger = logging.getLogger(__name__)
 
 
@@ -61,7 +65,7 @@ class FoldedALMRR(nn.Module):
         self.requires_grad_(False)
         self.eval()
         # Composed in float64, kept in the model's own type.
-        self.to(dtype=model.mfrm.position.dtype, memory_format=torch.channels_last)
+        self.to(model.mfrm.position.dtype).to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map anomalies: RGB, float in [0, 1], (B, 3, H, W) to a float map in [0, 1], (B, H, W); without gradient.
@@ -153,8 +157,8 @@ class ResizeThenEmbed(nn.Module):
 class EmbedThenResize(nn.Module):
     """Tokens of a small stage: from channels to the places of a patch first, then rows and columns.
 
-    Token (i, j) is the sum over places (a, b) of a patch of W_ab times row `p i + a` and column `p j + b` of the resized
-    map; the product with W_ab does not care for places, so it may come before the resizing.
+    Token (i, j) is the sum over places (a, b) of a patch of W_ab times row `p i + a` and column `p j + b` of the
+    resized map; the product with W_ab does not care for places, so it may come before the resizing.
     """
 
     weight: Tensor
@@ -208,31 +212,87 @@ class FoldedDecoder(nn.Module):
 
     def __init__(self, decoder: Decoder, expand: nn.Conv2d, summary: Tensor) -> None:
         super().__init__()
+        last = decoder.stage3[0]
+        assert isinstance(last, nn.ConvTranspose2d)
         assert expand.bias is not None
         self.size = decoder.size
-        self.stages = nn.ModuleList(
-            _without_bias(stage[0]) for stage in (decoder.stage1, decoder.stage2, decoder.stage3)
-        )
-        self.register_buffer("weight", (summary @ expand.weight.detach().flatten(1).double())[:, :, None, None])
-        self.register_buffer("bias", summary @ expand.bias.detach().double())
+        self.stages = nn.ModuleList(_without_bias(stage[0]) for stage in (decoder.stage1, decoder.stage2))
+        self.last = SubPixelConvolution(last.weight)
+        self.register_buffer("weight", summary @ expand.weight.detach().flatten(1).double())  # (k, latent)
+        self.register_buffer("bias", summary @ expand.bias.detach().double())  # (k,)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, dim, rows, columns) of tokens -> (B, k, h, w)."""
         for stage in self.stages:
             x = normalize(stage(x)).relu_()
+        phases = self.last.compute_phases(x)
+        if _runs_numba(x):
+            from almrr_pipeline.model.decoder_tail import summarize_phases
+
+            return summarize_phases(phases, self.weight, self.bias, size=self.size, epsilon=_EPSILON)
+        x = normalize(interleave(phases)).relu_()
         x = F.interpolate(x, size=self.size, mode="bilinear", align_corners=True)  # (B, latent, h, w)
-        return F.conv2d(x.tanh_(), self.weight, self.bias)
+        return F.conv2d(x.tanh_(), self.weight[:, :, None, None], self.bias)
+
+
+class SubPixelConvolution(nn.Module):
+    """A transposed convolution, 3x3 with stride 2 and padding 1, as four plain ones: no product with a zero between.
+
+    An even row of the output sees the middle row of the kernel, an odd one the last row at the input row before it and
+    the first row at the one after; likewise the columns.
+
+    Args:
+        weight: (inputs, outputs, 3, 3), of the transposed convolution, which has no bias.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        weight = weight.detach().transpose(0, 1)  # (outputs, inputs, 3, 3)
+        for i, rows in enumerate(([1], [2, 0])):
+            for j, columns in enumerate(([1], [2, 0])):
+                self.register_buffer(f"weight{i}{j}", weight[:, :, rows][:, :, :, columns].contiguous())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs, n, m) -> (B, outputs, 2 n - 1, 2 m - 1)."""
+        return interleave(self.compute_phases(x))
+
+    def compute_phases(self, x: Tensor) -> list[list[Tensor]]:
+        """Even and odd rows, even and odd columns of the output: item [i][j] is (B, outputs, n - i, m - j)."""
+        return [[F.conv2d(x, self.get_buffer(f"weight{i}{j}")) for j in (0, 1)] for i in (0, 1)]
+
+
+def interleave(phases: list[list[Tensor]]) -> Tensor:
+    """Put even and odd rows and columns into one map, (B, C, 2 n - 1, 2 m - 1)."""
+    even, odd = (_alternate(*columns, dim=3) for columns in phases)
+    return _alternate(even, odd, dim=2)
+
+
+def _alternate(even: Tensor, odd: Tensor, *, dim: int) -> Tensor:
+    """Even positions from one, odd ones from the other, which is shorter by one."""
+    first, last = even.narrow(dim, 0, odd.shape[dim]), even.narrow(dim, odd.shape[dim], 1)
+    pairs = torch.stack([first, odd], dim=dim + 1).flatten(dim, dim + 1)
+    return torch.cat([pairs, last], dim=dim)
+
+
+def _runs_numba(x: Tensor) -> bool:
+    """Whether the fused kernels can take this tensor: on the CPU, float32, and not into a graph."""
+    return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling() and _has_numba()
+
+
+@cache
+def _has_numba() -> bool:
+    return importlib.util.find_spec("numba") is not None
 
 
 def normalize(x: Tensor) -> Tensor:
     """Instance norm, as a group norm with one channel a group: on a CPU that one leaves the channels innermost."""
-    return F.group_norm(x, x.shape[1], eps=1e-5)
+    return F.group_norm(x, x.shape[1], eps=_EPSILON)
 
 
 def fold_batch_norms(network: nn.Module, example: Tensor) -> nn.Module:
     """A copy of a network, in evaluation mode, with the batch norms folded into the convolutions before them.
 
-    Which norm follows which convolution is seen by running the network once; and the result is run against the original.
+    Which norm follows which convolution is seen by running the network once; the result is run against the original.
 
     Args:
         network: any network of tensors to tensors.

@@ -1,0 +1,68 @@
+"""The authors' formulation, which ours is measured against, computes the same function."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from almrr_pipeline.model.backbone import build_backbone
+
+SMALL = {
+    "image_size": (128, 128),
+    "latent": 16,
+    "dim": 16,
+    "depth": 2,
+    "state": 4,
+    "decoder": (8, 12),
+    "refinement_width": 4,
+}
+
+
+@pytest.fixture
+def authors(project: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    monkeypatch.syspath_prepend(project / "benchmarks")
+    yield import_module("authors")
+    sys.modules.pop("authors", None)
+
+
+@pytest.mark.parametrize("scan", ["indexed", "torch"])
+def test_both_formulations_give_the_same_map(authors: ModuleType, scan: str) -> None:
+    torch.manual_seed(0)
+    theirs = authors.AuthorsALMRR(build_backbone("test_resnet", weights=None), scan=scan, **SMALL).double().eval()
+    images = torch.rand(2, 3, 128, 128, dtype=torch.float64)
+    theirs.model.frm.out.weight.data *= 100.0
+    expected = theirs.model(images).detach()
+    assert float(expected.std()) > 0.01
+    # Their scan is float32 inside; the matrices of the regional features are rounded to it.
+    torch.testing.assert_close(theirs(images).detach(), expected, rtol=0, atol=1e-4)
+
+
+def test_their_backbone_gets_gradients_that_nobody_uses(authors: ModuleType) -> None:
+    torch.manual_seed(0)
+    theirs = authors.AuthorsALMRR(build_backbone("test_resnet", weights=None), **SMALL).train()
+    images = torch.rand(2, 3, 128, 128)
+    out = theirs.training_forward(images, images)
+    (torch.nn.functional.mse_loss(out.reconstruction, out.target) - out.logits[:, 1].mean()).backward()
+    (extractor,) = theirs._extractor
+    assert all(parameter.grad is not None for parameter in extractor.parameters())
+    owned = {id(parameter) for parameter in theirs.parameters() if parameter.requires_grad}
+    assert owned == {id(parameter) for parameter in theirs.model.trainable_parameters()}
+    assert not owned & {id(parameter) for parameter in extractor.parameters()}
+
+
+def test_one_command_prints_a_table_with_machine_commit_and_command(project: Path) -> None:
+    command = [sys.executable, "benchmarks/run.py", "--device", "cpu", "--only", "regional_features", "--quick"]
+    result = subprocess.run(command, cwd=project, capture_output=True, text=True, check=True)
+    lines = result.stdout.splitlines()
+    assert "- Command: `python benchmarks/run.py --device cpu --only regional_features --quick`" in lines
+    assert any(line.startswith("- Commit: ") for line in lines)
+    rows = [line for line in lines if "two matrices" in line]
+    assert len(rows) == 2
+    assert all(float(row.split("|")[6]) < 1e-5 for row in rows)
