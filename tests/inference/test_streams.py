@@ -5,7 +5,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from almrr_pipeline.inference.streams import map_ahead, take_batches
@@ -15,6 +15,7 @@ def _double(value: int) -> int:
     return 2 * value
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers()), st.integers(1, 6), st.integers(1, 4))
 def test_results_keep_the_order_of_the_items(items: list[int], ahead: int, threads: int) -> None:
     assert list(map_ahead(_double, items, ahead=ahead, threads=threads)) == [2 * item for item in items]
@@ -60,6 +61,7 @@ def test_closing_early_ends_the_threads() -> None:
     assert threading.active_count() == before
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers()), st.integers(1, 7))
 def test_batches_are_full_but_for_the_last(items: list[int], size: int) -> None:
     batches = list(take_batches(items, size))
