@@ -18,7 +18,7 @@ run: $(VENV)/installed
 	@echo "The report: data/08_reporting/report.html"
 
 test: $(VENV)/installed
-	pytest
+	OMP_NUM_THREADS=1 pytest --numprocesses auto --dist loadgroup
 
 check: $(VENV)/installed
 	ruff check .

@@ -171,7 +171,7 @@ class ALMRR(nn.Module):
 
     @torch.no_grad()
     def _embed_both(self, normal: Tensor, augmented: Tensor) -> tuple[Tensor, Tensor]:
-        """phi and F (B, C, h, w) in one call of the backbone.
+        """Both phi and F (B, C, h, w) in one call of the backbone.
 
         On a CPU, pictures without an anomaly, half of the pool, are embedded once; a GPU would have to wait to be told
         which those are.
