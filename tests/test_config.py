@@ -43,7 +43,7 @@ def _names(values: dict[str, Any], prefix: str = "") -> set[str]:
         ("synthesis", "anomaly_free", 1.5, "synthesis.anomaly_free"),
         ("data", "image_size", [250, 256], "data.image_size"),
         ("data", "image_size", [64, 64], "data.image_size"),
-        ("model", "refinement_channels", 4, "refinement_input"),
+        ("model", "refinement_input", "mean", "refinement_input"),
         ("threshold", "false_alarm_rate", 0.0, "threshold.false_alarm_rate"),
     ],
 )

@@ -90,6 +90,8 @@ class SynthesisSettings(Section):
     """Range of b, the share of the normal picture that shines through an anomaly."""
     operations: Annotated[int, Field(ge=0, le=10)] = 3
     """How many of the ten photometric and geometric operations change the anomaly source."""
+    colour: Literal["keep", "match"] = "keep"
+    """keep (the paper), or match: on a normal picture without colour the anomaly source loses its own."""
     workers: Annotated[int, Field(ge=0)] = 0
     """Processes; 0 takes one per core. The result does not depend on it."""
 

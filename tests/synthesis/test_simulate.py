@@ -20,6 +20,7 @@ from almrr_pipeline.synthesis.simulate import (
     write_crops,
     write_resized,
 )
+from almrr_pipeline.synthesis.textures import has_colour
 
 RECIPE = AnomalyRecipe(anomaly_free=0.5, grid_exponents=(0, 5), threshold=0.5, opacity=(0.0, 0.8), operations=3, seed=5)
 Arrays = tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]
@@ -49,6 +50,20 @@ def test_share_of_samples_without_anomaly_is_kept_exactly_at_its_ends(
     recipe = AnomalyRecipe(share, (0, 5), 0.5, (0.0, 0.8), 3, 1)
     masks = [simulate_sample(k, normals=arrays[0], textures=arrays[1], recipe=recipe)[1] for k in range(30)]
     assert {not mask.any() for mask in masks} == {expected}
+
+
+@pytest.mark.parametrize("match", [True, False])
+def test_an_anomaly_in_a_grey_picture_is_grey_if_colours_are_to_match(arrays: Arrays, match: bool) -> None:
+    grey = np.repeat(arrays[0][..., :1], 3, axis=-1)
+    recipe = AnomalyRecipe(0.0, (0, 3), 0.5, (0.0, 0.0), 0, 1, match_colour=match)
+    samples = [simulate_sample(k, normals=grey, textures=arrays[1], recipe=recipe)[0] for k in range(10)]
+    assert any(has_colour(sample) for sample in samples) != match
+
+
+def test_an_anomaly_in_a_coloured_picture_keeps_its_colour(arrays: Arrays) -> None:
+    recipes = [AnomalyRecipe(0.0, (0, 3), 0.5, (0.0, 0.8), 3, 1, match_colour=match) for match in (True, False)]
+    kept, matched = (simulate_sample(4, normals=arrays[0], textures=arrays[1], recipe=recipe)[0] for recipe in recipes)
+    np.testing.assert_array_equal(kept, matched)
 
 
 def test_anomaly_is_seen_where_the_mask_is(arrays: Arrays) -> None:

@@ -20,7 +20,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -180,6 +180,7 @@ def simulate_pool(
     threshold: float = 0.5,
     opacity: tuple[float, float] = (0.0, 0.8),
     operations: int = 3,
+    colour: Literal["keep", "match"] = "keep",
     workers: int = 0,
     crops_per_picture: int = CROPS_PER_PICTURE,
 ) -> SimulatedPool:
@@ -202,6 +203,8 @@ def simulate_pool(
         threshold: Perlin noise above it is anomalous; in (0, 1).
         opacity: range of b, the share of the normal picture that shines through an anomaly; in [0, 1].
         operations: how many of the ten operations change an anomaly source.
+        colour: keep is the paper's way; match takes an anomaly source's colour away where the normal picture has none,
+            so that colour, which no defect in such pictures has, does not give the anomaly away.
         workers: processes; 0 takes one per core, 1 works in this process.
         crops_per_picture: most crops of one picture, in tiling.
 
@@ -242,7 +245,7 @@ def simulate_pool(
         root=root,
         image_size=image_size,
         tile_scale=tile_scale,
-        recipe=AnomalyRecipe(anomaly_free, grid_exponents, threshold, opacity, operations, seed),
+        recipe=AnomalyRecipe(anomaly_free, grid_exponents, threshold, opacity, operations, seed, colour == "match"),
         workers=workers,
     )
 

@@ -17,7 +17,7 @@ from numpy.lib.format import open_memmap
 from almrr_pipeline.images import ImageArray, read_image, resize_image
 from almrr_pipeline.synthesis.blend import blend_anomaly
 from almrr_pipeline.synthesis.perlin import BinaryMask, perlin_mask
-from almrr_pipeline.synthesis.textures import alter_texture
+from almrr_pipeline.synthesis.textures import alter_texture, has_colour, remove_colour
 
 
 class Stream(IntEnum):
@@ -39,6 +39,8 @@ class AnomalyRecipe:
     opacity: tuple[float, float]
     operations: int
     seed: int
+    match_colour: bool = False
+    """On a normal picture without colour the anomaly source loses its own."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,8 @@ def simulate_sample(
         normal.shape[:2], grid_exponents=recipe.grid_exponents, threshold=recipe.threshold, generator=generator
     )
     anomaly = alter_texture(texture, count=recipe.operations, generator=generator)
+    if recipe.match_colour and not has_colour(normal):
+        anomaly = remove_colour(anomaly)
     opacity = generator.uniform(*recipe.opacity)
     return blend_anomaly(normal, anomaly, mask, opacity=opacity), mask, source
 

@@ -105,6 +105,16 @@ def alter_texture(texture: ImageArray, *, count: int, generator: np.random.Gener
     return np.asarray(picture)
 
 
+def remove_colour(picture: ImageArray) -> ImageArray:
+    """Return a picture's luma in all three channels, uint8 (H, W, 3)."""
+    return np.asarray(Image.fromarray(picture).convert("L").convert("RGB"))
+
+
+def has_colour(picture: ImageArray) -> bool:
+    """Whether the three channels of a picture, uint8 (H, W, 3), differ anywhere."""
+    return bool((picture[..., 1:] != picture[..., :1]).any())
+
+
 def _as_table(curve: npt.NDArray[np.floating] | npt.NDArray[np.integer]) -> list[int]:
     """Return a lookup table for Pillow: 3 x 256 values, rounded and cut to [0, 255]."""
     table: list[int] = np.clip(np.rint(curve), 0, 255).astype(int).ravel().tolist()
