@@ -14,6 +14,8 @@ from tiny_training import SETTINGS, TOGETHER, build_model, build_pool
 from almrr_pipeline.errors import AlmrrError
 from almrr_pipeline.training.fit import fit
 
+pytestmark = pytest.mark.xdist_group("processes")  # the fixture of that name runs once
+
 
 @pytest.fixture(scope="module")
 def ranks(processes: tuple[Path, dict[str, int]]) -> list[dict[str, Any]]:

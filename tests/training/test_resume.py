@@ -16,6 +16,8 @@ from tiny_training import SETTINGS, build_model, build_pool
 
 from almrr_pipeline.training.fit import fit
 
+pytestmark = pytest.mark.xdist_group("processes")  # the fixture of that name runs once
+
 
 def differences(one: torch.nn.Module, other: torch.nn.Module) -> list[str]:
     """Names of the values that are not equal to the bit."""
