@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from almrr_pipeline.hooks import LONGEST_VALUE, flatten, git_commit, numbers, run_tags
+from almrr_pipeline.hooks import LONGEST_VALUE, flatten, git_commit, helps_another_process, numbers, run_tags
 
 
 def test_parameters_are_flattened_to_the_leaf() -> None:
@@ -43,3 +43,14 @@ def test_an_experiment_of_dvc_is_named(tmp_path: Path, monkeypatch: pytest.Monke
     assert tags == {
         "stage": "train", "category": "nanotwice", "git_commit": "unknown", "dvc_experiment": "bold-move",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("ranks", "helps"), [({}, False), ({"LOCAL_RANK": "0"}, False), ({"LOCAL_RANK": "1"}, True)])
+def test_of_processes_that_train_together_only_the_first_logs(
+    monkeypatch: pytest.MonkeyPatch, ranks: dict[str, str], helps: bool
+) -> None:
+    for name in ("LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, rank in ranks.items():
+        monkeypatch.setenv(name, rank)
+    assert helps_another_process() == helps

@@ -33,7 +33,10 @@ class TrackingHook(MlflowHook):  # type: ignore[misc]  # kedro-mlflow is not typ
 
     @hook_impl
     def before_pipeline_run(self, run_params: dict[str, Any], pipeline: Pipeline, catalog: DataCatalog) -> None:
-        """Start the run, then log its parameters and tags."""
+        """Start the run, then log its parameters and tags; of processes that train together, the first does."""
+        if helps_another_process():
+            self._is_mlflow_enabled = False
+            return
         super().before_pipeline_run(run_params=run_params, pipeline=pipeline, catalog=catalog)
         if not self._is_mlflow_enabled:
             return
@@ -65,6 +68,11 @@ class TrackingHook(MlflowHook):  # type: ignore[misc]  # kedro-mlflow is not typ
 
     def _log_param(self, name: str, value: Any) -> None:  # noqa: ANN401
         """Leave out kedro-mlflow's own logging, which would write each typed section as one string."""
+
+
+def helps_another_process() -> bool:
+    """Whether this is one of several processes of a distributed training, and not the first."""
+    return any(os.environ.get(rank, "0") != "0" for rank in ("LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
