@@ -112,6 +112,7 @@ def fresh(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
     config = folder / "conf/config.yaml"
     config.write_text(config.read_text().replace("suite: sample", "suite: tiny"))
     copy = Project(folder)
+    copy.run(sys.executable, "-m", "almrr_pipeline.model.warm_up")
     copy.run("git", "init", "-q")
     _compose(copy)
     copy.run("git", "add", "-A")
@@ -162,7 +163,7 @@ def test_repro_ends_in_tables_pictures_and_runs(built: Project) -> None:
     table = pd.read_csv(reporting / "metrics.csv")
     assert {"sample_brick", "sample_grass", "mean"} <= set(table["category"])
     assert "<html" in (reporting / "report.html").read_text()
-    assert list((reporting / "categories/sample_brick/overlays").glob("*.png"))
+    assert list((reporting / "categories/sample_brick/overlays").glob("*.webp"))
     assert (built.folder / "mlflow.db").is_file()
 
 

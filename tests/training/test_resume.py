@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -122,12 +123,18 @@ def test_a_damaged_checkpoint_costs_steps_but_changes_nothing(
     pd.testing.assert_frame_equal(history, uninterrupted[1], check_exact=True)
 
 
-def test_ctrl_c_is_passed_on_and_still_works_afterwards(tmp_path: Path) -> None:
-    handler = signal.getsignal(signal.SIGINT)
+@pytest.fixture
+def interrupting() -> Iterator[Any]:
+    """Python's own handler of Ctrl-C; a shell starts background jobs with the signal ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
 
+
+def test_ctrl_c_is_passed_on_and_still_works_afterwards(tmp_path: Path, interrupting: Any) -> None:
     def press(step: int, _: Any) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
         fit(build_model(), build_pool(), scratch=tmp_path, on_metrics=press, **SETTINGS)
-    assert signal.getsignal(signal.SIGINT) is handler
+    assert signal.getsignal(signal.SIGINT) is interrupting
