@@ -36,10 +36,14 @@ def request_backbone_weights(backbone: BackboneSettings) -> FillsFolder:
     )
 
 
-def request_pictures(category: str, data: DataSettings, seed: int, scratch: Path) -> FillsFolder:
-    """Fetch a category's pictures into a folder."""
+def request_pictures(
+    category: str, data: DataSettings, backbone: BackboneSettings, seed: int, scratch: Path
+) -> FillsFolder:
+    """Fetch a category's pictures into a folder, if the weights to train on them can be had."""
     data_set, _ = split_seed(category)
     request = _request(data, seed, scratch)
+    check_request([data_set], request=request)
+    check_backbone(name=backbone.name, weights=backbone.weights)
     return lambda folder: fetch_category(data_set, target=folder, request=request)
 
 

@@ -35,7 +35,7 @@ def _of_category(category: str) -> Pipeline:
         [
             node(
                 request_pictures,
-                ["params:category", "params:data", "params:seed", "scratch_folder"],
+                ["params:category", "params:data", "params:backbone", "params:seed", "scratch_folder"],
                 "pictures",
             ),
             node(list_pictures, ["params:category", "pictures", "data_folder", "params:data"], "manifest"),
