@@ -34,7 +34,7 @@ def warm_up() -> None:
     )
     pictures = torch.rand(2, 3, SIDE, SIDE)
     output = model.train().training_forward(pictures, pictures.flip(0))
-    (output.logits.mean() + output.reconstruction.mean()).backward()
+    (output.logits.mean() + output.reconstruction.mean()).backward()  # type: ignore[no-untyped-call]
     with torch.inference_mode():
         model.eval().fold()(pictures)
     logger.info("The CPU's kernels are compiled.")
