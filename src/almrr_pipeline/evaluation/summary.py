@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-_SEEDED = re.compile(r"(?P<name>.+)_seed(?P<seed>\d+)")
+from almrr_pipeline.config import split_seed
 
 
 def summarize(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float | int | None]]:
@@ -41,8 +40,7 @@ def summarize_seeds(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[
     """
     runs: dict[str, dict[str, Mapping[str, Any]]] = {}
     for category, values in metrics.items():
-        seeded = _SEEDED.fullmatch(category)
-        runs.setdefault(seeded["name"] if seeded else category, {})[category] = values
+        runs.setdefault(split_seed(category)[0], {})[category] = values
     return {
         category: {name: _spread(_defined(of, name)) for name in _metric_names(of)} for category, of in runs.items()
     }

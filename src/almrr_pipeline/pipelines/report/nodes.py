@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def summarize_categories(*reports: CategoryReport) -> tuple[dict[str, Any], pd.D
     mean = {name: entry["mean"] for name, entry in summarize(metrics).items()}
     rows = [{"category": name, **numbers(values)} for name, values in {**metrics, "mean": mean}.items()]
     summary = {"mean": mean, "categories": {name: numbers(values) for name, values in metrics.items()}}
-    repeated = {name: spread for name, spread in summarize_seeds(metrics).items() if name not in metrics}
+    repeated = _summarize_repeated(metrics)
     return summary | ({"seeds": repeated} if repeated else {}), pd.DataFrame(rows)
 
 
@@ -68,15 +69,19 @@ def write_page(parameters: dict[str, Any], data_folder: Path, *reports: Category
     """Render the report."""
     typed = parse_parameters({name: parameters[name] for name in parameters if name not in parameters["categories"]})
     metrics = {report.category: report.metrics for report in reports}
-    seeds = {name: spread for name, spread in summarize_seeds(metrics).items() if name not in metrics}
     versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
     return render_report(
         Report(
             parameters=typed,
             categories=reports,
             summary=summarize(metrics),
-            seeds=seeds,
+            seeds=_summarize_repeated(metrics),
             versions=versions,
             commit=git_commit(data_folder.parent),
         )
     )
+
+
+def _summarize_repeated(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean and deviation of the data sets whose runs all name their seed."""
+    return {name: spread for name, spread in summarize_seeds(metrics).items() if name not in metrics}
