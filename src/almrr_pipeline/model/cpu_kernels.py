@@ -13,12 +13,10 @@ import torch
 from numba import njit
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-_OPTIONS: dict[str, Any] = {
-    # Sums in any order, and fused multiply-add; infinities and NaN stay what they are.
-    "fastmath": {"contract", "reassoc", "nsz"},
-    "nogil": True,
-    "error_model": "numpy",
-}
+ANY_ORDER = frozenset({"contract", "reassoc", "nsz"})
+"""What LLVM may do with sums: any order, and fused multiply-add. Infinities and NaN stay what they are."""
+
+_OPTIONS: dict[str, Any] = {"fastmath": set(ANY_ORDER), "nogil": True, "error_model": "numpy"}
 
 
 def compile_kernel(function: _Function) -> _Function:

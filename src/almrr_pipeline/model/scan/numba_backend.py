@@ -4,12 +4,8 @@
 from __future__ import annotations
 
 import math
-import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from almrr_pipeline.model.cpu_kernels import spread
 from almrr_pipeline.model.scan import numba_kernels as kernels
 
 _LOG2_E = math.log2(math.e)
@@ -66,7 +63,7 @@ class _Scan(torch.autograd.Function):
         ctx.flags = delta_softplus, reverse
         out = torch.empty(u.shape, dtype=torch.float32)
         inputs = _scan_inputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
-        _spread(kernels.scan_forward, _tasks(u), inputs, _flat(out))
+        spread(kernels.scan_forward, _tasks(u), inputs, _flat(out))
         return out.to(u.dtype)
 
     @staticmethod
@@ -82,8 +79,8 @@ class _Scan(torch.autograd.Function):
         dD, d_bias = torch.zeros(b, d), torch.zeros(b, d)
         inputs = _scan_inputs(*ctx.saved_tensors, *ctx.flags)
         gradients = kernels.ScanGradients(*map(_flat, (du, d_delta, dz, dA, dB, dC, dD, d_bias)))
-        scratch = kernels.scratch_size(l, n)
-        _spread(kernels.scan_backward, _tasks(u), inputs, _flat(g), gradients, scratch=scratch)
+        scan_backward = _with_scratch(kernels.scan_backward, kernels.scratch_size(l, n))
+        spread(scan_backward, _tasks(u), inputs, _flat(g), gradients)
         return (
             du.to(u.dtype),
             d_delta.to(delta.dtype),
@@ -104,7 +101,7 @@ class _Convolution(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias)
         ctx.reverse = reverse
         out = torch.empty(x.shape, dtype=torch.float32)
-        _spread(kernels.conv_forward, _tasks(x), _conv_inputs(x, weight, bias, reverse), _flat(out))
+        spread(kernels.conv_forward, _tasks(x), _conv_inputs(x, weight, bias, reverse), _flat(out))
         return out.to(x.dtype)
 
     @staticmethod
@@ -114,7 +111,7 @@ class _Convolution(torch.autograd.Function):
         b, l, d = x.shape
         dx, d_weight, d_bias = torch.zeros(b, l, d), torch.zeros(b, weight.shape[1], d), torch.zeros(b, d)
         inputs = _conv_inputs(x, weight, bias, ctx.reverse)
-        _spread(kernels.conv_backward, _tasks(x), inputs, _flat(g), *map(_flat, (dx, d_weight, d_bias)))
+        spread(kernels.conv_backward, _tasks(x), inputs, _flat(g), *map(_flat, (dx, d_weight, d_bias)))
         return dx.to(x.dtype), d_weight.sum(0).t().to(weight.dtype), d_bias.sum(0).to(bias.dtype), None
 
 
@@ -170,26 +167,13 @@ def _tasks(tensor: Tensor) -> int:
     return tensor.shape[0] * -(-tensor.shape[2] // kernels.BLOCK)
 
 
-def _spread(kernel: Callable[..., None], tasks: int, *arguments: Any, scratch: int = 0) -> None:
-    """Run the kernel on all tasks, over as many threads as torch uses; one share runs in the calling thread.
+def _with_scratch(kernel: Callable[..., None], size: int) -> Callable[..., None]:
+    """The kernel, given `size` numbers of memory that are its thread's own as its last argument."""
 
-    The kernels release the interpreter's lock. Plain threads, not numba's own: those may abort the process when two
-    Python threads start a kernel at once, as a server does.
-    """
-    shares = max(1, min(torch.get_num_threads(), tasks))
-    ends = [tasks * share // shares for share in range(shares + 1)]
-    others = [
-        _threads(os.getpid(), shares - 1).submit(_work, kernel, first, last, arguments, scratch)
-        for first, last in pairwise(ends[1:])
-    ]
-    _work(kernel, ends[0], ends[1], arguments, scratch)
-    for other in others:
-        other.result()
+    def run(first: int, last: int, *arguments: object) -> None:
+        kernel(first, last, *arguments, _borrow(size))
 
-
-def _work(kernel: Callable[..., None], first: int, last: int, arguments: tuple[Any, ...], scratch: int) -> None:
-    """One thread's share; `scratch` numbers of memory of its own are the kernel's last argument, if it wants any."""
-    kernel(first, last, *arguments, *([_borrow(scratch)] if scratch else []))
+    return run
 
 
 def _borrow(size: int) -> kernels.Array:
@@ -198,9 +182,3 @@ def _borrow(size: int) -> kernels.Array:
     if kept is None or kept.size < size:
         kept = _SCRATCH.memory = np.empty(size, np.float32)
     return kept
-
-
-@lru_cache(maxsize=8)
-def _threads(process: int, count: int) -> ThreadPoolExecutor:
-    """Waiting threads, kept from call to call; a forked process must not wait for its parent's."""
-    return ThreadPoolExecutor(count, thread_name_prefix=f"almrr-scan-{process}")

@@ -23,6 +23,8 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba import njit, types
 from numba.extending import intrinsic
 
+from almrr_pipeline.model.cpu_kernels import ANY_ORDER, compile_kernel
+
 BLOCK = 64
 """Channels of a task: four registers of AVX-512, eight of AVX2, sixteen of NEON."""
 
@@ -85,7 +87,7 @@ class ConvInputs(NamedTuple):
 
 
 _EXACT = frozenset({"contract"})  # fused multiply-add only: _exp2 subtracts what it has just added
-_SUMS = frozenset({"contract", "reassoc", "nsz"})  # and sums in any order; infinities and NaN stay what they are
+_SUMS = ANY_ORDER
 
 _ZERO, _ONE, _TWO = np.float32(0.0), np.float32(1.0), np.float32(2.0)
 _LOG2_E = np.float32(np.log2(np.e))
@@ -97,16 +99,6 @@ _E1, _E2, _E3 = np.float32(6.93147206e-01), np.float32(2.40226469e-01), np.float
 _E4, _E5, _E6 = np.float32(9.61848896e-03), np.float32(1.33999312e-03), np.float32(1.53458120e-04)
 _L0, _L1, _L2 = np.float32(2.00000001), np.float32(0.66666315), np.float32(0.4002491)
 _L3, _L4 = np.float32(0.27960603), np.float32(0.28178335)
-
-
-def _kernel(function: _Function) -> _Function:
-    """Compile what Python calls, with numba's cache on disk, or without one where no folder for it can be written."""
-    options: dict[str, Any] = {"fastmath": set(_SUMS), "nogil": True, "error_model": "numpy"}
-    try:
-        compiled: _Function = njit(cache=True, **options)(function)
-    except RuntimeError:  # "cannot cache function: no locator available"
-        compiled = njit(**options)(function)
-    return compiled
 
 
 def _part(fastmath: frozenset[str]) -> Callable[[_Function], _Function]:
@@ -153,7 +145,7 @@ def _softplus(x: Any) -> Any:
     return (x if x > _ZERO else _ZERO) + s * ((((_L4 * q + _L3) * q + _L2) * q + _L1) * q + _L0)
 
 
-@_kernel
+@compile_kernel
 def scan_forward(first: int, last: int, inputs: ScanInputs, out: Array) -> None:
     """Write out (b, l, d), flat."""
     states, channels = inputs.A.shape
@@ -177,7 +169,7 @@ def scan_forward(first: int, last: int, inputs: ScanInputs, out: Array) -> None:
             _skip_and_gate(out[at : at + width], lanes, inputs, batch, t, start, width)
 
 
-@_kernel
+@compile_kernel
 def scan_backward(
     first: int, last: int, inputs: ScanInputs, g: Array, gradients: ScanGradients, scratch: Array
 ) -> None:
@@ -310,7 +302,7 @@ def _store_gradients(
         d_bias_row[c] += d_delta_row[c]
 
 
-@_kernel
+@compile_kernel
 def conv_forward(first: int, last: int, inputs: ConvInputs, out: Array) -> None:
     """Write the SiLU of the causal depthwise convolution, (b, l, d), flat."""
     channels = inputs.weight.shape[1]
@@ -325,7 +317,7 @@ def conv_forward(first: int, last: int, inputs: ConvInputs, out: Array) -> None:
                 out_row[c] = lanes[c] * _sigmoid(lanes[c])
 
 
-@_kernel
+@compile_kernel
 def conv_backward(
     first: int, last: int, inputs: ConvInputs, g: Array, dx: Array, d_weight: Array, d_bias: Array
 ) -> None:
