@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from almrr_pipeline.config_loader import ParamsYamlLoader, tracking_uri
 from almrr_pipeline.hooks import TrackingHook
+from almrr_pipeline.pipelines.fetch.checks import FetchChecks
 from almrr_pipeline.project import project_root
 
 CONFIG_LOADER_CLASS = ParamsYamlLoader
@@ -15,4 +16,4 @@ CONFIG_LOADER_ARGS = {
 
 # TrackingHook is kedro-mlflow's hook with our parameters and tags; the plugin goes by either spelling of its name.
 DISABLE_HOOKS_FOR_PLUGINS = ("kedro-mlflow", "kedro_mlflow")
-HOOKS = (TrackingHook(),)
+HOOKS = (FetchChecks(), TrackingHook())

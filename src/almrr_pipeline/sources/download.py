@@ -20,8 +20,8 @@ import urllib3
 from requests.adapters import HTTPAdapter
 
 from almrr_pipeline.errors import AlmrrError
+from almrr_pipeline.progress import show_amount, track
 from almrr_pipeline.sources.files import DiskError, hash_file, remove_folder, report_disk_errors
-from almrr_pipeline.sources.progress import show_amount, track
 from almrr_pipeline.sources.source import Patience
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from almrr_pipeline.errors import AlmrrError
 from almrr_pipeline.images import IMAGE_SUFFIXES
-from almrr_pipeline.sources.progress import track
+from almrr_pipeline.progress import track
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ import pandas as pd
 
 from almrr_pipeline.errors import AlmrrError
 from almrr_pipeline.images import decode_image, decode_mask
-from almrr_pipeline.sources.progress import track
+from almrr_pipeline.progress import track
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from almrr_pipeline.errors import AlmrrError
 from almrr_pipeline.images import ImageArray, read_image, resize_image
-from almrr_pipeline.sources.progress import track
+from almrr_pipeline.progress import track
 
 PICTURES = (
     "astronaut.png",

@@ -19,11 +19,11 @@ from scipy import ndimage
 
 from almrr_pipeline.errors import AlmrrError
 from almrr_pipeline.images import MaskArray
+from almrr_pipeline.progress import track
 from almrr_pipeline.sources.drawn_defects import DRAWINGS, Field
 from almrr_pipeline.sources.layout import list_test, list_train
 from almrr_pipeline.sources.manifest import Counts, Item
 from almrr_pipeline.sources.package_textures import read_package_picture
-from almrr_pipeline.sources.progress import track
 from almrr_pipeline.sources.source import FetchRequest, Source
 
 logger = logging.getLogger(__name__)

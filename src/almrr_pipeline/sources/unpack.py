@@ -20,8 +20,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, Literal, cast
 
 from almrr_pipeline.errors import AlmrrError
+from almrr_pipeline.progress import show_amount, track
 from almrr_pipeline.sources.files import remove_folder, report_disk_errors
-from almrr_pipeline.sources.progress import show_amount, track
 
 _BLOCK = 1 << 20
 _TAR_BLOCK = 512

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib.format import open_memmap
 
-from almrr_pipeline.sources.progress import track
+from almrr_pipeline.progress import track
 from almrr_pipeline.synthesis.simulate import (
     AnomalyRecipe,
     CropTask,

@@ -9,18 +9,13 @@ import pandas as pd
 from almrr_pipeline.config import BackboneSettings, DataSettings, split_seed
 from almrr_pipeline.pipelines.datasets import FillsFolder
 from almrr_pipeline.sources.manifest import build_manifest
-from almrr_pipeline.sources.registry import FetchRequest, check_request, fetch_category, fetch_textures, source_for
-from almrr_pipeline.sources.weights import check_backbone, fetch_backbone
+from almrr_pipeline.sources.registry import FetchRequest, fetch_category, fetch_textures, source_for
+from almrr_pipeline.sources.weights import fetch_backbone
 
 
-def request_textures(
-    categories: list[str], data: DataSettings, backbone: BackboneSettings, seed: int, scratch: Path
-) -> FillsFolder:
-    """Fetch the anomaly sources into a folder; before that, find out what would stop the fetching of anything."""
-    request = _request(data, seed, scratch)
-    data_sets = dict.fromkeys(split_seed(category)[0] for category in categories)
-    check_request(data_sets, request=request)
-    check_backbone(name=backbone.name, weights=backbone.weights)
+def request_textures(data: DataSettings, seed: int, scratch: Path) -> FillsFolder:
+    """Fetch the anomaly sources into a folder."""
+    request = fetch_request(data, seed, scratch)
     return lambda folder: fetch_textures(data.textures, target=folder, request=request)
 
 
@@ -36,14 +31,10 @@ def request_backbone_weights(backbone: BackboneSettings) -> FillsFolder:
     )
 
 
-def request_pictures(
-    category: str, data: DataSettings, backbone: BackboneSettings, seed: int, scratch: Path
-) -> FillsFolder:
-    """Fetch a category's pictures into a folder, if the weights to train on them can be had."""
+def request_pictures(category: str, data: DataSettings, seed: int, scratch: Path) -> FillsFolder:
+    """Fetch a category's pictures into a folder."""
     data_set, _ = split_seed(category)
-    request = _request(data, seed, scratch)
-    check_request([data_set], request=request)
-    check_backbone(name=backbone.name, weights=backbone.weights)
+    request = fetch_request(data, seed, scratch)
     return lambda folder: fetch_category(data_set, target=folder, request=request)
 
 
@@ -59,7 +50,8 @@ def list_pictures(category: str, pictures: Path, data_folder: Path, data: DataSe
     )
 
 
-def _request(data: DataSettings, seed: int, scratch: Path) -> FetchRequest:
+def fetch_request(data: DataSettings, seed: int, scratch: Path) -> FetchRequest:
+    """Where to look, from the parameters."""
     return FetchRequest(
         scratch=scratch / "downloads",
         mirror=data.mirror,

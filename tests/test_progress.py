@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from almrr_pipeline.sources import progress
-from almrr_pipeline.sources.progress import show_amount, track
+from almrr_pipeline import progress
+from almrr_pipeline.progress import show_amount, track
 
 
 class Terminal(io.StringIO):
