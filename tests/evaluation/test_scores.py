@@ -263,9 +263,14 @@ def test_lengths_that_differ_are_refused(case: Any, field: str) -> None:
         evaluate(case.maps, **parts, image_threshold=None, pixel_threshold=None)
 
 
-def test_an_empty_test_set_is_refused() -> None:
-    with pytest.raises(AlmrrError, match="test set is empty"):
-        evaluate([], [], [], [], [], image_threshold=None, pixel_threshold=None)
+def test_an_empty_test_set_leaves_every_metric_undefined_and_the_threshold_with_its_promise() -> None:
+    threshold = conformal_threshold(np.linspace(0.1, 0.4, 30), 0.05)
+    found = evaluate([], [], [], [], [], image_threshold=threshold, pixel_threshold=threshold)
+    names = (*IMAGE_METRICS, *PIXEL_METRICS)
+    assert [found.metrics[name] for name in names] == [None] * len(names)
+    assert found.metrics["undefined"] == dict.fromkeys(names, "no defective test image")
+    assert found.metrics["thresholds"]["image"]["value"] == threshold.value
+    assert found.metrics["counts"]["images"] == 0
 
 
 def test_a_score_that_is_not_finite_is_refused(case: Any) -> None:

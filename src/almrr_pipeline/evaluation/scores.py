@@ -95,7 +95,7 @@ def evaluate(
         oracle: also report what a threshold chosen on this very test set would give, as oracle_*.
 
     Raises:
-        AlmrrError: the test set is empty, lengths or shapes differ, a value is not finite, or a normal picture has
+        AlmrrError: lengths or shapes differ, a value is not finite, or a normal picture has
             defective pixels.
     """
     ranked, labelled, kinds = _checked(len(maps), masks, scores, labels, defects)
@@ -189,10 +189,6 @@ def _checked(
     lengths = {"maps": count, "scores": len(ranked), "labels": len(labelled), "defects": len(defects)}
     if masks is not None:
         lengths["masks"] = len(masks)
-    if count == 0:
-        raise AlmrrError(
-            "The test set is empty; there is nothing to evaluate. Check the manifest's rows with split test."
-        )
     if len(set(lengths.values())) > 1:
         raise AlmrrError(
             f"The test set does not fit together: {lengths}; evaluate the manifest's test rows, all in one order."

@@ -91,7 +91,7 @@ def find_thresholds(
     """Derive the thresholds from normal training pictures that the training has not seen."""
     _, held_out = training_split(manifest, fraction=data.calibration)
     thresholds = calibrate(
-        network,
+        network.fold(),  # as it will predict
         [data_folder / name for name in held_out],
         image_size=data.image_size,
         tiling=data.tiling,
