@@ -1,7 +1,7 @@
 """The whole model: the authors' formulation against ours, and both against the bare backbone, which is the floor.
 
     python benchmarks/model.py [--device cpu] [--batches 1 8 32] [--step-batches 4] [--authors-up-to 8]
-        [--precision float32] [--weights FILE --stride-in-1x1] [--quick]
+        [--precision float32] [--compile] [--weights FILE --stride-in-1x1] [--quick]
 
 The paper's widths on ResNet-50 and 256x256 pictures; both sides hold equal weights and are timed in one run. The
 authors' formulation is benchmarks/authors.py, with mamba_ssm's reference scan (a loop over tokens by index), and once
@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--step-batches", type=int, nargs="*", default=[4])
     parser.add_argument("--authors-up-to", type=int, default=8)
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="bfloat16: autocast")
+    parser.add_argument("--compile", action="store_true", help="also time torch.compile of the folded model")
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--stride-in-1x1", action="store_true")
     parser.add_argument("--quick", action="store_true", help="batch 1, one repetition")
@@ -79,14 +80,14 @@ def main() -> None:
     label = f"{device}, {arguments.precision}, scan of ours: {resolve_backend('auto', device)}"
     with torch.autocast(device.type, torch.bfloat16, enabled=arguments.precision == "bfloat16"):
         table = Table(f"Inference, {label}", repeats=repeats, device=device)
-        time_inference(table, backbone, arguments.batches, arguments.authors_up_to)
+        time_inference(table, backbone, arguments.batches, arguments.authors_up_to, compiled=arguments.compile)
         print()
         table = Table(f"Training step, {label}", repeats=min(repeats, 3), device=device)
         time_steps(table, backbone, arguments.step_batches, arguments.authors_up_to)
 
 
 @torch.no_grad()  # as the authors' validation
-def time_inference(table: Table, backbone: Backbone, batches: list[int], authors_up_to: int) -> None:
+def time_inference(table: Table, backbone: Backbone, batches: list[int], authors_up_to: int, *, compiled: bool) -> None:
     """Anomaly maps of both formulations, and the backbone alone in both memory formats."""
     ours = ALMRR(backbone).eval().to(table.device)
     authors = AuthorsALMRR(backbone).eval().to(table.device)
@@ -101,6 +102,8 @@ def time_inference(table: Table, backbone: Backbone, batches: list[int], authors
             table.add(batch, name, partial(authors, images))
         table.add(batch, "ours", partial(ours, images))
         table.add(batch, "ours, folded", partial(folded, images))
+        if compiled:
+            table.add(batch, "ours, folded, compiled", partial(torch.compile(folded), images))
 
 
 def time_steps(table: Table, backbone: Backbone, batches: list[int], authors_up_to: int) -> None:

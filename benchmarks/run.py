@@ -1,6 +1,7 @@
 """All tables of docs/performance.md with one command, as Markdown: machine, commit and command first.
 
-    python benchmarks/run.py [--device cpu|cuda] [--only regional_features scan model anomalib_peers] [--quick]
+    python benchmarks/run.py [--device cpu|cuda] [--only regional_features scan model training anomalib_peers]
+        [--quick]
 
 Each benchmark runs in a process of its own, so that none inherits another's memory; within a benchmark both sides of
 every comparison are measured in one run. Without --device a CUDA device follows the CPU where there is one. --quick
@@ -24,6 +25,7 @@ QUICK = {
     "regional_features": ["--quick"],
     "scan": ["--shape", "1", "64", "64", "16", "--repeats", "1"],
     "model": ["--quick"],
+    "training": ["--small", "--batch", "2", "--steps", "2", "--samples", "8"],
     "anomalib_peers": ["--quick"],
 }
 
