@@ -23,6 +23,7 @@ from torch import Tensor
 from almrr_pipeline.errors import AlmrrError
 from almrr_pipeline.model import scan
 from almrr_pipeline.model.scan import available_backends, causal_conv, resolve_backend, selective_scan
+from almrr_pipeline.model.scan.operands import ScanOperands
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GPU_BACKENDS = [
@@ -381,15 +382,15 @@ def test_auto_says_once_what_it_took(forgetful: None, caplog: pytest.LogCaptureF
 
 
 def test_kernels_compile_where_no_cache_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    from almrr_pipeline.model.scan import numba_kernels
+    from almrr_pipeline.model import cpu_kernels
 
     def refuse_cache(*, cache: bool = False, **options: object) -> Callable[..., object]:
         if cache:
             raise RuntimeError("cannot cache function: no locator available")
         return lambda function: (function, options)
 
-    monkeypatch.setattr(numba_kernels, "njit", refuse_cache)
-    compiled, options = numba_kernels._kernel(len)
+    monkeypatch.setattr(cpu_kernels, "njit", refuse_cache)
+    compiled, options = cpu_kernels.compile_kernel(len)
     assert compiled is len
     assert options["nogil"]
 
@@ -418,10 +419,10 @@ def test_mamba_ssm_is_handed_its_own_layout(reverse: bool, forgetful: None, monk
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.delitem(sys.modules, f"{scan.__name__}.mamba_ssm_backend", raising=False)
-    case = draw_case((2, 9, 5, 3), reverse=reverse).to(torch.bfloat16)
+    case = draw_case((2, 9, 5, 3), delta_softplus=True, reverse=reverse).to(torch.bfloat16)
     case.tensors |= {name: case.tensors[name].float() for name in ("A", "D", "delta_bias")}
     backend = importlib.import_module(f"{scan.__name__}.mamba_ssm_backend")
-    got = case.run(backend.scan_with_mamba_ssm)
+    got = case.run(lambda *given, **optional: backend.scan_with_mamba_ssm(ScanOperands(*given, **optional)))
     assert_all_close(got, case.to(torch.float64).run(scan_naively), relative=2**-8)
 
 

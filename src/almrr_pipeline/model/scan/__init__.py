@@ -11,7 +11,7 @@
 backend that was named is used, or its absence is an error.
 """
 
-# ruff: noqa: N803, E741 - names are those of the formulas
+# ruff: noqa: N803 - names are those of the formulas
 from __future__ import annotations
 
 import importlib
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from almrr_pipeline.errors import AlmrrError
+from almrr_pipeline.model.scan.operands import ScanOperands
 from almrr_pipeline.model.scan.reference import convolve_with_torch
 
 _LOG = logging.getLogger(__name__)
@@ -93,11 +94,10 @@ def selective_scan(
         ValueError: shapes that do not fit.
         AlmrrError: the named backend is unknown, absent, or cannot run on the tensors' device.
     """
-    _check_shapes(u, delta, A, B, C, D, z, delta_bias)
+    operands = ScanOperands(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
+    operands.check()
     run = _run_uncompiled if torch.compiler.is_compiling() and not _is_exporting() else _run
-    return run(
-        backend, u, delta, A, B, C, D, z=z, delta_bias=delta_bias, delta_softplus=delta_softplus, reverse=reverse
-    )
+    return run(backend, operands)
 
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, *, reverse: bool = False, backend: str = "auto") -> Tensor:
@@ -193,41 +193,17 @@ def _is_exporting() -> bool:
 
 
 @cache
-def _function(name: str) -> Callable[..., Tensor]:
+def _function(name: str) -> Callable[[ScanOperands], Tensor]:
     module, function = _FUNCTIONS[name]
-    scan: Callable[..., Tensor] = getattr(importlib.import_module(f"{__name__}.{module}"), function)
+    scan: Callable[[ScanOperands], Tensor] = getattr(importlib.import_module(f"{__name__}.{module}"), function)
     return scan
 
 
-def _run(backend: str, u: Tensor, *tensors: Tensor, **options: Tensor | bool | None) -> Tensor:
-    return _function(resolve_backend(backend, u.device))(u, *tensors, **options)
+def _run(backend: str, operands: ScanOperands) -> Tensor:
+    return _function(resolve_backend(backend, operands.u.device))(operands)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _run_uncompiled(backend: str, u: Tensor, *tensors: Tensor, **options: Tensor | bool | None) -> Tensor:
+def _run_uncompiled(backend: str, operands: ScanOperands) -> Tensor:
     """For torch.compile: the kernels are compiled already, and the reference's loop would unroll."""
-    return _run(backend, u, *tensors, **options)
-
-
-def _check_shapes(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-) -> None:
-    if u.ndim != 3 or u.shape[1] == 0:
-        raise ValueError(f"u must be (b, l, d) with at least one token, not {tuple(u.shape)}")
-    (b, l, d), n = u.shape, A.shape[-1]
-    expected = {"delta": (b, l, d), "A": (d, n), "B": (b, l, n), "C": (b, l, n), "D": (d,)}
-    given = {"delta": delta, "A": A, "B": B, "C": C, "D": D}
-    if z is not None:
-        given["z"], expected["z"] = z, (b, l, d)
-    if delta_bias is not None:
-        given["delta_bias"], expected["delta_bias"] = delta_bias, (d,)
-    for name, shape in expected.items():
-        if given[name].shape != shape:
-            raise ValueError(f"{name} must have shape {tuple(shape)}, not {tuple(given[name].shape)}")
+    return _run(backend, operands)

@@ -4,27 +4,18 @@ That kernel wants channels before time and knows one direction: inputs are hande
 what it needs contiguous) and, for the reverse direction, flipped.
 """
 
-# ruff: noqa: N803 - names are those of the formulas
+# ruff: noqa: N806 - names are those of the formulas
 from __future__ import annotations
 
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 from torch import Tensor
 
+from almrr_pipeline.model.scan.operands import ScanOperands
 
-def scan_with_mamba_ssm(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    *,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = True,
-    reverse: bool = False,
-) -> Tensor:
+
+def scan_with_mamba_ssm(scan: ScanOperands) -> Tensor:
     """Selective scan as `almrr_pipeline.model.scan.selective_scan` describes it; parameters and states are float32."""
+    u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse = scan
     out: Tensor = selective_scan_fn(
         _channels_first(u, u, reverse),
         _channels_first(delta, u, reverse),

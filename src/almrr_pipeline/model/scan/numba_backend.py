@@ -1,6 +1,6 @@
 """The fused CPU kernels as torch functions with gradients, spread over the threads that torch may use."""
 
-# ruff: noqa: N803, N806, E741, ANN401 - names are those of the formulas; autograd's ctx has no type
+# ruff: noqa: N806, E741, ANN401 - names are those of the formulas; autograd's ctx has no type
 from __future__ import annotations
 
 import math
@@ -15,26 +15,15 @@ from torch.autograd.function import once_differentiable
 
 from almrr_pipeline.model.cpu_kernels import spread
 from almrr_pipeline.model.scan import numba_kernels as kernels
+from almrr_pipeline.model.scan.operands import ScanOperands
 
 _LOG2_E = math.log2(math.e)
 _SCRATCH = threading.local()
 
 
-def scan_with_numba(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    *,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = True,
-    reverse: bool = False,
-) -> Tensor:
+def scan_with_numba(scan: ScanOperands) -> Tensor:
     """Selective scan as `almrr_pipeline.model.scan.selective_scan` describes it; the arithmetic is float32."""
-    scanned: Tensor = _Scan.apply(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
+    scanned: Tensor = _Scan.apply(*scan)
     return scanned
 
 
@@ -46,25 +35,13 @@ def convolve_with_numba(x: Tensor, weight: Tensor, bias: Tensor, *, reverse: boo
 
 class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        u: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor,
-        z: Tensor | None,
-        delta_bias: Tensor | None,
-        delta_softplus: bool,
-        reverse: bool,
-    ) -> Tensor:
-        ctx.save_for_backward(u, delta, A, B, C, D, z, delta_bias)
-        ctx.flags = delta_softplus, reverse
-        out = torch.empty(u.shape, dtype=torch.float32)
-        inputs = _scan_inputs(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
-        spread(kernels.scan_forward, _tasks(u), inputs, _flat(out))
-        return out.to(u.dtype)
+    def forward(ctx: Any, *operands: Any) -> Tensor:
+        scan = ScanOperands(*operands)
+        ctx.save_for_backward(*scan[:8])
+        ctx.flags = scan.delta_softplus, scan.reverse
+        out = torch.empty(scan.u.shape, dtype=torch.float32)
+        spread(kernels.scan_forward, _tasks(scan.u), _scan_inputs(scan), _flat(out))
+        return out.to(scan.u.dtype)
 
     @staticmethod
     @once_differentiable
@@ -77,7 +54,7 @@ class _Scan(torch.autograd.Function):
         dz = torch.empty(b, l, d) if z is not None else torch.empty(0)
         dA, dB, dC = torch.empty(b, n, d), torch.empty(blocks, b, l, n), torch.empty(blocks, b, l, n)
         dD, d_bias = torch.zeros(b, d), torch.zeros(b, d)
-        inputs = _scan_inputs(*ctx.saved_tensors, *ctx.flags)
+        inputs = _scan_inputs(ScanOperands(*ctx.saved_tensors, *ctx.flags))
         gradients = kernels.ScanGradients(*map(_flat, (du, d_delta, dz, dA, dB, dC, dD, d_bias)))
         scan_backward = _with_scratch(kernels.scan_backward, kernels.scratch_size(l, n))
         spread(scan_backward, _tasks(u), inputs, _flat(g), gradients)
@@ -115,31 +92,20 @@ class _Convolution(torch.autograd.Function):
         return dx.to(x.dtype), d_weight.sum(0).t().to(weight.dtype), d_bias.sum(0).to(bias.dtype), None
 
 
-def _scan_inputs(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-) -> kernels.ScanInputs:
+def _scan_inputs(scan: ScanOperands) -> kernels.ScanInputs:
     return kernels.ScanInputs(
-        u=_rows(u),
-        delta=_rows(delta),
-        B=_rows(B),
-        C=_rows(C),
-        z=_rows(u if z is None else z),
-        A=(A.detach().float() * _LOG2_E).t().contiguous().numpy(),
-        D=_flat(D),
-        bias=_flat(torch.zeros(u.shape[2]) if delta_bias is None else delta_bias),
-        length=u.shape[1],
-        reverse=reverse,
-        softplus=delta_softplus,
-        gated=z is not None,
+        u=_rows(scan.u),
+        delta=_rows(scan.delta),
+        B=_rows(scan.B),
+        C=_rows(scan.C),
+        z=_rows(scan.u if scan.z is None else scan.z),
+        A=(scan.A.detach().float() * _LOG2_E).t().contiguous().numpy(),
+        D=_flat(scan.D),
+        bias=_flat(torch.zeros(scan.u.shape[2]) if scan.delta_bias is None else scan.delta_bias),
+        length=scan.u.shape[1],
+        reverse=scan.reverse,
+        softplus=scan.delta_softplus,
+        gated=scan.z is not None,
     )
 
 

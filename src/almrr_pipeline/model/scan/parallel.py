@@ -18,35 +18,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from almrr_pipeline.model.scan.operands import ScanOperands
 from almrr_pipeline.model.scan.reference import discretize_delta, skip_and_gate, widen, without_autocast
 
 
-def scan_in_parallel(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    *,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = True,
-    reverse: bool = False,
-) -> Tensor:
+def scan_in_parallel(scan: ScanOperands) -> Tensor:
     """Selective scan as `almrr_pipeline.model.scan.selective_scan` describes it; the length must be static."""
-    with without_autocast(u):
-        u_, delta_, A_, B_, C_, D_ = (widen(tensor) for tensor in (u, delta, A, B, C, D))
-        delta_ = discretize_delta(delta_, delta_bias, delta_softplus=delta_softplus)
-        length = u.shape[1]
+    with without_autocast(scan.u):
+        u, delta, A, B, C, D = (widen(tensor) for tensor in scan[:6])
+        delta = discretize_delta(delta, scan.delta_bias, delta_softplus=scan.delta_softplus)
+        length, reverse = u.shape[1], scan.reverse
         chunk = 2 ** max(0, round(math.log2(length) / 2))
-        steps = _cut(delta_, chunk, reverse)  # (b, m, k, d)
-        increments = (steps * _cut(u_, chunk, reverse)).unsqueeze(-1) * _cut(B_, chunk, reverse).unsqueeze(3)
-        states = _scan_chunks(steps, A_, increments, reverse=reverse)  # (b, m, k, d, n)
-        y = torch.matmul(states, _cut(C_, chunk, reverse).unsqueeze(-1)).squeeze(-1)  # (b, m, k, d)
+        steps = _cut(delta, chunk, reverse)  # (b, m, k, d)
+        increments = (steps * _cut(u, chunk, reverse)).unsqueeze(-1) * _cut(B, chunk, reverse).unsqueeze(3)
+        states = _scan_chunks(steps, A, increments, reverse=reverse)  # (b, m, k, d, n)
+        y = torch.matmul(states, _cut(C, chunk, reverse).unsqueeze(-1)).squeeze(-1)  # (b, m, k, d)
         y = y.flatten(1, 2)
         y = y[:, y.shape[1] - length :] if reverse else y[:, :length]
-        return skip_and_gate(y, u_, D_, z).to(u.dtype)
+        return skip_and_gate(y, u, D, scan.z).to(scan.u.dtype)
 
 
 def _scan_chunks(steps: Tensor, A: Tensor, increments: Tensor, *, reverse: bool) -> Tensor:

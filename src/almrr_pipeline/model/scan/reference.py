@@ -7,7 +7,7 @@ backward of the same cost as its forward:
     h_t = a_t h_{t-1} + b_t        db_t = g_t + a_{t+1} db_{t+1}        da_t = db_t h_{t-1}
 """
 
-# ruff: noqa: N803, N806, ANN401 - names are those of the formulas; autograd's ctx has no type
+# ruff: noqa: N806, ANN401 - names are those of the formulas; autograd's ctx has no type
 from __future__ import annotations
 
 import contextlib
@@ -19,29 +19,21 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812
 
+from almrr_pipeline.model.scan.operands import ScanOperands
 
-def scan_with_torch(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    *,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = True,
-    reverse: bool = False,
-) -> Tensor:
+
+def scan_with_torch(scan: ScanOperands) -> Tensor:
     """Selective scan as `almrr_pipeline.model.scan.selective_scan` describes it; float64 stays float64."""
-    with without_autocast(u):
-        u_, delta_, A_, B_, C_, D_ = (widen(tensor) for tensor in (u, delta, A, B, C, D))
-        delta_ = discretize_delta(delta_, delta_bias, delta_softplus=delta_softplus).transpose(0, 1)  # (l, b, d)
-        decay = torch.exp(delta_.unsqueeze(-1) * A_)  # (l, b, d, n)
-        increments = (delta_ * u_.transpose(0, 1)).unsqueeze(-1) * B_.transpose(0, 1).unsqueeze(2)  # (l, b, d, n)
-        states = _Recurrence.apply(decay, increments, reverse)
-        y = torch.matmul(states, C_.transpose(0, 1).unsqueeze(-1)).squeeze(-1).transpose(0, 1)  # (b, l, d)
-        return skip_and_gate(y, u_, D_, z).to(u.dtype)
+    with without_autocast(scan.u):
+        u, delta, A, B, C, D = (widen(tensor) for tensor in scan[:6])
+        delta = discretize_delta(delta, scan.delta_bias, delta_softplus=scan.delta_softplus).transpose(
+            0, 1
+        )  # (l, b, d)
+        decay = torch.exp(delta.unsqueeze(-1) * A)  # (l, b, d, n)
+        increments = (delta * u.transpose(0, 1)).unsqueeze(-1) * B.transpose(0, 1).unsqueeze(2)  # (l, b, d, n)
+        states = _Recurrence.apply(decay, increments, scan.reverse)
+        y = torch.matmul(states, C.transpose(0, 1).unsqueeze(-1)).squeeze(-1).transpose(0, 1)  # (b, l, d)
+        return skip_and_gate(y, u, D, scan.z).to(scan.u.dtype)
 
 
 def convolve_with_torch(x: Tensor, weight: Tensor, bias: Tensor, *, reverse: bool = False) -> Tensor:

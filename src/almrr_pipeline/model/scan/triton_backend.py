@@ -24,44 +24,23 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from almrr_pipeline.model.scan.operands import ScanOperands
+
 _CHUNK = 16
 _BLOCK_D = 32
 _STAGES = 3
 
 
-def scan_with_triton(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    *,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = True,
-    reverse: bool = False,
-) -> Tensor:
+def scan_with_triton(scan: ScanOperands) -> Tensor:
     """Selective scan as `almrr_pipeline.model.scan.selective_scan` describes it; the arithmetic is float32."""
-    scanned: Tensor = _Scan.apply(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
+    scanned: Tensor = _Scan.apply(*scan)
     return scanned
 
 
 class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        u: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor,
-        z: Tensor | None,
-        delta_bias: Tensor | None,
-        delta_softplus: bool,
-        reverse: bool,
-    ) -> Tensor:
+    def forward(ctx: Any, *operands: Any) -> Tensor:
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse = ScanOperands(*operands)
         keep = any(ctx.needs_input_grad)
         b, l, d = u.shape
         chunks = triton.cdiv(l, _CHUNK) if keep else 0
