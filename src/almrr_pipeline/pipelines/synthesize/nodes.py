@@ -30,13 +30,7 @@ def simulate(
         root=data_folder,
         image_size=data.image_size,
         tiling=data.tiling,
-        samples=synthesis.samples,
-        anomaly_free=synthesis.anomaly_free,
-        grid_exponents=synthesis.grid_exponents,
-        threshold=synthesis.threshold,
-        opacity=synthesis.opacity,
-        operations=synthesis.operations,
         seed=seed,
-        workers=synthesis.workers,
+        **synthesis.model_dump(),
     )
     return pool.save
