@@ -324,6 +324,8 @@ def test_pictures_of_one_pixel_and_of_one_row(predictor: Predictor, tiling_model
 def test_cuda_agrees_with_the_cpu(model_folder: Path, noise: list[ImageArray]) -> None:
     on_gpu = Predictor(model_folder, device="cuda")
     assert on_gpu.device.type == "cuda"
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in on_gpu._model.modules())
+    assert {tensor.device.type for tensor in on_gpu._model.state_dict().values()} == {"cuda"}
     for expected, found in zip(Predictor(model_folder, device="cpu")(noise), on_gpu(noise), strict=True):
         np.testing.assert_allclose(found.anomaly_map, expected.anomaly_map, atol=2e-3)
 

@@ -67,6 +67,13 @@ def test_the_cheaper_order_is_taken_for_each_stage(build_model) -> None:
     }
 
 
+def test_folding_leaves_the_callers_random_state_alone(build_model) -> None:
+    model = build_model()
+    before = torch.get_rng_state()
+    model.fold()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_folding_leaves_the_model_alone(build_model) -> None:
     model, images = build_model(), torch.rand(1, 3, *SIZE)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -81,13 +81,14 @@ class Predictor:
         """What a picture's score has to exceed to be anomalous; None leaves the verdict open."""
         self.pixel_threshold = stored.pixel.value if stored and pixel_threshold is None else pixel_threshold
         """What a map's value has to exceed to lie inside an outline; None draws none."""
-        model = ALMRR.load(folder, device=self.device, scan_backend=scan_backend)
+        model = ALMRR.load(folder, scan_backend=scan_backend)
         if model.image_size != self.settings.image_size:
             raise AlmrrError(
                 f"{folder}: config.json is of a model for pictures of {model.image_size}, inference.json says "
                 f"{self.settings.image_size}; they belong to different models. Train again."
             )
-        self._model = model.fold().eval()
+        # Folded on the CPU: it composes in float64, which MPS lacks, and compares results, which TF32 would blur.
+        self._model = model.fold().to(self.device)
 
     def __call__(self, images: Iterable[Picture]) -> list[Prediction]:
         """Predict all of `images`; the maps of all of them are held at once, so prefer `stream` for very many.

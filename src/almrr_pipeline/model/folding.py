@@ -103,7 +103,7 @@ class FoldedBackbone(nn.Module):
         # explicitly padded copy of the picture, which costs as much as the normalisation.
         self.register_buffer("scale", 1 / backbone.std)
         self.register_buffer("shift", -backbone.mean / backbone.std)
-        self.network = fold_batch_norms(backbone.network, torch.randn(1, 3, *image_size).to(backbone.mean))
+        self.network = fold_batch_norms(backbone.network, _draw_example(3, *image_size).to(backbone.mean))
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Extract features, as `Backbone.forward` does."""
@@ -349,9 +349,14 @@ def _differ(plain: nn.Module, folded: nn.Module, example: Tensor) -> bool:
     return any(bool((e - g).abs().max() > _TOLERANCE * e.abs().max()) for e, g in zip(expected, given, strict=True))
 
 
+def _draw_example(*shape: int) -> Tensor:
+    """A batch of one, always the same; the caller's random state stays as it was."""
+    return torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
+
+
 def _fold_frm(frm: FRM, *, inputs: int) -> nn.Module:
     """Batch norms folded, and one output: the second logit minus the first."""
-    smallest = torch.randn(1, inputs, 32, 32).to(frm.out.weight)
+    smallest = _draw_example(inputs, 32, 32).to(frm.out.weight)
     folded = fold_batch_norms(frm, smallest)
     for module in folded.modules():
         if isinstance(module, nn.ReLU):

@@ -20,6 +20,7 @@ from almrr_pipeline.config import (
     TrainSettings,
 )
 from almrr_pipeline.inference.calibration import calibrate
+from almrr_pipeline.inference.predictor import resolve_device
 from almrr_pipeline.inference.settings import InferenceSettings
 from almrr_pipeline.model.almrr import ALMRR
 from almrr_pipeline.model.backbone import build_backbone
@@ -90,12 +91,14 @@ def find_thresholds(
 ) -> InferenceSettings:
     """Derive the thresholds from normal training pictures that the training has not seen."""
     _, held_out = training_split(manifest, fraction=data.calibration)
+    device = resolve_device("auto")  # the one that will predict: its rounding, and the backends that it alone has
     thresholds = calibrate(
-        network.fold(),  # as it will predict
+        network.fold().to(device),
         [data_folder / name for name in held_out],
         image_size=data.image_size,
         tiling=data.tiling,
         batch_size=evaluate.batch_size,
+        device=device,
         smoothing=evaluate.smoothing,
         false_alarm_rate=threshold.false_alarm_rate,
     )
