@@ -92,7 +92,7 @@ def fit(
         fingerprint: of data and code (see `checkpoints.fingerprint`); together with the arguments that decide the
             result it says which checkpoint may be resumed.
         seed: of sample order, turns and drop path.
-        weight_decay: of matrices and kernels; L2 with `adam`, decoupled with `adamw`.
+        weight_decay: of matrices and kernels; L2 with `adam`, decoupled with `adamw`. See `Descent` for what is spared.
         optimizer: `adam` (the paper's) or `adamw`.
         schedule: `constant` (the paper's), `cosine` with a linear warm-up, or `one_cycle`.
         focal_gamma: of the focal loss; the paper's is 2.

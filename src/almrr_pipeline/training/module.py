@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +17,9 @@ from almrr_pipeline.training.loading import Batch, to_images
 from almrr_pipeline.training.losses import focal_loss, reconstruction_loss
 from almrr_pipeline.training.randomness import derive_seed
 from almrr_pipeline.training.schedules import Schedule, learning_rate_factors
+
+SPARED = ("A_log", "position")
+"""Parameters that do not decay though they have more than one dimension: the scan's A and the position embedding."""
 
 PARTS = ("loss", "reconstruction", "refinement", "gradient_norm")
 """What a step is observed by."""
@@ -45,7 +48,8 @@ class Descent:
     Attributes:
         optimizer: `adam` (decay, if any, is added to the gradient) or `adamw` (decoupled decay).
         learning_rate: the largest.
-        weight_decay: of matrices and kernels; biases, norms and the scan's A and D are spared, as is usual.
+        weight_decay: of matrices and kernels; biases, norms, the position embedding and the scan's A and D are spared,
+            as is usual.
         schedule: see `learning_rate_factors`.
         steps: length of the training.
         gradient_clip: largest norm of the gradient; 0 for none.
@@ -60,13 +64,16 @@ class Descent:
     gradient_clip: float
     fused: bool
 
-    def build_optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """Adam or AdamW over the parameters, in two groups by whether they decay."""
-        trained = list(parameters)
-        spared = [one for one in trained if one.ndim < 2 or getattr(one, "_no_weight_decay", False)]
-        kept_apart = {id(one) for one in spared}
+    def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """Adam or AdamW over the model's trained parameters, in two groups by whether they decay."""
+        decaying: list[nn.Parameter] = []
+        spared: list[nn.Parameter] = []
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                is_spared = parameter.ndim < 2 or name.rpartition(".")[2] in SPARED
+                (spared if is_spared else decaying).append(parameter)
         groups = [
-            {"params": [one for one in trained if id(one) not in kept_apart], "weight_decay": self.weight_decay},
+            {"params": decaying, "weight_decay": self.weight_decay},
             {"params": spared, "weight_decay": 0.0},
         ]
         kind = torch.optim.AdamW if self.optimizer == "adamw" else torch.optim.Adam
@@ -141,6 +148,6 @@ class TrainingModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer, and its learning rate by step."""
-        optimizer = self._descent.build_optimizer(self.model.trainable_parameters())
+        optimizer = self._descent.build_optimizer(self.model)
         scheduler = LambdaLR(optimizer, learning_rate_factors(self._descent.schedule, self._descent.steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
