@@ -66,7 +66,7 @@ def test_training_forward_sends_each_picture_down_its_branch(build_model, images
     torch.testing.assert_close(out.logits.exp().sum(1), torch.ones(2, *SIZE, dtype=torch.float64))
 
 
-def test_logits_stay_finite_and_trainable_when_the_softmax_saturates(build_model) -> None:
+def test_logits_and_their_gradient_stay_finite_when_the_softmax_underflows(build_model) -> None:
     model = build_model()
     with torch.no_grad():
         model.frm.out.bias.copy_(torch.tensor([80.0, -30.0]))

@@ -38,16 +38,18 @@ def test_the_fused_end_equals_torchs_operations(
     torch.testing.assert_close(given.double(), expected, rtol=0, atol=3e-6)
 
 
-def test_tanh_is_exact_to_float_rounding_everywhere() -> None:
-    """Two columns that normalise to -1 and 1, scaled by the variance's epsilon to any value up to saturation."""
-    heights = torch.linspace(0.01, 20.0, 64)
-    for value in heights.tolist():
-        phases = [[torch.full((1, 1, 2 - i, 2 - j), 0.0) for j in (0, 1)] for i in (0, 1)]
-        phases[0][0][0, 0, 0, 0] = 9.0  # one cell of nine: normalised to 8 / sqrt(8 + epsilon')
-        epsilon = (8.0 / value) ** 2 - 8.0 if value < 8.0**0.5 else 0.0
-        expected = np.tanh(8.0 / np.sqrt(8.0 + epsilon))
-        given = summarize_phases(phases, torch.ones(1, 1), torch.zeros(1), size=(3, 3), epsilon=epsilon)
-        assert float(given[0, 0, 0, 0]) == pytest.approx(expected, abs=3e-7)
+@pytest.mark.parametrize("value", [*np.linspace(0.01, 7.8, 40), 7.89, 7.9, 7.91, 8.5, 12.0, 20.0])
+def test_tanh_is_exact_to_float_rounding_everywhere(value: float) -> None:
+    """One bright cell of 21 x 21 has the mean's distance 440 and the variance 440; the epsilon brings it to any value.
+
+    Without an epsilon it would normalise to sqrt(440), almost 21, far beyond the 7.9 where tanh is cut off.
+    """
+    phases = [[torch.zeros(1, 1, 11 - i, 11 - j) for j in (0, 1)] for i in (0, 1)]
+    phases[0][0][0, 0, 0, 0] = 441.0
+    epsilon = (440.0 / value) ** 2 - 440.0
+    assert epsilon > 0.0
+    given = summarize_phases(phases, torch.ones(1, 1), torch.zeros(1), size=(21, 21), epsilon=epsilon)
+    assert float(given[0, 0, 0, 0]) == pytest.approx(np.tanh(value), abs=3e-7)
 
 
 @pytest.mark.parametrize(("n", "m"), [(20, 20), (3, 7), (2, 2)])

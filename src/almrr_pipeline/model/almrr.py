@@ -165,7 +165,7 @@ class ALMRR(nn.Module):
         target, features = self._embed_both(normal, augmented)  # phi, F (B, C, h, w) each
         reconstruction = self.reconstruct(features)  # F_hat (B, C, h, w)
         probabilities = self.upsample(self.refine(reconstruction, features).softmax(dim=1))  # (B, 2, H, W)
-        # The smallest normal float keeps the logarithm finite, and its gradient alive, where the softmax underflows.
+        # The smallest normal float keeps the logarithm finite where the softmax underflows; its gradient there is zero.
         logits = probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log()
         return TrainingOutput(target=target, reconstruction=reconstruction, logits=logits)
 
