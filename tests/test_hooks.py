@@ -23,18 +23,22 @@ def test_only_the_numbers_of_a_category_become_metrics() -> None:
 
 
 def test_a_run_outside_of_git_says_so(tmp_path: Path) -> None:
-    assert git_commit(tmp_path) == "unknown"
+    assert git_commit(tmp_path) is None
 
 
 def test_a_run_names_its_commit_and_whether_files_differ(tmp_path: Path) -> None:
     identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
     for command in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-qm", "one"]):
         (tmp_path / "file").write_text("one")
+        (tmp_path / "dvc.lock").write_text("one")
         subprocess.run(["git", *command], cwd=tmp_path, check=True)
     clean = git_commit(tmp_path)
-    (tmp_path / "file").write_text("two")
+    (tmp_path / "dvc.lock").write_text("two")
+    assert clean is not None
     assert len(clean) == 12
-    assert git_commit(tmp_path) == f"{clean}+"
+    assert git_commit(tmp_path) == clean
+    (tmp_path / "file").write_text("two")
+    assert git_commit(tmp_path) == f"{clean} with changes"
 
 
 def test_an_experiment_of_dvc_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -90,9 +91,9 @@ class Project:
         assert (done.returncode != 0) == fails, f"{' '.join(command)} returned {done.returncode}:\n{done.stdout}"
         return done.stdout
 
-    def metrics(self) -> dict[str, object]:
+    def metrics(self) -> dict[str, Any]:
         """The numbers of record."""
-        found: dict[str, object] = json.loads((self.folder / "data/08_reporting/metrics.json").read_text())
+        found: dict[str, Any] = json.loads((self.folder / "data/08_reporting/metrics.json").read_text())
         return found
 
 
@@ -223,6 +224,23 @@ def test_kedro_runs_everything_without_dvc(built: Project) -> None:
     before = built.metrics()
     built.run("kedro", "run")
     assert built.metrics() == before
+    _each_category_has_a_run_of_its_own(built)
+
+
+def _each_category_has_a_run_of_its_own(built: Project) -> None:
+    """Loss curves and metrics of the newest run of everything do not mix in the parent run."""
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{built.folder / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("almrr")
+    runs = client.search_runs([experiment.experiment_id], filter_string="tags.stage = 'all'")
+    children = {run.data.tags["category"]: run for run in runs if "mlflow.parentRunId" in run.data.tags}
+    assert set(children) == {"sample_brick", "sample_grass"}
+    for category, run in children.items():
+        assert [point.step for point in client.get_metric_history(run.info.run_id, "loss")] == [1, 2, 3, 4]
+        assert run.data.metrics["pixel_auroc"] == built.metrics()["categories"][category]["pixel_auroc"]
+    (parent,) = (run for run in runs if "mlflow.parentRunId" not in run.data.tags)
+    assert "loss" not in parent.data.metrics
 
 
 def test_kedro_describes_its_catalog(built: Project) -> None:
@@ -250,11 +268,12 @@ def test_pictures_of_ones_own_are_predicted(built: Project, photographs: Path) -
         *shlex.split("kedro run --pipelines predict --namespaces sample_brick --params predict.images=photographs")
     )
     by_command = pd.read_csv(built.folder / "results/scores.csv")
-    by_kedro = pd.read_csv(built.folder / "data/07_model_output/sample_brick_predictions/scores.csv")
+    by_kedro = pd.read_csv(built.folder / "data/predictions/sample_brick/scores.csv")
     assert len(by_command) == 2
     assert list(by_command["score"]) == list(by_kedro["score"])
-    for folder in ("results", "photographs", "data/07_model_output/sample_brick_predictions"):
+    for folder in ("results", "photographs"):
         shutil.rmtree(built.folder / folder)
+    assert "up to date" in built.run("dvc", "status")
 
 
 def test_mlflow_shows_the_runs(built: Project) -> None:

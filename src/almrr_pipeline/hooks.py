@@ -13,6 +13,7 @@ from kedro.framework.context import KedroContext
 from kedro.framework.hooks import hook_impl
 from kedro.io import DataCatalog
 from kedro.pipeline import Pipeline
+from kedro.pipeline.node import Node
 from kedro_mlflow.framework.hooks import MlflowHook
 
 from almrr_pipeline.config_loader import ParamsYamlLoader
@@ -44,27 +45,54 @@ class TrackingHook(MlflowHook):  # type: ignore[misc]  # kedro-mlflow is not typ
         own = self._parameters.for_category(categories[0]) if len(categories) == 1 else self._parameters
         mlflow.log_params(flatten(own.model_dump(mode="json")))
         stages = run_params.get("pipeline_names") or ["all"]
-        mlflow.set_tags(run_tags(self._project, stage="+".join(stages), category="+".join(categories)))
+        self._stage = "+".join(stages)
+        mlflow.set_tags(run_tags(self._project, stage=self._stage, category="+".join(categories)))
+        self._by_category = len(run_params.get("namespaces") or ()) != 1
+        self._children: dict[str, str] = {}
         if len(categories) == 1:
             mlflow.set_tag("mlflow.runName", f"{'+'.join(stages)} {categories[0]}")
+
+    @hook_impl
+    def before_node_run(self, node: Node, catalog: DataCatalog, inputs: dict[str, Any], is_async: bool) -> None:
+        """In a run of several categories, let what a node logs go to its category's child run."""
+        super().before_node_run(node=node, catalog=catalog, inputs=inputs, is_async=is_async)
+        if self._is_mlflow_enabled and self._by_category and node.namespace:
+            self._start_child(node.namespace)
+
+    @hook_impl
+    def after_node_run(self, node: Node) -> None:
+        """Return to the parent run."""
+        if self._is_mlflow_enabled and self._by_category and node.namespace:
+            mlflow.end_run()
 
     @hook_impl
     def after_dataset_saved(self, dataset_name: str, data: Any) -> None:  # noqa: ANN401  whatever was saved
         """Log the metrics of a category as they are found, and those of a report with a child run per category."""
         if not self._is_mlflow_enabled:
             return
-        if dataset_name.endswith(".metrics"):
+        category, _, name = dataset_name.rpartition(".")
+        if name == "metrics" and self._by_category:
+            self._log_child(category, data)
+        elif name == "metrics":
             mlflow.log_metrics(numbers(data))
-        elif dataset_name == "summary":
+        elif name == "summary":
             mlflow.log_metrics(numbers(data["mean"]))
-            for category, metrics in data["categories"].items():
-                self._log_child(category, metrics)
+            for one, metrics in data["categories"].items():
+                self._log_child(one, metrics)
 
     def _log_child(self, category: str, metrics: Mapping[str, Any]) -> None:
-        with mlflow.start_run(run_name=category, nested=True):
-            mlflow.log_params(flatten(self._parameters.for_category(category).model_dump(mode="json")))
-            mlflow.set_tags(run_tags(self._project, stage="report", category=category))
-            mlflow.log_metrics(numbers(metrics))
+        self._start_child(category)
+        mlflow.log_metrics(numbers(metrics))
+        mlflow.end_run()
+
+    def _start_child(self, category: str) -> None:
+        """Open a category's child run, again if there is one."""
+        if category in self._children:
+            mlflow.start_run(run_id=self._children[category], nested=True)
+            return
+        self._children[category] = mlflow.start_run(run_name=category, nested=True).info.run_id
+        mlflow.log_params(flatten(self._parameters.for_category(category).model_dump(mode="json")))
+        mlflow.set_tags(run_tags(self._project, stage=self._stage, category=category))
 
     def _log_param(self, name: str, value: Any) -> None:  # noqa: ANN401
         """Leave out kedro-mlflow's own logging, which would write each typed section as one string."""
@@ -97,19 +125,24 @@ def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 def run_tags(project: Path, *, stage: str, category: str) -> dict[str, str]:
     """Stage, category, git commit and the DVC experiment's name, where there is one."""
-    tags = {"stage": stage, "category": category, "git_commit": git_commit(project)}
+    tags = {"stage": stage, "category": category, "git_commit": git_commit(project) or "unknown"}
     if experiment := os.environ.get("DVC_EXP_NAME"):
         tags["dvc_experiment"] = experiment
     return tags
 
 
-def git_commit(project: Path) -> str:
-    """The commit that is checked out, with `+` where files differ from it, or `unknown` outside of git."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"],
-        cwd=project,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return described.stdout.strip() or "unknown"
+def git_commit(project: Path) -> str | None:
+    """The commit that is checked out, followed by `with changes` where files differ from it; None outside of git.
+
+    dvc.lock does not count: DVC writes it while the stages run.
+    """
+    hash_ = ["git", "rev-parse", "--short=12", "HEAD"]
+    status = ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock"]
+    try:
+        commit, changes = (
+            subprocess.run(command, cwd=project, capture_output=True, text=True, check=True).stdout.strip()
+            for command in (hash_, status)
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{commit} with changes" if changes else commit

@@ -42,6 +42,8 @@ class FolderDataset(AbstractDataset[FillsFolder, Any]):
     def save(self, data: FillsFolder) -> None:
         """Fill a folder beside the final one, then put it in its place."""
         self._folder.parent.mkdir(parents=True, exist_ok=True)
+        for killed in self._folder.parent.glob(f".{self._folder.name}.????????"):
+            shutil.rmtree(killed)  # what a process left that had no time to clean up
         beside = Path(tempfile.mkdtemp(prefix=f".{self._folder.name}.", dir=self._folder.parent))
         try:
             beside.chmod(0o755)  # mkdtemp's 0o700 would lock colleagues out of a shared disk
