@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import threading
@@ -98,6 +99,12 @@ def test_description_names_the_pictures_and_counts_but_no_place_of_this_machine(
     text = (folder / "pool.json").read_text(encoding="utf-8")
     assert str(folder.parent) not in text
     assert sorted(path.stem for path in folder.iterdir()) == sorted([*said["arrays"], "pool"])
+
+
+def test_description_holds_the_arrays_checksums(folder: Path, pool: Pool) -> None:
+    said = {name: array["sha256"] for name, array in pool.description["arrays"].items()}
+    assert said == {path.stem: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.npy")}
+    assert len(said) == 8
 
 
 def test_pool_is_the_same_whatever_the_number_of_processes(

@@ -6,11 +6,12 @@ masks.npy           uint8 (N, H, W)      1 where the anomaly is, else 0
 source.npy          int64 (N,)           which normal picture it was made of
 held_normals.npy, held_augmented.npy, held_masks.npy, held_source.npy
                     the same, made of the held-out normal pictures with random numbers of their own
-pool.json           counts, shapes, seed, parameters, and the pictures it was made of
+pool.json           counts, shapes, checksums, seed, parameters, and the pictures it was made of
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -156,7 +157,12 @@ class SimulatedPool:
             "tile_scale": self.tile_scale,
             **asdict(self.recipe),
             "arrays": {
-                name: {"shape": shape, "dtype": np.dtype(dtype).name} for name, (shape, dtype) in shapes.items()
+                name: {
+                    "shape": shape,
+                    "dtype": np.dtype(dtype).name,
+                    "sha256": _digest(folder / f"{name}.npy"),  # by which a training knows the pool it may go on with
+                }
+                for name, (shape, dtype) in shapes.items()
             },
             "training_images": [_relative(path, self.root) for path in training.pictures],
             "held_out_images": [_relative(path, self.root) for path in held_out.pictures],
@@ -264,6 +270,11 @@ def _open_array(folder: Path, name: str, said: dict[str, Any]) -> npt.NDArray[An
     if list(array.shape) != said["shape"] or array.dtype != said["dtype"]:
         raise ValueError(f"{name}.npy is {array.dtype} {array.shape}, expected {said['dtype']} {said['shape']}")
     return array
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _relative(path: Path, root: Path) -> str:
