@@ -41,3 +41,11 @@ def test_seeds_of_a_category_become_mean_and_deviation() -> None:
 def test_seeds_that_leave_a_metric_undefined_are_left_out() -> None:
     found = summarize_seeds({"x_seed0": {"image_auroc": None}, "x_seed1": {"image_auroc": 0.8}})
     assert found["x"]["image_auroc"] == {"mean": 0.8, "deviation": None, "seeds": 1}
+
+
+def test_a_run_without_a_seed_in_its_name_is_not_pooled_with_the_seeds() -> None:
+    runs = {"grid": {"pixel_ap": 0.9}, "grid_seed0": {"pixel_ap": 0.1}, "grid_seed1": {"pixel_ap": 0.3}}
+    found = summarize_seeds(runs)
+    assert found["grid"]["pixel_ap"] == {"mean": 0.9, "deviation": None, "seeds": 1}
+    assert found["grid_seed*"]["pixel_ap"]["mean"] == pytest.approx(0.2)
+    assert found["grid_seed*"]["pixel_ap"]["seeds"] == 2

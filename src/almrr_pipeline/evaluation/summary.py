@@ -32,7 +32,8 @@ def summarize_seeds(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[
 
     Args:
         metrics: content of metrics.json by category; X_seed0, X_seed1 ... are runs of X, any other name is the only
-            run of itself.
+            run of itself. Where X is there too, its own run is not one of theirs (its seed may be any), and theirs
+            are called X_seed*.
 
     Returns:
         By category, by metric: `mean` (None if no run defines it), `deviation` (None with fewer than two), and `seeds`,
@@ -40,7 +41,9 @@ def summarize_seeds(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[
     """
     runs: dict[str, dict[str, Mapping[str, Any]]] = {}
     for category, values in metrics.items():
-        runs.setdefault(split_seed(category)[0], {})[category] = values
+        repeated, seed = split_seed(category)
+        name = f"{repeated}_seed*" if seed is not None and repeated in metrics else repeated
+        runs.setdefault(name, {})[category] = values
     return {
         category: {name: _spread(_defined(of, name)) for name in _metric_names(of)} for category, of in runs.items()
     }
