@@ -57,7 +57,9 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
         pytest.skip("this system cannot fork")
     folder = tmp_path_factory.mktemp("processes")
     command = [sys.executable, str(Path(__file__).with_name("processes.py")), str(folder)]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False, capture_output=True)
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False, capture_output=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr.decode()
     return folder, json.loads(done.stdout)
 

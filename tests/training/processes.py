@@ -1,4 +1,5 @@
-"""Trains the tiny model in processes of its own: some die on the way, one for each of DEATHS; two share a training.
+"""Trains the tiny model in processes of its own: some die on the way, one for each of DEATHS; two share a training, and
+two more share one that ends early.
 
 Not a test: run once by the fixture `processes`. Prints how each process ended (as subprocess counts: minus the signal's
 number, or the exit status), as JSON.
@@ -52,17 +53,8 @@ def die_in_the_middle_of_writing(which: int) -> None:
 
 
 def train_together(folder: Path, *, rank: int, port: int) -> None:
-    """Train as one of two processes, as torchrun would start it; leave weights and reported steps in the folder."""
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "GROUP_RANK": "0",
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "TORCHELASTIC_RUN_ID": "test",
-    }
+    """Train as one of two processes; leave weights and reported steps in the folder."""
+    appear_started_by_torchrun(rank=rank, port=port)
     model = build_model(drop_path=0.0)
     reported: list[int] = []
     settings = {**SETTINGS, **TOGETHER, "devices": 2}
@@ -77,6 +69,36 @@ def train_together(folder: Path, *, rank: int, port: int) -> None:
         history.to_csv(folder / f"history_{rank}.csv", index=False)
     finally:
         torch.save({"weights": model.state_dict(), "reported": reported}, folder / f"rank_{rank}.pt")
+
+
+def train_together_until_asked(folder: Path, *, rank: int, port: int) -> None:
+    """Train as one of two processes, of which the second alone is sent SIGTERM, in the middle of its second step."""
+    appear_started_by_torchrun(rank=rank, port=port)
+    model = build_model()
+    steps = 0
+
+    def ask(*_: object) -> None:
+        nonlocal steps
+        steps += 1
+        if (rank, steps) == (1, 2):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    model.frm.register_forward_hook(ask)
+    settings = {**SETTINGS, **TOGETHER, "steps": 6, "checkpoint_every": 100, "devices": 2}
+    fit(model, build_pool(), scratch=folder / "asked", **settings)
+
+
+def appear_started_by_torchrun(*, rank: int, port: int) -> None:
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "GROUP_RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "TORCHELASTIC_RUN_ID": "test",
+    }
 
 
 def start(function: Callable[..., None], *arguments: Any, **named: Any) -> int:
@@ -98,15 +120,23 @@ def wait_for(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+def find_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
 def main() -> None:
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
     ended = {name: wait_for(start(train_and_die, folder / name, **death)) for name, death in DEATHS.items()}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = find_port()
     pair = [start(train_together, folder, rank=rank, port=port) for rank in range(2)]
     ended |= {f"rank {rank}": wait_for(child) for rank, child in enumerate(pair)}
+    port = find_port()
+    pair = [start(train_together_until_asked, folder, rank=rank, port=port) for rank in range(2)]
+    ended |= {f"rank {rank} of those asked": wait_for(child) for rank, child in enumerate(pair)}
     print(json.dumps(ended))
 
 

@@ -56,3 +56,19 @@ def test_checkpoints_are_removed_by_the_main_process(
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AlmrrError, match=r"batch_size 3 cannot be shared equally by 2 devices; take 4"):
         fit(build_model(), build_pool(), scratch=tmp_path, **{**SETTINGS, "batch_size": 3, "devices": 2})
+
+
+def test_processes_end_together_though_one_alone_was_asked_to(processes: tuple[Path, dict[str, int]]) -> None:
+    folder, ended = processes
+    assert (ended["rank 0 of those asked"], ended["rank 1 of those asked"]) == (128 + 15, 128 + 15)
+    assert [path.name for path in (folder / "asked").rglob("*.ckpt")] == ["step_000000002.ckpt"]
+
+
+def test_a_second_shared_training_in_a_process_is_refused(tmp_path: Path) -> None:
+    rendezvous = (tmp_path / "rendezvous").as_uri()
+    torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=0, world_size=1)
+    try:
+        with pytest.raises(AlmrrError, match=r"one category per process.*--namespaces"):
+            fit(build_model(), build_pool(), scratch=tmp_path, **{**SETTINGS, "devices": 2})
+    finally:
+        torch.distributed.destroy_process_group()

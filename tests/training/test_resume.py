@@ -63,17 +63,6 @@ def test_an_interrupted_training_ends_equal_to_the_bit(
     assert list(scratch.iterdir()) == []
 
 
-def interrupt(model: Any, pool: Any, scratch: Path, *, at: int) -> None:
-    """Train until a row, then fail, in this process."""
-
-    def fail(step: int, _: Any) -> None:
-        if step == at:
-            raise InterruptedError
-
-    with pytest.raises(InterruptedError):
-        fit(model, pool, scratch=scratch, on_metrics=fail, **SETTINGS)
-
-
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A scratch folder with the checkpoints of steps 3 and 6."""

@@ -11,6 +11,8 @@ import json
 import logging
 import os
 import shutil
+import signal
+import threading
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -30,7 +32,9 @@ KEPT = 2
 
 
 def fingerprint(values: Mapping[str, Any], files: Iterable[Path] = ()) -> str:
-    """One short name for parameters, data and code: equal if and only if they are equal.
+    """One short name for parameters, data and code: equal if and only if the values and the files' contents are.
+
+    Data stand in `values` by their checksums: a pool by its pool.json, which holds those of its arrays.
 
     Args:
         values: parameters and whatever else decides the result; anything that JSON can hold.
@@ -127,7 +131,8 @@ class CheckpointFolder:
 class PeriodicCheckpoint(Callback):
     """Writes a checkpoint every so many steps, and one more when the process is asked to end (SIGTERM).
 
-    It must stand last among the callbacks, so that it saves what the others have learnt from the step.
+    It must stand last among the callbacks, so that it saves what the others have learnt from the step. Where processes
+    share a training, all of them end after the same step if any was asked to.
 
     Args:
         folder: where to.
@@ -139,19 +144,35 @@ class PeriodicCheckpoint(Callback):
         self._folder = folder
         self._every = every
         self._after_last = after_last
+        self._asked_to_end = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Where processes share the training, take Lightning's place as the one that SIGTERM is told to.
+
+        Lightning's handler talks to the other processes wherever the signal finds this one, and ends this one between
+        two steps without asking them; either way some wait for ever. Its teardown puts back what was there before.
+        """
+        if trainer.world_size > 1 and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._note_request)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """Save after the step if its turn has come."""
         step = trainer.global_step
         due = self._after_last if step == trainer.max_steps else step % self._every == 0
-        if due or trainer.received_sigterm:
+        asked_to_end = trainer.strategy.reduce_boolean_decision(
+            self._asked_to_end or trainer.received_sigterm, all=False
+        )
+        if due or asked_to_end:
             trainer.save_checkpoint(self._folder.place(step))
             if trainer.is_global_zero:
                 self._folder.prune()
-        if trainer.received_sigterm:
+        if asked_to_end:
             logger.warning("Asked to end at step %d; the next run goes on from there.", step)
             raise SIGTERMException
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Bind the checkpoint to the training's fingerprint."""
         checkpoint["fingerprint"] = self._folder.key
+
+    def _note_request(self, *_: object) -> None:
+        self._asked_to_end = True

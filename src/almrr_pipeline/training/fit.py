@@ -7,7 +7,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -123,8 +123,8 @@ def fit(
         steps.
 
     Raises:
-        AlmrrError: the pool does not fit, a loss or gradient is not finite, memory runs out, or the devices asked
-            for do not exist; says what to do.
+        AlmrrError: the pool does not fit, a loss or gradient is not finite, memory runs out, the devices asked for do
+            not exist, or this process has shared a training between devices before; says what to do.
         SystemExit: in all processes but the main one, with status 0 when the training is done: whatever the caller does
             with the model is done once. In the main process, with status 143, after SIGTERM.
     """
@@ -193,9 +193,10 @@ def fit(
             max_steps=steps,
             default_root_dir=scratch,
         )
+        _check_alone(processes=trainer.world_size)
         _check_share(batch_size, processes=trainer.world_size, image_size=model.image_size)
         memory = explained_memory(batch_size=batch_size, devices=trainer.world_size, precision=precision)
-        with memory, explained_compilation():
+        with memory, explained_compilation() if compile else nullcontext():
             trainer.fit(module, ckpt_path=_find_start(folder))
         if best is not None:
             best.restore_best(module)
@@ -218,6 +219,16 @@ def _find_start(folder: checkpoints.CheckpointFolder) -> Path | None:
     if start is not None:
         logger.info("Going on from the checkpoint %s.", start)
     return start
+
+
+def _check_alone(*, processes: int) -> None:
+    """Refuse a second shared training in one process: the first one's process group outlives it."""
+    if processes > 1 and torch.distributed.is_available() and torch.distributed.is_initialized():
+        raise AlmrrError(
+            f"This process has shared a training between devices before and cannot share another one by {processes} "
+            "devices: train one category per process, with `kedro run --pipelines train --namespaces CATEGORY` or "
+            "`dvc repro train`, or set train.devices to 1."
+        )
 
 
 def _check_share(batch_size: int, *, processes: int, image_size: tuple[int, int]) -> None:

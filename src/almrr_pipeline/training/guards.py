@@ -71,7 +71,7 @@ def explained_compilation() -> Iterator[None]:
     Raises:
         AlmrrError: the model could not be compiled inside the context.
     """
-    from torch._dynamo.exc import TorchDynamoException  # slow to import, and needed by trainings alone
+    from torch._dynamo.exc import TorchDynamoException  # slow to import
 
     try:
         yield

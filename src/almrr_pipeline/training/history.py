@@ -56,8 +56,8 @@ class HistoryRecorder(Callback):
         self._extra: dict[str, float] = {}
 
     def add(self, name: str, value: float) -> None:
-        """Put a value that is measured now and then into the next row."""
-        self._extra[name] = value
+        """Put a value that is measured now and then into the next row: the largest, if there are several."""
+        self._extra[name] = max(value, self._extra.get(name, value))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Report again what a checkpoint brought back, so that a new log of curves is whole."""
