@@ -31,7 +31,7 @@ def test_a_mistyped_category_lists_the_known_ones_the_closest_first() -> None:
     assert all(category in str(caught.value) for category in known_categories())
 
 
-@pytest.mark.parametrize("category", ["folder_", "folder_../other", "folder_a/b"])
+@pytest.mark.parametrize("category", ["folder_", "folder_../other", "folder_a/b", "folder_line.3"])
 def test_a_folder_needs_a_name_that_stays_in_its_place(category: str) -> None:
     with pytest.raises(AlmrrError, match="folder_NAME"):
         source_for(category)

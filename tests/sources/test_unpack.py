@@ -150,6 +150,30 @@ def test_an_archive_bomb_is_refused(tmp_path: Path, kind: str) -> None:
     assert_refused(archive, tmp_path / "work", r"unpacks to more than 1 MiB", allowance=1 << 20)
 
 
+def sparse_tar(kind: str, size: int) -> bytes:
+    """A tar of one file without content, all of whose `size` bytes are a hole."""
+    info = tarfile.TarInfo("bomb.png")
+    if kind == "pax":
+        info.pax_headers = {"GNU.sparse.map": f"{size},0", "GNU.sparse.size": str(size)}
+        return tar_with(info)
+    info.type = tarfile.GNUTYPE_SPARSE
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[386:398] = header[483:495] = b"%011o\0" % size  # where the only block of data would begin, and the real size
+    header[398:410] = b"%011o\0" % 0
+    header[148:156] = b" " * 8  # counts as spaces in its own sum
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header) + bytes(2 * tarfile.BLOCKSIZE)
+
+
+@pytest.mark.parametrize("kind", ["gnu", "pax"])
+def test_a_sparse_file_which_needs_no_bytes_in_the_archive_is_refused(tmp_path: Path, kind: str) -> None:
+    archive = save(tmp_path, sparse_tar(kind, 4 << 20))
+    with tarfile.open(archive) as opened:
+        assert opened.getmembers()[-1].size == 4 << 20
+
+    assert_refused(archive, tmp_path / "work", r"'bomb\.png', a link or a device or a sparse file", allowance=1 << 20)
+
+
 def test_a_bomb_in_a_header_is_refused(tmp_path: Path) -> None:
     header = tarfile.TarInfo("././@LongLink")
     header.type = tarfile.GNUTYPE_LONGNAME

@@ -56,14 +56,14 @@ def source_for(category: str) -> Source:
     Raises:
         AlmrrError: no source has it; names the most similar ones first.
     """
-    if re.fullmatch(rf"{FOLDER_PREFIX}[\w.-]+", category):
+    if re.fullmatch(rf"{FOLDER_PREFIX}[\w-]+", category):  # without dots, which the catalogue's patterns split at
         return SOURCES["folder"]
     for source in SOURCES.values():
         if category in source.categories:
             return source
     raise AlmrrError(
         f"categories: there is no {category!r}. Known are {_similar_first(category, known_categories())}, and "
-        f"{FOLDER_PREFIX}NAME (letters, digits, _, - and .) for pictures of your own."
+        f"{FOLDER_PREFIX}NAME (letters, digits, _ and -) for pictures of your own."
     )
 
 

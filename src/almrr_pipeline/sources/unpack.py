@@ -1,4 +1,4 @@
-"""Unpack archives that nobody has to trust: no path outside, no links, no devices, no bombs, and all or nothing."""
+"""Unpack archives that nobody has to trust: plain files and folders alone, none outside, no bombs, all or nothing."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def unpack(archive: Path, target: Path, *, limits: Limits | None = None) -> None
         beside.mkdir()
         try:
             with _report_broken(archive):
-                _write_members(archive, beside, _Budget(archive, limits or Limits()))
+                _write_members(archive, beside, limits or Limits())
             beside.rename(target)
         finally:
             if beside.exists():
@@ -153,13 +153,14 @@ def _report_broken(archive: Path) -> Iterator[None]:
         raise AlmrrError(f"{archive.name} is truncated or broken ({reason}); fetch it again.") from error
 
 
-def _write_members(archive: Path, folder: Path, budget: _Budget) -> None:
+def _write_members(archive: Path, folder: Path, limits: Limits) -> None:
     with archive.open("rb") as raw:
-        members = _zip_members if raw.read(2) == b"PK" else _tar_members
+        members = _zip_members(archive) if raw.read(2) == b"PK" else _tar_members(archive, _Budget(archive, limits))
+    written = _Budget(archive, limits)
     with track(None, unit="files", description=f"unpack {archive.name}") as advance:
-        for member in members(archive, budget):
-            budget.count_member()
-            _write_member(member, _place_of(member, folder, archive), archive)
+        for member in members:
+            written.count_member()
+            _write_member(member, _place_of(member, folder, archive), archive, written)
             advance(1)
 
 
@@ -175,8 +176,8 @@ def _place_of(member: _Member, folder: Path, archive: Path) -> Path:
         )
     if member.kind == "other":
         raise AlmrrError(
-            f"{archive.name} holds {member.name!r}, a link or a device; only files and folders are unpacked, so "
-            "nothing was. Fetch it from a place that you trust, or pack it again without."
+            f"{archive.name} holds {member.name!r}, a link or a device or a sparse file; only plain files and "
+            "folders are unpacked, so nothing was. Fetch it from a place that you trust, or pack it again without."
         )
     if not member.name.isprintable() or not _is_unicode(member.name):
         raise AlmrrError(f"{archive.name} holds the name {member.name!r}, which is not UTF-8 text; pack it again.")
@@ -188,14 +189,14 @@ def _is_unicode(name: str) -> bool:
     return not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
-def _write_member(member: _Member, place: Path, archive: Path) -> None:
+def _write_member(member: _Member, place: Path, archive: Path, budget: _Budget) -> None:
     try:
         if member.kind == "folder":
             place.mkdir(parents=True, exist_ok=True)
             return
         place.parent.mkdir(parents=True, exist_ok=True)
-        with place.open("xb") as copy, member.open() as stream:
-            shutil.copyfileobj(stream, copy, _BLOCK)
+        with place.open("xb") as copy, _Metered(member.open(), budget) as stream:
+            shutil.copyfileobj(cast(IO[bytes], stream), copy, _BLOCK)
     except (FileExistsError, NotADirectoryError, IsADirectoryError):
         raise AlmrrError(
             f"{archive.name} holds {member.name!r} twice, or as a file and a folder; nothing was unpacked. "
@@ -203,7 +204,7 @@ def _write_member(member: _Member, place: Path, archive: Path) -> None:
         ) from None
 
 
-def _zip_members(archive: Path, budget: _Budget) -> Iterator[_Member]:
+def _zip_members(archive: Path) -> Iterator[_Member]:
     with zipfile.ZipFile(archive) as opened:
         for info in opened.infolist():
             kind = stat.S_IFMT(info.external_attr >> 16)  # 0 when it was not packed on Unix
@@ -212,12 +213,8 @@ def _zip_members(archive: Path, budget: _Budget) -> Iterator[_Member]:
             yield _Member(
                 info.filename,
                 "folder" if folder else "file" if regular else "other",
-                partial(_open_zipped, opened, info, budget),
+                partial(opened.open, info),
             )
-
-
-def _open_zipped(opened: zipfile.ZipFile, info: zipfile.ZipInfo, budget: _Budget) -> IO[bytes]:
-    return cast(IO[bytes], _Metered(opened.open(info), budget))
 
 
 def _open_tarred(opened: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:
@@ -225,7 +222,10 @@ def _open_tarred(opened: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:
 
 
 def _tar_members(archive: Path, budget: _Budget) -> Iterator[_Member]:
-    """Read a tar in one pass; the decompressor is ours, because tarfile's own takes a truncated stream for an end."""
+    """Read a tar in one pass; the decompressor is ours, because tarfile's own takes a truncated stream for an end.
+
+    The budget is for all that comes out of the decompressor, headers and what lies behind the last member included.
+    """
     with archive.open("rb") as raw:
         start = raw.read(6)
     opener = next((opener for magic, opener in _COMPRESSIONS.items() if start.startswith(magic)), None)
@@ -234,9 +234,10 @@ def _tar_members(archive: Path, budget: _Budget) -> Iterator[_Member]:
     stream = _Metered(cast(IO[bytes], opener(archive)) if opener else archive.open("rb"), budget)
     with stream, tarfile.open(fileobj=cast(IO[bytes], stream), mode="r|") as opened:
         for info in opened:
+            regular = info.isreg() and not info.issparse()  # a sparse file's holes are made up, whatever their size
             yield _Member(
                 info.name,
-                "folder" if info.isdir() else "file" if info.isreg() else "other",
+                "folder" if info.isdir() else "file" if regular else "other",
                 partial(_open_tarred, opened, info),
             )
         while stream.read(_BLOCK):  # on to the checksum at the end of the compressed stream
