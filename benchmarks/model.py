@@ -3,7 +3,7 @@
     python benchmarks/model.py [--device cpu] [--batches 1 8 32] [--step-batches 4] [--authors-up-to 8]
         [--precision float32] [--compile] [--weights FILE --stride-in-1x1] [--quick]
 
-The paper's widths on ResNet-50 and 256x256 pictures; both sides hold equal weights and are timed in one run. The
+The paper's widths on ResNet-50 and 256x256 pictures; both sides have equal architectures and are timed in one run. The
 authors' formulation is benchmarks/authors.py, with mamba_ssm's reference scan (a loop over tokens by index), and once
 more with this package's fastest scan in its place, so that one sees what the scan alone makes. Without --weights the
 weights are random, which costs the same time. Above --authors-up-to pictures a batch the authors' side is left out: it
