@@ -92,6 +92,30 @@ def test_an_override_of_what_cannot_differ_is_refused(values: dict[str, Any], se
         parse_parameters(values)
 
 
+@pytest.mark.parametrize(
+    ("section", "name", "value"), [("data", "mirror", "/mnt"), ("data", "strict", True), ("report", "title", "Mine")]
+)
+def test_an_override_without_effect_is_refused(values: dict[str, Any], section: str, name: str, value: object) -> None:
+    values["overrides"] = {"sample_grass": {section: {name: value}}}
+    with pytest.raises(AlmrrError, match=rf"overrides\.sample_grass\.{section}\.{name}: .* may differ"):
+        parse_parameters(values)
+
+
+@pytest.mark.parametrize(
+    ("section", "changes"),
+    [
+        ("data", {"image_size": [128, 128], "tiling": {"enabled": True}, "calibration": 0.2}),
+        ("report", {"examples": 5}),
+    ],
+)
+def test_an_override_with_an_effect_is_taken(values: dict[str, Any], section: str, changes: dict[str, Any]) -> None:
+    values["overrides"] = {"sample_grass": {section: changes}}
+    own = parse_parameters(values).for_category("sample_grass").model_dump(mode="json")
+    assert own[section] == values[section] | changes | (
+        {"tiling": values["data"]["tiling"] | {"enabled": True}} if section == "data" else {}
+    )
+
+
 def test_sections_are_frozen(values: dict[str, Any]) -> None:
     parameters: Parameters = parse_parameters(values)
     with pytest.raises(ValueError, match="frozen"):

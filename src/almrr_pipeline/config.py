@@ -209,6 +209,8 @@ _REPEATED = re.compile(r"(?P<data_set>.+)_seed(?P<seed>\d+)")
 
 OVERRIDABLE = frozenset({"data", "synthesis", "model", "scan", "train", "threshold", "evaluate", "report"})
 """Sections that may differ by category; the backbone's weights are fetched once for all."""
+_OVERRIDABLE_VALUES = {"data": {"image_size", "tiling", "calibration"}, "report": {"examples"}}
+"""Of these sections only this; the rest is asked for all categories together."""
 
 
 class Parameters(Section):
@@ -244,6 +246,13 @@ class Parameters(Section):
                     f"overrides.{category}.{unknown}: not a section that may differ; those are "
                     + ", ".join(sorted(OVERRIDABLE))
                 )
+            for section, allowed in _OVERRIDABLE_VALUES.items():
+                for unknown in sections.get(section, {}).keys() - allowed:
+                    raise ValueError(
+                        f"overrides.{category}.{section}.{unknown}: is the same for all categories; of {section} only "
+                        + ", ".join(sorted(allowed))
+                        + " may differ"
+                    )
         return self
 
     def for_category(self, category: str) -> Parameters:

@@ -117,7 +117,11 @@ def test_hostile_words_stay_words(report: Report) -> None:
     values = report.parameters.model_dump(mode="json")
     values |= {"suite": HOSTILE, "categories": [HOSTILE], "report": {"title": HOSTILE}}
     hostile = replace(
-        report, parameters=parse_parameters(values), categories=[category], versions={HOSTILE: HOSTILE}, commit=HOSTILE
+        report,
+        parameters=parse_parameters(values),
+        categories=[category],
+        versions={HOSTILE: HOSTILE},
+        commit=f"0123abc{HOSTILE}",
     )
     text = render_report(hostile)
     page = Page(text)
@@ -190,6 +194,27 @@ def test_commit_and_versions_are_on_the_page(report: Report, page: Page) -> None
     assert "git checkout 0123abc dvc repro" in page.text
     assert "torch 2.6.0" in page.text
     assert "git checkout" not in render_report(replace(report, commit=None))
+
+
+def test_only_a_hash_is_checked_out(report: Report, page: Page) -> None:
+    changed = Page(render_report(replace(report, commit="0123abc with changes")))
+    assert "git checkout 0123abc dvc repro" in changed.text
+    assert "with uncommitted changes" in changed.text
+    assert "with uncommitted changes" not in page.text
+    assert "git checkout" not in render_report(replace(report, commit="unknown"))
+
+
+def test_secrets_and_folders_stay_off_the_page(report: Report) -> None:
+    text = with_parameters(
+        report,
+        data={
+            "mirror": "https://user:password@example.org/data?token=abc",
+            "source": {"folder_tiles": "/home/somebody/tiles.zip"},
+        },
+        backbone={"weights": "/home/somebody/weights.pth"},
+    ).text
+    assert all(word in text for word in ("example.org/data", "tiles.zip", "weights.pth"))
+    assert not any(word in text for word in ("password", "token", "somebody"))
 
 
 def test_sections_without_content_are_left_out(report: Report) -> None:

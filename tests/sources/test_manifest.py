@@ -22,7 +22,6 @@ from almrr_pipeline.sources.manifest import (
     Counts,
     Item,
     build_manifest,
-    read_manifest,
     split_calibration,
     training_split,
 )
@@ -71,32 +70,6 @@ def test_normal_pictures_have_no_mask(items: list[Item], tmp_path: Path) -> None
 
     assert set(manifest.loc[manifest["label"] == "normal", "mask"]) == {""}
     assert set(manifest.loc[manifest["label"] == "normal", "defect"]) == {"good"}
-
-
-def test_a_saved_list_is_read_back_equal(items: list[Item], tmp_path: Path) -> None:
-    odd = [
-        (item.image, item.image.with_name(f'NA, "{item.image.stem}" é.png')) for item in items if item.split == "train"
-    ]
-    for old, new in odd:
-        if sys.platform == "win32":
-            new = new.with_name(new.name.replace('"', "'"))
-        old.rename(new)
-    items = source_for("mvtec_wood").items("mvtec_wood", tmp_path / "01_raw" / "mvtec_wood")
-    manifest = build(items, tmp_path)
-    manifest.to_csv(tmp_path / "manifest.csv", index=False)
-
-    pd.testing.assert_frame_equal(read_manifest(tmp_path / "manifest.csv"), manifest, check_dtype=False)
-
-
-def test_a_list_that_is_missing_or_of_another_kind_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(AlmrrError, match="There is no list of pictures"):
-        read_manifest(tmp_path / "absent.csv")
-    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(AlmrrError, match="has the columns a, b"):
-        read_manifest(tmp_path / "other.csv")
-    (tmp_path / "empty.csv").write_text("")
-    with pytest.raises(AlmrrError, match="no list of pictures"):
-        read_manifest(tmp_path / "empty.csv")
 
 
 def test_equal_counts_pass_where_strict(items: list[Item], tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 
 from almrr_pipeline.errors import AlmrrError
+from almrr_pipeline.evaluation.maps import AnomalyMap
 from almrr_pipeline.images import ImageArray, MaskArray
-from almrr_pipeline.reporting.overlays import AnomalyMap, draw_panel, encode_picture
+from almrr_pipeline.reporting.overlays import draw_panel, encode_picture
 
 ExampleKind = Literal["best", "typical", "worst"]
 Result = tuple[ImageArray, MaskArray | None, AnomalyMap]

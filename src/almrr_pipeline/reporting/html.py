@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 import jinja2
+import numpy as np
 import pandas as pd
 from markupsafe import Markup
 from PIL import Image
@@ -18,10 +20,11 @@ from PIL import Image
 from almrr_pipeline.config import Parameters
 from almrr_pipeline.reporting import plots, tables
 from almrr_pipeline.reporting.examples import ExampleKind, Overlay
+from almrr_pipeline.reporting.overlays import encode_picture
+from almrr_pipeline.shown import shown_parameters
 
 _WEB_FORMATS = {"WEBP": "image/webp", "JPEG": "image/jpeg"}
 _WIDEST = 1280
-_QUALITY = 82
 _KINDS: Mapping[ExampleKind, str] = {
     "best": "Found most clearly",
     "typical": "Typical",
@@ -75,7 +78,7 @@ class Report:
         summary: means over the categories, as `evaluation.summary.summarize` gives them.
         seeds: mean and deviation over seeds, as `evaluation.summary.summarize_seeds` gives them.
         versions: package to version.
-        commit: git commit; None where there is no repository.
+        commit: git commit, as "HASH" or "HASH with changes"; None where there is no repository.
     """
 
     parameters: Parameters
@@ -108,9 +111,17 @@ def render_report(report: Report) -> str:
             definitions=_define_metrics(list(metrics.values())),
             dump=_dump_parameters(report.parameters),
             versions=report.versions,
-            commit=report.commit,
+            commit=_read_commit(report.commit),
         )
     )
+
+
+@dataclass(frozen=True)
+class _Commit:
+    """What can be checked out, and whether the files differed from it."""
+
+    hash: str
+    is_changed: bool
 
 
 @dataclass(frozen=True)
@@ -156,6 +167,12 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def _read_commit(described: str | None) -> _Commit | None:
+    """Take the hash out of "HASH" or "HASH with changes"; None for whatever does not begin with one."""
+    found = re.fullmatch(r"([0-9a-f]{7,64})(.*)", described or "", re.DOTALL)
+    return _Commit(found[1], is_changed=bool(found[2])) if found else None
 
 
 def _pick_headlines(report: Report) -> list[_Headline]:
@@ -244,17 +261,15 @@ def _embed(overlay: Overlay) -> _Example:
         if format_ not in _WEB_FORMATS or width > _WIDEST:
             scale = min(1.0, _WIDEST / width)
             width, height = round(width * scale), max(1, round(height * scale))
-            stream = io.BytesIO()
             smaller = picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
-            smaller.save(stream, "WEBP", quality=_QUALITY, method=6, use_sharp_yuv=True)
-            format_, content = "WEBP", stream.getvalue()
+            format_, content = "WEBP", encode_picture(np.asarray(smaller))
     address = f"data:{_WEB_FORMATS[format_]};base64,{base64.b64encode(content).decode('ascii')}"
     return _Example(address, overlay.caption, width, height)
 
 
 def _dump_parameters(parameters: Parameters) -> list[tuple[str, str]]:
-    """Sections of the parameters, the general ones first, a line a value, as params.yaml takes them."""
-    values: dict[str, Any] = parameters.model_dump(mode="json")
+    """Sections of the parameters, the general ones first, a line a value; what may be secret is left out."""
+    values = shown_parameters(parameters)
     general = {name: value for name, value in values.items() if not isinstance(value, dict)}
     sections = {"general": general} | {name: value for name, value in values.items() if isinstance(value, dict)}
     return [(name, _dump_lines(section)) for name, section in sections.items() if section]

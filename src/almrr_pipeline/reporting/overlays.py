@@ -15,10 +15,9 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
 from almrr_pipeline.errors import AlmrrError
+from almrr_pipeline.evaluation.maps import AnomalyMap
 from almrr_pipeline.images import ImageArray, MaskArray, resize_image, resize_mask
 
-AnomalyMap = npt.NDArray[np.float32]
-"""Anomaly map, float32 in [0, 1], shape (H, W)."""
 Colour = tuple[int, int, int]
 
 # Every fifth colour of the map "inferno" by Stefan van der Walt and Nathaniel Smith (matplotlib, CC0): its lightness

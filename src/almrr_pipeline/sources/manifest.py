@@ -141,23 +141,6 @@ def build_manifest(items: Sequence[Item], *, root: Path, expected: Counts | None
     return pd.DataFrame(rows, columns=list(COLUMNS)).sort_values(["split", "image"], ignore_index=True)
 
 
-def read_manifest(path: Path) -> pd.DataFrame:
-    """Read a list that `build_manifest` made and somebody saved as CSV without an index.
-
-    Raises:
-        AlmrrError: the file is missing, or is no such list.
-    """
-    try:
-        text = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
-    except FileNotFoundError:
-        raise AlmrrError(f"There is no list of pictures at {path}; run `dvc repro fetch`.") from None
-    except ValueError as error:  # pandas' parser errors are ValueErrors
-        raise AlmrrError(f"{path} is no list of pictures ({error}); run `dvc repro fetch` again.") from error
-    if list(text.columns) != list(COLUMNS):
-        raise AlmrrError(f"{path} has the columns {', '.join(text.columns)}; expected are {', '.join(COLUMNS)}.")
-    return text.astype({"width": int, "height": int})
-
-
 def training_split(manifest: pd.DataFrame, *, fraction: float) -> tuple[list[str], list[str]]:
     """Divide the normal training pictures of a manifest into those to train on and those held out for the thresholds.
 
