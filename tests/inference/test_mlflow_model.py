@@ -5,7 +5,9 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import mlflow
@@ -18,8 +20,41 @@ from mlflow.pyfunc.scoring_server import invocations
 from PIL import Image
 
 from almrr_pipeline.errors import AlmrrError
-from almrr_pipeline.inference.mlflow_model import ServedModel, log_model
+from almrr_pipeline.inference.mlflow_model import _REQUIREMENTS, ServedModel, log_model
 from almrr_pipeline.inference.predictor import Predictor
+
+WITH_THE_REQUIREMENTS_ALONE = """
+import sys
+from importlib import metadata
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+wanted, installed = sys.argv[1:], {"almrr-pipeline"}
+while wanted:
+    name = canonicalize_name(wanted.pop())
+    try:
+        lines = () if name in installed else metadata.requires(name) or ()
+    except metadata.PackageNotFoundError:
+        continue
+    installed.add(name)
+    needed = map(Requirement, lines)
+    wanted += [one.name for one in needed if one.marker is None or one.marker.evaluate({"extra": ""})]
+
+provided_by = metadata.packages_distributions()
+
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, name, path=None, target=None):
+        owners = {canonicalize_name(owner) for owner in provided_by.get(name, [])}
+        if not owners or owners & installed:
+            return self.finder.find_spec(name, path, target)
+
+sys.meta_path = [Without(finder) for finder in sys.meta_path]
+import almrr_pipeline.inference.files, almrr_pipeline.inference.predictor
+"""
+"""Imports what the served model imports, where nothing is to be had but the named distributions and what they need."""
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +136,20 @@ def test_requirements_are_pinned_and_the_source_travels_along(logged: ModelInfo,
     assert {"mlflow", "torch", "timm", "safetensors"} <= {line.partition("==")[0] for line in lines}
     assert (folder / "code" / "almrr_pipeline" / "inference" / "predictor.py").is_file()
     assert not list(folder.rglob("*.pkl"))
+
+
+def _import_with(requirements: Iterable[str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", WITH_THE_REQUIREMENTS_ALONE, *requirements]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_requirements_are_enough_to_predict() -> None:
+    done = _import_with(_REQUIREMENTS)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_missing_requirement_would_be_noticed() -> None:
+    assert "No module named 'einops'" in _import_with(set(_REQUIREMENTS) - {"einops"}).stderr
 
 
 def test_a_row_that_is_no_picture_is_named(served: PyFuncModel, contents: list[bytes]) -> None:

@@ -35,7 +35,18 @@ from almrr_pipeline.inference.predictor import Prediction, Predictor
 from almrr_pipeline.inference.settings import InferenceSettings
 
 _ARTIFACT = "model_folder"
-_REQUIREMENTS = ("torch", "torchvision", "timm", "numpy", "scipy", "pandas", "pillow", "pydantic", "safetensors")
+_REQUIREMENTS = (
+    "torch",
+    "torchvision",
+    "timm",
+    "einops",
+    "numpy",
+    "scipy",
+    "pandas",
+    "pillow",
+    "pydantic",
+    "safetensors",
+)
 """What the source that travels along imports for predicting; pinned to the versions that are installed at logging."""
 
 MODEL_CONFIG: dict[str, Any] = {"device": "auto", "batch_size": 8, "scan_backend": "auto"}
@@ -82,7 +93,7 @@ class ServedModel(PythonModel):
             AlmrrError: a row is no picture; says which.
         """
         with_maps = bool((params or {}).get("anomaly_map", False))
-        # The server calls from many threads; in turn, as memory is bounded and not every numba threading layer is safe.
+        # The server calls from many threads; in turn, so that only one batch at a time takes memory.
         with self._turn:
             rows = [_to_row(found, with_map=with_maps) for found in self._predictor.stream(_decode_rows(model_input))]
         return pd.DataFrame(rows).astype({"is_anomalous": object})  # None stays None, and null in JSON
