@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from almrr_pipeline.errors import AlmrrError
-from almrr_pipeline.evaluation.thresholds import conformal_threshold, proportion, rates_at
+from almrr_pipeline.evaluation.thresholds import conformal_threshold, proportion, rates_at, withdraw_guarantee
 
 
 @pytest.mark.parametrize(
@@ -47,6 +47,21 @@ def test_no_picture_gives_no_threshold_and_a_reason() -> None:
     assert threshold.value is None
     assert threshold.guaranteed_rate is None
     assert "no normal picture was held out" in threshold.undefined
+
+
+def test_a_withdrawn_guarantee_leaves_the_level_and_says_why() -> None:
+    threshold = conformal_threshold([0.2, 0.9, 0.4], 0.25)
+    withdrawn = withdraw_guarantee(threshold)
+    assert (withdrawn.value, withdrawn.rate, withdrawn.normals) == (0.9, 0.25, 3)
+    assert withdrawn.guaranteed_rate is None
+    assert withdrawn.guarantee.startswith(
+        "Nothing is guaranteed: the weights were chosen on the 3 held-out normal pict"
+    )
+
+
+def test_there_is_no_guarantee_to_withdraw_without_a_threshold() -> None:
+    undefined = conformal_threshold([], 0.25)
+    assert withdraw_guarantee(undefined) == undefined
 
 
 @pytest.mark.parametrize("normals", [5, 20, 76])

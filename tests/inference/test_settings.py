@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from pydantic import ValidationError
 
@@ -10,6 +11,8 @@ from almrr_pipeline.config import Tiling
 from almrr_pipeline.errors import AlmrrError
 from almrr_pipeline.evaluation.thresholds import conformal_threshold
 from almrr_pipeline.inference.settings import MODEL_FILES, InferenceSettings, Thresholds
+from almrr_pipeline.model.almrr import ALMRR
+from almrr_pipeline.pipelines.train.nodes import pack_model
 
 
 def _settings(**changes: object) -> InferenceSettings:
@@ -93,3 +96,24 @@ def test_wrong_content_is_explained(tmp_path: Path, content: str, complaint: str
     (_fill(tmp_path, _settings()) / "inference.json").write_text(content)
     with pytest.raises(AlmrrError, match=complaint):
         InferenceSettings.load(tmp_path)
+
+
+def test_weights_chosen_on_the_calibration_pictures_take_the_guarantee_away() -> None:
+    with_guarantee = _settings()
+    without = with_guarantee.without_guarantee()
+    for name in ("image", "pixel"):
+        before, after = getattr(with_guarantee.thresholds, name), getattr(without.thresholds, name)
+        assert (after.value, after.guaranteed_rate) == (before.value, None)
+        assert "weights were chosen on the 3 held-out normal pictures" in after.guarantee
+    assert _settings(thresholds=None).without_guarantee() == _settings(thresholds=None)
+
+
+@pytest.mark.parametrize("selected", [False, True], ids=["last", "held_out"])
+def test_a_packed_model_says_whether_its_weights_were_chosen(
+    model_folder: Path, tmp_path: Path, *, selected: bool
+) -> None:
+    history = pd.DataFrame({"step": [1], "loss": [0.5], **({"held_out_ap": [0.7]} if selected else {})})
+    pack_model(ALMRR.load(model_folder), history, _settings())(tmp_path)
+    thresholds = InferenceSettings.load(tmp_path).thresholds
+    assert thresholds is not None
+    assert (thresholds.image.guaranteed_rate is None, thresholds.pixel.guaranteed_rate is None) == (selected, selected)

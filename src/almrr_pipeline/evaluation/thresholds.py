@@ -8,7 +8,7 @@ takes part.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import numpy as np
@@ -26,7 +26,8 @@ class Threshold:
         value: the level; None if there was no picture to take it from.
         rate: the false-alarm rate that was asked for, in (0, 1).
         normals: held-out normal pictures it was taken from.
-        guaranteed_rate: the rate that these pictures can guarantee; larger than `rate` if they are too few.
+        guaranteed_rate: the rate that these pictures can guarantee; larger than `rate` if they are too few; None if
+            they guarantee none.
         guarantee: what the threshold promises, as a sentence.
         undefined: why there is no value; None if there is one.
     """
@@ -94,6 +95,21 @@ def conformal_threshold(
     rank = min(count + 1 - exceeding, count)
     guaranteed = (count + 1 - rank) / (count + 1)
     return Threshold(float(ranked[rank - 1]), rate, count, guaranteed, _promise(count, rate, guaranteed, event))
+
+
+def withdraw_guarantee(threshold: Threshold) -> Threshold:
+    """The same level without a promise: the model was chosen on the very pictures that it was taken from.
+
+    Their scores and that of a new normal picture are then no longer exchangeable, which is what the promise rests on.
+    """
+    if threshold.value is None:
+        return threshold
+    pictures = "picture" if threshold.normals == 1 else "pictures"
+    guarantee = (
+        f"Nothing is guaranteed: the weights were chosen on the {threshold.normals} held-out normal {pictures} that "
+        "the threshold was taken from (train.selection is held_out)."
+    )
+    return replace(threshold, guaranteed_rate=None, guarantee=guarantee)
 
 
 def rates_at(scores: npt.ArrayLike, labels: npt.ArrayLike, threshold: float) -> Rates:

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from almrr_pipeline.config import Positive, Section, Side, Tiling
 from almrr_pipeline.errors import AlmrrError
-from almrr_pipeline.evaluation.thresholds import Threshold
+from almrr_pipeline.evaluation.thresholds import Threshold, withdraw_guarantee
 
 SETTINGS_FILE = "inference.json"
 MODEL_FILES = ("model.safetensors", "config.json", SETTINGS_FILE)
@@ -37,6 +37,13 @@ class InferenceSettings(Section):
     """Side of the mean filter before the image score's maximum, in pixels of the map at the network's scale."""
     thresholds: Thresholds | None = None
     """None until the model has been calibrated."""
+
+    def without_guarantee(self) -> InferenceSettings:
+        """The same thresholds without a promise, for weights that were chosen on the calibration pictures."""
+        if self.thresholds is None:
+            return self
+        image, pixel = (withdraw_guarantee(one) for one in (self.thresholds.image, self.thresholds.pixel))
+        return self.model_copy(update={"thresholds": Thresholds(image=image, pixel=pixel)})
 
     def save(self, folder: Path) -> None:
         """Write inference.json into `folder`, beside first and then renamed."""

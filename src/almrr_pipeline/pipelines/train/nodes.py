@@ -30,6 +30,7 @@ from almrr_pipeline.synthesis.pool import Pool
 from almrr_pipeline.training.checkpoints import fingerprint, source_files
 from almrr_pipeline.training.fit import fit
 from almrr_pipeline.training.randomness import isolated_randomness
+from almrr_pipeline.training.selection import METRIC
 
 
 def assemble_network(
@@ -112,7 +113,12 @@ def find_thresholds(
 
 
 def pack_model(network: ALMRR, history: pd.DataFrame, inference: InferenceSettings) -> FillsFolder:
-    """Put weights, architecture, history and thresholds into one folder that predicts by itself."""
+    """Put weights, architecture, history and thresholds into one folder that predicts by itself.
+
+    Where the history says that the weights were chosen on the held-out pictures, the thresholds lose their guarantee.
+    """
+    if METRIC in history:
+        inference = inference.without_guarantee()
 
     def fill(folder: Path) -> None:
         network.save(folder)
