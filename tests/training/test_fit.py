@@ -262,6 +262,13 @@ def test_average_precision_equals_scikit_learns() -> None:
     assert average_precision(scores, labels) == pytest.approx(expected, abs=1e-12)
 
 
+def test_of_several_looks_in_a_row_of_the_history_the_best_is_kept(pool: Any, train: Train) -> None:
+    settings = {"steps": 6, "learning_rate": 0.02, "selection": "held_out"}
+    single = train(build_model(), pool, log_every=1, **settings)["held_out_ap"].to_numpy()
+    in_threes = train(build_model(), pool, log_every=3, **settings)["held_out_ap"].to_numpy()
+    np.testing.assert_allclose(in_threes, single.reshape(2, 3).max(axis=1))
+
+
 def test_selection_takes_the_weights_that_are_best_on_held_out_pictures(pool: Any, train: Train) -> None:
     model = build_model()
     history = train(model, pool, steps=6, log_every=1, learning_rate=0.02, selection="held_out")
