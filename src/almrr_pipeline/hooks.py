@@ -17,6 +17,7 @@ from kedro.pipeline.node import Node
 from kedro_mlflow.framework.hooks import MlflowHook
 
 from almrr_pipeline.config_loader import ParamsYamlLoader
+from almrr_pipeline.shown import shown_parameters
 
 LONGEST_VALUE = 500
 """MLflow's limit for the text of a parameter, which it refuses to exceed."""
@@ -43,7 +44,7 @@ class TrackingHook(MlflowHook):  # type: ignore[misc]  # kedro-mlflow is not typ
             return
         categories = list(run_params.get("namespaces") or self._parameters.categories)
         own = self._parameters.for_category(categories[0]) if len(categories) == 1 else self._parameters
-        mlflow.log_params(flatten(own.model_dump(mode="json")))
+        mlflow.log_params(flatten(shown_parameters(own)))
         stages = run_params.get("pipeline_names") or ["all"]
         self._stage = "+".join(stages)
         mlflow.set_tags(run_tags(self._project, stage=self._stage, category="+".join(categories)))
@@ -91,7 +92,7 @@ class TrackingHook(MlflowHook):  # type: ignore[misc]  # kedro-mlflow is not typ
             mlflow.start_run(run_id=self._children[category], nested=True)
             return
         self._children[category] = mlflow.start_run(run_name=category, nested=True).info.run_id
-        mlflow.log_params(flatten(self._parameters.for_category(category).model_dump(mode="json")))
+        mlflow.log_params(flatten(shown_parameters(self._parameters.for_category(category))))
         mlflow.set_tags(run_tags(self._project, stage=self._stage, category=category))
 
     def _log_param(self, name: str, value: Any) -> None:  # noqa: ANN401

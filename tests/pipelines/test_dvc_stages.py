@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 ROOT = "almrr_pipeline"
-WITHOUT_EFFECT = ("config", "errors", "progress", "hooks", "config_loader", "project", "pipelines/datasets")
+WITHOUT_EFFECT = ("config", "errors", "progress", "hooks", "config_loader", "project", "shown", "pipelines/datasets")
 """Modules that hand on parameters, which are dependencies of their own, or say things."""
 
 PIPELINE_OF = {"shared": "fetch"}

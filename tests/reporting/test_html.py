@@ -182,6 +182,16 @@ def test_protocol_follows_the_parameters(report: Report, page: Page) -> None:
     assert "resamplings" not in changed.text
 
 
+def test_a_category_with_values_of_its_own_has_a_protocol_of_its_own(report: Report, page: Page) -> None:
+    name = report.categories[0].category
+    assert "has values of its own" not in page.text
+    changed = with_parameters(report, overrides={name: {"data": {"image_size": [128, 192]}}})
+    own = changed.text.partition(f"{name} has values of its own:")[2]
+    assert "resized to 128 \N{MULTIPLICATION SIGN} 192 pixels" in own
+    assert "resized to 256 \N{MULTIPLICATION SIGN} 256 pixels" in changed.text
+    assert changed.text.count("has values of its own") == 1
+
+
 def test_every_parameter_is_on_the_page(page: Page, parameters: Parameters) -> None:
     for name, value in parameters.model_dump(mode="json").items():
         assert name in page.text or not value

@@ -107,7 +107,10 @@ def render_report(report: Report) -> str:
             counts=tables.tabulate_counts(training, metrics),
             thresholds=tables.tabulate_thresholds(metrics),
             curves=_draw_curves(report.categories),
-            categories=[_view_category(category, links[category.category]) for category in report.categories],
+            categories=[
+                _view_category(category, links[category.category], report.parameters.for_category(category.category))
+                for category in report.categories
+            ],
             definitions=_define_metrics(list(metrics.values())),
             dump=_dump_parameters(report.parameters),
             versions=report.versions,
@@ -149,6 +152,7 @@ class _CategoryView:
 
     name: str
     link: str
+    parameters: Parameters
     source: str
     headlines: Sequence[_Headline]
     steps: int
@@ -234,12 +238,13 @@ def _draw_curves(categories: Sequence[CategoryReport]) -> list[tuple[str, Markup
     return drawn
 
 
-def _view_category(category: CategoryReport, link: str) -> _CategoryView:
+def _view_category(category: CategoryReport, link: str, own: Parameters) -> _CategoryView:
     threshold = category.metrics.get("thresholds", {}).get("image", {}).get("value")
     name = category.category
     return _CategoryView(
         name=name,
         link=link,
+        parameters=own,
         source=category.source,
         headlines=_pick_category_headlines(category.metrics),
         steps=int(category.history["step"].max()) if len(category.history) else 0,

@@ -43,8 +43,6 @@ class FetchRequest:
     """SPDX names of the licences that the user accepts."""
     strict: bool = False
     """Refuse counts that differ from the published ones, instead of warning."""
-    seed: int = 0
-    """For sources that draw their pictures."""
     patience: Patience = Patience()
 
 

@@ -34,5 +34,5 @@ class FetchChecks:
         scratch: Path = catalog.load("scratch_folder")
         for category in self._parameters.categories:
             own = self._parameters.for_category(category)
-            check_request([split_seed(category)[0]], request=fetch_request(own.data, own.seed, scratch))
+            check_request([split_seed(category)[0]], request=fetch_request(own.data, scratch))
             check_backbone(name=own.backbone.name, weights=own.backbone.weights)

@@ -13,9 +13,9 @@ from almrr_pipeline.sources.registry import FetchRequest, fetch_category, fetch_
 from almrr_pipeline.sources.weights import fetch_backbone
 
 
-def request_textures(data: DataSettings, seed: int, scratch: Path) -> FillsFolder:
+def request_textures(data: DataSettings, scratch: Path) -> FillsFolder:
     """Fetch the anomaly sources into a folder."""
-    request = fetch_request(data, seed, scratch)
+    request = fetch_request(data, scratch)
     return lambda folder: fetch_textures(data.textures, target=folder, request=request)
 
 
@@ -31,10 +31,10 @@ def request_backbone_weights(backbone: BackboneSettings) -> FillsFolder:
     )
 
 
-def request_pictures(category: str, data: DataSettings, seed: int, scratch: Path) -> FillsFolder:
+def request_pictures(category: str, data: DataSettings, scratch: Path) -> FillsFolder:
     """Fetch a category's pictures into a folder."""
     data_set, _ = split_seed(category)
-    request = fetch_request(data, seed, scratch)
+    request = fetch_request(data, scratch)
     return lambda folder: fetch_category(data_set, target=folder, request=request)
 
 
@@ -50,7 +50,7 @@ def list_pictures(category: str, pictures: Path, data_folder: Path, data: DataSe
     )
 
 
-def fetch_request(data: DataSettings, seed: int, scratch: Path) -> FetchRequest:
+def fetch_request(data: DataSettings, scratch: Path) -> FetchRequest:
     """Where to look, from the parameters."""
     return FetchRequest(
         scratch=scratch / "downloads",
@@ -60,5 +60,4 @@ def fetch_request(data: DataSettings, seed: int, scratch: Path) -> FetchRequest:
         sha256=data.sha256,
         accept_licenses=frozenset(data.accept_licenses),
         strict=data.strict,
-        seed=seed,
     )

@@ -18,7 +18,7 @@ def create_pipeline(categories: Sequence[str]) -> Pipeline:
     """Two shared steps, tagged `shared`, and a namespace per category."""
     shared = pipeline(
         [
-            node(request_textures, ["params:data", "params:seed", "scratch_folder"], "textures"),
+            node(request_textures, ["params:data", "scratch_folder"], "textures"),
             node(request_backbone_weights, "params:backbone", "backbone_weights"),
         ],
         tags={"fetch", "shared"},
@@ -29,11 +29,10 @@ def create_pipeline(categories: Sequence[str]) -> Pipeline:
 def _of_category(category: str) -> Pipeline:
     return pipeline(
         [
-            node(request_pictures, ["params:category", "params:data", "params:seed", "scratch_folder"], "pictures"),
+            node(request_pictures, ["params:category", "params:data", "scratch_folder"], "pictures"),
             node(list_pictures, ["params:category", "pictures", "data_folder", "params:data"], "manifest"),
         ],
         namespace=category,
         tags="fetch",
         inputs={"data_folder", "scratch_folder"},
-        parameters={"params:seed"},  # a category repeated with another seed has the same pictures
     )
