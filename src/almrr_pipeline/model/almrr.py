@@ -224,14 +224,15 @@ class ALMRR(nn.Module):
         """
         if not self.standardize:
             raise AlmrrError("This model does not standardise its features; build it with standardize=True.")
-        channels, device = len(self.feature_mean), self.feature_mean.device
-        count, mean = 0, torch.zeros(channels, dtype=torch.float64, device=device)
+        own = self.feature_mean.device
+        device = torch.device("cpu") if own.type == "mps" else own  # MPS knows no float64
+        count, mean = 0, torch.zeros(len(self.feature_mean), dtype=torch.float64, device=device)
         squares = torch.zeros_like(mean)  # sum of squared distances from the mean
         self.feature_mean.zero_()
         self.feature_deviation.fill_(1.0)
         for images in batches:
             check_images(images, self.image_size)
-            features = self.embed(images)  # (B, C, h, w)
+            features = self.embed(images).to(device)  # (B, C, h, w)
             added = features.shape[0] * features.shape[2] * features.shape[3]
             own_mean = features.mean((0, 2, 3), dtype=torch.float64)  # (C,)
             distances = features - own_mean.to(features.dtype)[:, None, None]
