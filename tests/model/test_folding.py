@@ -49,6 +49,16 @@ def test_every_backbone_folds(
     assert caplog.records == []
 
 
+def test_folding_under_autocast_folds_the_same(build_model) -> None:
+    model = build_model().eval()
+    plain = model.fold()
+    with torch.autocast("cpu", torch.bfloat16):
+        folded = model.fold()
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(tensor, folded.state_dict()[name]), name
+
+
 def test_both_orders_of_a_stage_agree() -> None:
     torch.manual_seed(0)
     weight, rows, columns = torch.randn(5, 7, 4, 4), torch.rand(12, 6), torch.rand(16, 3)

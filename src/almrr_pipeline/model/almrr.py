@@ -19,6 +19,7 @@ from almrr_pipeline.model.persistence import CONFIG_FILE, read_config, read_tens
 from almrr_pipeline.model.reconstruction import MFRM
 from almrr_pipeline.model.refinement import FRM
 from almrr_pipeline.model.regional_features import RegionalFeatures
+from almrr_pipeline.model.scan.reference import without_autocast
 
 RefinementInput = Literal["mean", "projection"]
 SMALLEST_DEVIATION = 0.01
@@ -257,7 +258,8 @@ class ALMRR(nn.Module):
 
         Equal to `forward` in evaluation mode within 1e-4 in float32. It does not follow later changes of this model.
         """
-        return FoldedALMRR(self)
+        with without_autocast(self.mfrm.position):  # what is composed is compared; half precision would blur that
+            return FoldedALMRR(self)
 
     def save(self, folder: Path) -> None:
         """Write model.safetensors (backbone included) and config.json into an existing folder.
