@@ -10,8 +10,6 @@ the graph: whoever calls it divides by 255 and resizes, as `Predictor` does.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 from almrr_pipeline.errors import AlmrrError
 from almrr_pipeline.model.almrr import ALMRR
 from almrr_pipeline.model.folding import FoldedALMRR
+from almrr_pipeline.model.persistence import write_beside
 
 INPUT, OUTPUT = "images", "anomaly_map"
 _EXAMPLES = 2
@@ -51,7 +50,7 @@ def export_onnx(model: ALMRR | FoldedALMRR, path: Path) -> None:
         verbose=False,
     )
     assert program is not None
-    with _beside(path) as partial:
+    with write_beside(path) as partial:
         program.save(partial, external_data=False)
 
 
@@ -65,7 +64,7 @@ def export_torch(model: ALMRR | FoldedALMRR, path: Path) -> None:
     graph, images = _Graph(model), _example(model)
     shapes = {INPUT: {0: torch.export.Dim("batch")}}
     program = torch.export.export(graph, (images,), dynamic_shapes=shapes, strict=False)
-    with _beside(path) as partial:
+    with write_beside(path) as partial:
         torch.export.save(program, partial)
 
 
@@ -92,14 +91,3 @@ def _check_target(path: Path) -> None:
         raise AlmrrError(f"There is no folder {path.parent} to write {path.name} to; make it first.")
     if path.is_dir():
         raise AlmrrError(f"{path} is a folder; name a file.")
-
-
-@contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    """A path of the same suffix to write to, which takes the place of `path` once that succeeded."""
-    partial = path.with_name(f".partial.{path.name}")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -25,9 +25,9 @@ def write_model(
 ) -> None:
     """Write the two files into an existing folder; each is written beside its place and renamed."""
     config = {"format": FORMAT, "version": FORMAT_VERSION, "backbone": dict(backbone), "model": dict(model)}
-    with _beside(folder / WEIGHTS_FILE) as path:
+    with write_beside(folder / WEIGHTS_FILE) as path:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-    with _beside(folder / CONFIG_FILE) as path:
+    with write_beside(folder / CONFIG_FILE) as path:
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -79,9 +79,9 @@ def read_tensors(folder: Path, *, expected: Mapping[str, Tensor]) -> dict[str, T
 
 
 @contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of `path` once that succeeded, and is removed if it did not."""
-    partial = path.with_name(f".{path.name}.partial")
+def write_beside(path: Path) -> Iterator[Path]:
+    """A path of the same suffix to write to, which takes the place of `path` on success, else is removed."""
+    partial = path.with_name(f".partial.{path.name}")
     try:
         yield partial
         partial.replace(path)
