@@ -17,6 +17,7 @@ from almrr_pipeline.errors import AlmrrError
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 OpenFraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Side = Annotated[int, Field(ge=128, multiple_of=16)]
 """An edge of the network's input, in pixels: strides 4 (features) and 4 (patches) must divide it."""
 
@@ -75,6 +76,36 @@ class BackboneSettings(Section):
     """For EfficientNets: where timm taps the features."""
 
 
+class Shares(Section):
+    """How often each of several kinds is drawn, relative to the others; at least one of them is."""
+
+    @model_validator(mode="after")
+    def _one_is_drawn(self) -> Self:
+        if not any(share for _, share in self):
+            raise ValueError("all shares are 0; at least one kind has to be drawn")
+        return self
+
+
+class MaterialShares(Shares):
+    """What an anomaly is made of."""
+
+    texture: Share = 1.0
+    """A texture from another source, altered (the paper)."""
+    exposure: Share = 0.0
+    """The picture itself, as if lit or finished otherwise: brighter or darker, of more or less contrast."""
+
+
+class ShapeShares(Shares):
+    """Which outline an anomaly has."""
+
+    perlin: Share = 1.0
+    """Perlin noise above a threshold (the paper)."""
+    line: Share = 0.0
+    """A thin line, as of a crack or a scratch."""
+    band: Share = 0.0
+    """A part of the picture that reaches from edge to edge."""
+
+
 class SynthesisSettings(Section):
     """Stage 1 of the paper: simulated anomalies."""
 
@@ -92,6 +123,8 @@ class SynthesisSettings(Section):
     """How many of the ten photometric and geometric operations change the anomaly source."""
     colour: Literal["keep", "match"] = "keep"
     """keep (the paper), or match: on a normal picture without colour the anomaly source loses its own."""
+    materials: MaterialShares = MaterialShares()
+    shapes: ShapeShares = ShapeShares()
     workers: Annotated[int, Field(ge=0)] = 0
     """Processes; 0 takes one per core. The result does not depend on it."""
 

@@ -8,7 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
+from scipy.ndimage import gaussian_filter
 
 from almrr_pipeline.errors import AlmrrError
 from almrr_pipeline.sources import registry
@@ -111,6 +114,30 @@ def test_mt_defect_is_split_by_the_hash_of_the_name(
         "good": 191,
         **{name.lower(): count for name, count in defects.items()},
     }
+
+
+def test_no_tile_of_mt_defect_tiles_is_trained_on_and_tested(draw: Any, workplace: Any, tmp_path: Path) -> None:
+    folder = draw.mt_defect(tmp_path / "mirror" / "mt_defect", free=0, defects={"Blowhole": 1})
+    generator = np.random.default_rng(1)
+    tiles = [gaussian_filter(generator.normal(0, 60, (120, 100)), 1) + 110 for _ in range(5)]
+    for number, tile in enumerate(tiles):
+        for exposure, gain in enumerate((0.6, 1.0, 1.3)):
+            light = np.linspace(gain, 1.0, 100)
+            # The last tile's last picture shows its defect.
+            kind = "Crack" if (number, exposure) == (4, 2) else "Free"
+            path = folder / f"MT_{kind}" / "Imgs" / f"exp{exposure}_num_{number}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.clip(tile * light, 0, 255).astype(np.uint8)).save(path)
+            Image.fromarray(np.full((120, 100), 255 * (kind == "Crack"), np.uint8)).save(path.with_suffix(".png"))
+
+    manifest = workplace.fetch("mt_defect_tiles", workplace.request(mirror=str(tmp_path / "mirror")))
+
+    tile = manifest["image"].str.extract(r"num_(\d)\.", expand=False).where(manifest["defect"] != "blowhole", "other")
+    assert manifest.groupby("part")["image"].count().sort_values().tolist() == [1, 3, 3, 3, 3, 3]
+    assert (manifest.groupby(tile)["part"].nunique() == 1).all()
+    assert (manifest.groupby("part")["split"].nunique() == 1).all()
+    assert set(manifest.loc[tile == "4", "split"]) == {"test"}
+    assert (manifest["split"] == "train").sum() == 12
 
 
 def test_nanotwice_has_no_normal_test_picture(

@@ -50,6 +50,7 @@ def test_a_row_says_what_is_in_the_file(items: list[Item], tmp_path: Path) -> No
         "split": "test",
         "label": "defective",
         "defect": "hole",
+        "part": "",
         "width": 20,
         "height": 16,
         "sha256": hashlib.sha256(content).hexdigest(),
@@ -219,7 +220,23 @@ def test_two_copies_of_a_picture_stay_on_the_same_side(items: list[Item], tmp_pa
         }
 
 
-@pytest.mark.parametrize(("category", "counts"), [("mt_defect", (761, 191, 392)), ("nanotwice", (5, 0, 40))])
+def test_pictures_of_one_part_stay_on_the_same_side(items: list[Item], tmp_path: Path) -> None:
+    manifest = build(items, tmp_path)
+    trained = manifest["split"] == "train"
+    manifest.loc[trained, "part"] = ["left", "right", "left", "right"]
+
+    for fraction in (0.1, 0.5):
+        training, held_out = (
+            set(manifest.set_index("image").loc[side, "part"]) for side in training_split(manifest, fraction=fraction)
+        )
+        assert len(training) == len(held_out) == 1
+        assert training != held_out
+
+
+@pytest.mark.parametrize(
+    ("category", "counts"),
+    [("mt_defect", (761, 191, 392)), ("mt_defect_tiles", (761, 191, 392)), ("nanotwice", (5, 0, 40))],
+)
 def test_the_real_sets_have_their_published_counts(
     shared: Path, workplace: Any, caplog: pytest.LogCaptureFixture, category: str, counts: tuple[int, int, int]
 ) -> None:
@@ -231,7 +248,7 @@ def test_the_real_sets_have_their_published_counts(
         tuple(kinds.get(key, 0) for key in [("train", "normal"), ("test", "normal"), ("test", "defective")]) == counts
     )
     assert (manifest["mask"] != "").sum() == counts[2]
-    assert ("the masks of 4 defective pictures show no defect" in caplog.text) == (category == "mt_defect")
+    assert ("the masks of 4 defective pictures show no defect" in caplog.text) == category.startswith("mt_defect")
 
 
 def test_one_changed_file_changes_the_list(shared: Path, workplace: Any, draw: Any) -> None:

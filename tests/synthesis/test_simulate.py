@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -64,6 +65,35 @@ def test_an_anomaly_in_a_coloured_picture_keeps_its_colour(arrays: Arrays) -> No
     recipes = [AnomalyRecipe(0.0, (0, 3), 0.5, (0.0, 0.8), 3, 1, match_colour=match) for match in (True, False)]
     kept, matched = (simulate_sample(4, normals=arrays[0], textures=arrays[1], recipe=recipe)[0] for recipe in recipes)
     np.testing.assert_array_equal(kept, matched)
+
+
+def test_another_exposure_of_the_picture_needs_no_texture(arrays: Arrays) -> None:
+    recipe = replace(RECIPE, anomaly_free=0.0, opacity=(0.0, 0.0), materials={"exposure": 1.0})
+    normals = arrays[0]
+    none = np.zeros((0, *normals.shape[1:]), np.uint8)
+    for number in range(20):
+        augmented, mask, source = simulate_sample(number, normals=normals, textures=none, recipe=recipe)
+        before, after = (picture[mask].astype(float) for picture in (normals[source], augmented))
+        # One curve for all values: equal ones stay equal, and their order stays.
+        order = np.argsort(before, axis=None, kind="stable")
+        assert (np.diff(after.ravel()[order]) >= 0).all()
+        assert abs(after.mean() / before.mean() - 1) > 0.1
+
+
+def test_materials_and_shapes_come_by_their_shares(arrays: Arrays) -> None:
+    shares = {"line": 3.0, "band": 1.0, "perlin": 0.0}
+    recipe = replace(RECIPE, anomaly_free=0.0, shapes=shares)
+    areas = [simulate_sample(k, normals=arrays[0], textures=arrays[1], recipe=recipe)[1].mean() for k in range(120)]
+    assert 0.65 < np.mean(np.array(areas) < 0.04) < 0.85  # a band covers 5 % at least
+
+
+def test_kinds_without_a_share_change_nothing(arrays: Arrays) -> None:
+    listed = replace(RECIPE, materials={"texture": 2.0, "exposure": 0.0}, shapes={"line": 0.0, "perlin": 0.5})
+    for number in range(10):
+        given, expected = (
+            simulate_sample(number, normals=arrays[0], textures=arrays[1], recipe=recipe) for recipe in (listed, RECIPE)
+        )
+        np.testing.assert_array_equal(given[0], expected[0])
 
 
 def test_anomaly_is_seen_where_the_mask_is(arrays: Arrays) -> None:

@@ -23,7 +23,7 @@ from almrr_pipeline.progress import track
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = ("image", "mask", "split", "label", "defect", "width", "height", "sha256")
+COLUMNS = ("image", "mask", "split", "label", "defect", "part", "width", "height", "sha256")
 _SHOWN = 5
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
@@ -40,6 +40,8 @@ class Item:
     label: Literal["normal", "defective"]
     defect: str
     """Kind of defect; `good` for normal pictures."""
+    part: str = ""
+    """Name of the piece that the picture shows, where several show the same one; these are held out together."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,8 @@ def build_manifest(items: Sequence[Item], *, root: Path, expected: Counts | None
 
     Returns:
         One row a picture, sorted by split and image: image, mask ("" where there is none), split (train or test), label
-        (normal or defective), defect, width and height in pixels (upright), sha256 of the file.
+        (normal or defective), defect, part ("" where no two pictures show the same piece), width and height in pixels
+        (upright), sha256 of the file.
 
     Raises:
         AlmrrError: no training pictures, a picture that cannot be decoded, a mask that is missing or of another size
@@ -132,6 +135,7 @@ def build_manifest(items: Sequence[Item], *, root: Path, expected: Counts | None
             "split": item.split,
             "label": item.label,
             "defect": item.defect,
+            "part": item.part,
             "width": found.width,
             "height": found.height,
             "sha256": found.sha256,
@@ -144,8 +148,8 @@ def build_manifest(items: Sequence[Item], *, root: Path, expected: Counts | None
 def training_split(manifest: pd.DataFrame, *, fraction: float) -> tuple[list[str], list[str]]:
     """Divide the normal training pictures of a manifest into those to train on and those held out for the thresholds.
 
-    The choice goes by the pictures' checksums: it depends neither on where they lie nor on what they are called, and
-    two copies of a picture stay on the same side.
+    The choice goes by the pictures' parts where those are known, and else by their checksums: it depends neither on
+    where they lie nor on what they are called, and pictures of one part, or copies of one, stay on the same side.
 
     Args:
         manifest: what `build_manifest` returned.
@@ -155,8 +159,9 @@ def training_split(manifest: pd.DataFrame, *, fraction: float) -> tuple[list[str
         (training, held out): paths relative to the data folder, each in the order of the manifest.
     """
     normal = manifest[(manifest["split"] == "train") & (manifest["label"] == "normal")]
-    _, held_out = split_calibration(list(dict.fromkeys(normal["sha256"])), fraction)
-    is_held_out = normal["sha256"].isin(held_out)
+    kept_together = normal["part"].where(normal["part"] != "", normal["sha256"])
+    _, held_out = split_calibration(list(dict.fromkeys(kept_together)), fraction)
+    is_held_out = kept_together.isin(held_out)
     return normal.loc[~is_held_out, "image"].tolist(), normal.loc[is_held_out, "image"].tolist()
 
 

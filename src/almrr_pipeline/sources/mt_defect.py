@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+
+import pandas as pd
 
 from almrr_pipeline.errors import AlmrrError
 from almrr_pipeline.sources.files import find_folder, list_folders, list_pictures, transfer
 from almrr_pipeline.sources.layout import GOOD
 from almrr_pipeline.sources.manifest import Counts, Item, check_counts
 from almrr_pipeline.sources.obtain import Archive, Offer, obtain
+from almrr_pipeline.sources.same_tile import group_by_tile
 from almrr_pipeline.sources.source import FetchRequest, Source
 
 logger = logging.getLogger(__name__)
 
+_BY_NAME, _BY_TILE = "mt_defect", "mt_defect_tiles"
+_TILES = "tiles.csv"
+"""In the category's folder: each picture, and the first picture of the same tile."""
 _PREFIX = "MT_"
 _FREE = "MT_Free"
 _TRAIN = 761
@@ -35,12 +42,15 @@ _OFFER = Offer(
 class MtDefect(Source):
     """952 pictures of free tiles and 392 of five kinds of defect, grey and of many sizes.
 
-    Nobody published a split, only its counts. Ours trains on the 761 free pictures whose file names have the lowest
-    sha256 and tests on the other 191 and on all defective ones: the counts of the literature, chosen by no one.
+    Nobody published a split, only its counts. Category `mt_defect` trains on the 761 free pictures whose file names
+    have the lowest sha256 and tests on the other 191 and on all defective ones: the counts of the literature, chosen by
+    no one. But a tile was photographed about six times, under different light, so nearly every free test picture has a
+    twin in training and hardly a defective one has: to recognise the tile is enough. Category `mt_defect_tiles` keeps
+    all pictures of a tile on one side, and those of a tile with a defect in the test; the counts are the same.
     """
 
     name = "mt_defect"
-    categories = ("mt_defect",)
+    categories = (_BY_NAME, _BY_TILE)
     license = (
         "Magnetic tile defects: no licence is stated, the authors welcome its use; "
         "cite Huang, Qiu and Yuan, Surface defect saliency of magnetic tile, The Visual Computer, 2018."
@@ -56,25 +66,71 @@ class MtDefect(Source):
                 raise AlmrrError(f"there is no folder {_FREE} in it")
             parts = [part for part in list_folders(found) if part.name.startswith(_PREFIX)]
             transfer(parts, target, move=is_ours)
+            if category == _BY_TILE:
+                _write_tiles(target)
             check_counts(self.items(category, target), self.expected(category), name=category, strict=request.strict)
 
         obtain(_OFFER, target=target, request=request, take=take)
 
     def items(self, category: str, folder: Path) -> list[Item]:
-        """Return the split by hash of the name; the empty masks of free pictures are left out."""
+        """Return the split by hash of the name, or of the tile; the empty masks of free pictures are left out."""
         # The pictures are .jpg; the .png of the same name beside it is the mask.
-        free = list_pictures(folder / _FREE / "Imgs", (".jpg",))
-        train = set(sorted(free, key=lambda path: hashlib.sha256(path.name.encode()).digest())[:_TRAIN])
-        items = [Item(path, None, "train" if path in train else "test", "normal", GOOD) for path in free]
-        for kind in list_folders(folder):
-            if kind.name != _FREE and kind.name.startswith(_PREFIX):
-                defect = kind.name.removeprefix(_PREFIX).lower()
-                items += [
-                    Item(path, path.with_suffix(".png"), "test", "defective", defect)
-                    for path in list_pictures(kind / "Imgs", (".jpg",))
-                ]
-        return items
+        free, defective = list_pictures(folder / _FREE / "Imgs", (".jpg",)), _list_defective(folder)
+        tiles = _read_tiles(folder) if category == _BY_TILE else {}
+        chosen = _choose_tiles(free, defective, tiles) if tiles else _choose_pictures(free)
+        normal = [
+            Item(path, None, "train" if path in chosen else "test", "normal", GOOD, tiles.get(path, ""))
+            for path in free
+        ]
+        return normal + [
+            Item(path, path.with_suffix(".png"), "test", "defective", kind, tiles.get(path, ""))
+            for path, kind in defective.items()
+        ]
 
     def expected(self, category: str) -> Counts:
         """Return the counts of the whole set under this split."""
         return Counts(_TRAIN, 952 - _TRAIN, 392)
+
+
+def _list_defective(folder: Path) -> dict[Path, str]:
+    """Pictures of tiles with a defect, and its kind."""
+    return {
+        path: kind.name.removeprefix(_PREFIX).lower()
+        for kind in list_folders(folder)
+        if kind.name != _FREE and kind.name.startswith(_PREFIX)
+        for path in list_pictures(kind / "Imgs", (".jpg",))
+    }
+
+
+def _choose_pictures(free: Iterable[Path]) -> set[Path]:
+    return set(sorted(free, key=lambda path: _hash(path.name))[:_TRAIN])
+
+
+def _choose_tiles(free: Iterable[Path], defective: Iterable[Path], tiles: Mapping[Path, str]) -> set[Path]:
+    """Take whole tiles in the order of their hash, as long as the training pictures do not become too many."""
+    tested = {tiles[path] for path in defective}
+    members: dict[str, list[Path]] = {}
+    for path in free:
+        if tiles[path] not in tested:
+            members.setdefault(tiles[path], []).append(path)
+    chosen: set[Path] = set()
+    for tile in sorted(members, key=_hash):
+        if len(chosen) + len(members[tile]) <= _TRAIN:
+            chosen.update(members[tile])
+    return chosen
+
+
+def _write_tiles(folder: Path) -> None:
+    pictures = [*list_pictures(folder / _FREE / "Imgs", (".jpg",)), *_list_defective(folder)]
+    names = [path.relative_to(folder).as_posix() for path in pictures]
+    tiles = [pictures[first].stem for first in group_by_tile(pictures)]
+    pd.DataFrame({"picture": names, "tile": tiles}).to_csv(folder / _TILES, index=False)
+
+
+def _read_tiles(folder: Path) -> dict[Path, str]:
+    table = pd.read_csv(folder / _TILES, dtype=str, keep_default_na=False)
+    return {folder / name: tile for name, tile in zip(table["picture"], table["tile"], strict=True)}
+
+
+def _hash(name: str) -> bytes:
+    return hashlib.sha256(name.encode()).digest()

@@ -18,9 +18,10 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -30,7 +31,7 @@ from numpy.lib.format import open_memmap
 from almrr_pipeline.config import Tiling
 from almrr_pipeline.errors import AlmrrError
 from almrr_pipeline.synthesis.parts import Part, write_part, write_textures
-from almrr_pipeline.synthesis.simulate import AnomalyRecipe, Stream
+from almrr_pipeline.synthesis.simulate import AnomalyRecipe, Material, Shape, Stream
 from almrr_pipeline.synthesis.workers import count_processes, spread_over
 
 logger = logging.getLogger(__name__)
@@ -187,6 +188,8 @@ def simulate_pool(
     opacity: tuple[float, float] = (0.0, 0.8),
     operations: int = 3,
     colour: Literal["keep", "match"] = "keep",
+    materials: Mapping[Material, float] = MappingProxyType({"texture": 1.0}),
+    shapes: Mapping[Shape, float] = MappingProxyType({"perlin": 1.0}),
     workers: int = 0,
     crops_per_picture: int = CROPS_PER_PICTURE,
 ) -> SimulatedPool:
@@ -211,6 +214,9 @@ def simulate_pool(
         operations: how many of the ten operations change an anomaly source.
         colour: keep is the paper's way; match takes an anomaly source's colour away where the normal picture has none,
             so that colour, which no defect in such pictures has, does not give the anomaly away.
+        materials: what an anomaly is made of, by shares: an altered `texture`, or the picture itself under another
+            `exposure`.
+        shapes: its outline, by shares: `perlin` noise, a thin `line`, or a `band` from edge to edge.
         workers: processes; 0 takes one per core, 1 works in this process.
         crops_per_picture: most crops of one picture, in tiling.
 
@@ -251,7 +257,17 @@ def simulate_pool(
         root=root,
         image_size=image_size,
         tile_scale=tile_scale,
-        recipe=AnomalyRecipe(anomaly_free, grid_exponents, threshold, opacity, operations, seed, colour == "match"),
+        recipe=AnomalyRecipe(
+            anomaly_free,
+            grid_exponents,
+            threshold,
+            opacity,
+            operations,
+            seed,
+            match_colour=colour == "match",
+            materials=dict(materials),
+            shapes=dict(shapes),
+        ),
         workers=workers,
     )
 

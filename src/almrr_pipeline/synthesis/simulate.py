@@ -6,9 +6,11 @@ and every crop has a random generator of its own, made of the seed, its number a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
+from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +19,14 @@ from numpy.lib.format import open_memmap
 from almrr_pipeline.images import ImageArray, read_image, resize_image
 from almrr_pipeline.synthesis.blend import blend_anomaly
 from almrr_pipeline.synthesis.perlin import BinaryMask, perlin_mask
-from almrr_pipeline.synthesis.textures import alter_texture, has_colour, remove_colour
+from almrr_pipeline.synthesis.shapes import band_mask, line_mask
+from almrr_pipeline.synthesis.textures import alter_texture, change_exposure, has_colour, remove_colour
+
+Material = Literal["texture", "exposure"]
+"""What fills an anomaly: an altered texture (the paper), or the picture itself as if exposed otherwise."""
+Shape = Literal["perlin", "line", "band"]
+"""Outline of an anomaly: Perlin noise above a threshold (the paper), a thin line, a band across the picture."""
+_Kind = TypeVar("_Kind", bound=str)
 
 
 class Stream(IntEnum):
@@ -41,6 +50,10 @@ class AnomalyRecipe:
     seed: int
     match_colour: bool = False
     """On a normal picture without colour the anomaly source loses its own."""
+    materials: Mapping[Material, float] = field(default_factory=lambda: {"texture": 1.0})
+    """How often an anomaly is made of what; relative to each other."""
+    shapes: Mapping[Shape, float] = field(default_factory=lambda: {"perlin": 1.0})
+    """How often it has which outline."""
 
 
 @dataclass(frozen=True)
@@ -110,15 +123,43 @@ def simulate_sample(
     normal = np.asarray(normals[source])
     if generator.random() < recipe.anomaly_free:
         return normal, np.zeros(normal.shape[:2], dtype=np.bool_), source
-    texture = np.asarray(textures[generator.integers(len(textures))])
-    mask = perlin_mask(
-        normal.shape[:2], grid_exponents=recipe.grid_exponents, threshold=recipe.threshold, generator=generator
-    )
-    anomaly = alter_texture(texture, count=recipe.operations, generator=generator)
-    if recipe.match_colour and not has_colour(normal):
-        anomaly = remove_colour(anomaly)
+    mask = _draw_mask(normal.shape[:2], recipe, generator)
+    anomaly = _draw_anomaly(normal, textures, recipe, generator)
     opacity = generator.uniform(*recipe.opacity)
     return blend_anomaly(normal, anomaly, mask, opacity=opacity), mask, source
+
+
+def _draw_mask(shape: tuple[int, int], recipe: AnomalyRecipe, generator: np.random.Generator) -> BinaryMask:
+    match _draw_kind(recipe.shapes, generator):
+        case "line":
+            return line_mask(shape, generator=generator)
+        case "band":
+            return band_mask(shape, generator=generator)
+        case _:
+            return perlin_mask(
+                shape, grid_exponents=recipe.grid_exponents, threshold=recipe.threshold, generator=generator
+            )
+
+
+def _draw_anomaly(
+    normal: ImageArray, textures: npt.NDArray[np.uint8], recipe: AnomalyRecipe, generator: np.random.Generator
+) -> ImageArray:
+    if _draw_kind(recipe.materials, generator) == "exposure":
+        return change_exposure(normal, generator=generator)
+    texture = np.asarray(textures[generator.integers(len(textures))])
+    anomaly = alter_texture(texture, count=recipe.operations, generator=generator)
+    if recipe.match_colour and not has_colour(normal):
+        return remove_colour(anomaly)
+    return anomaly
+
+
+def _draw_kind(shares: Mapping[_Kind, float], generator: np.random.Generator) -> _Kind:
+    """Draw one of several kinds by their shares; a single one needs no random number."""
+    kinds = [kind for kind, share in shares.items() if share > 0]
+    if len(kinds) == 1:
+        return kinds[0]
+    weights = np.array([shares[kind] for kind in kinds])
+    return kinds[generator.choice(len(kinds), p=weights / weights.sum())]
 
 
 def write_samples(task: SampleTask) -> int:

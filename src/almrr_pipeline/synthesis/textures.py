@@ -14,6 +14,9 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from almrr_pipeline.images import ImageArray
 
+EXPOSURE = (0.2, 0.8)
+"""Least and largest logarithm of the factor between two exposures: a fifth, and a bit more than twofold."""
+
 Operation = Callable[[Image.Image, np.random.Generator], Image.Image]
 
 
@@ -103,6 +106,27 @@ def alter_texture(texture: ImageArray, *, count: int, generator: np.random.Gener
     for index in generator.permutation(len(OPERATIONS))[:count]:
         picture = OPERATIONS[index](picture, generator)
     return np.asarray(picture)
+
+
+def change_exposure(picture: ImageArray, *, generator: np.random.Generator) -> ImageArray:
+    """Take a picture again as if lit or ground otherwise: brighter or darker, and of more or less contrast.
+
+    A value v becomes gain * (mean + contrast * (v - mean)), cut to [0, 255]. Gain and contrast are log-uniform; the
+    gain departs from 1, either way, by at least the lower end of `EXPOSURE`.
+
+    Args:
+        picture: uint8 in [0, 255], shape (H, W, 3); it is not changed.
+        generator: draws gain and contrast.
+
+    Returns:
+        uint8 in [0, 255], shape (H, W, 3).
+    """
+    gain = np.exp(generator.choice([-1.0, 1.0]) * generator.uniform(*EXPOSURE))
+    contrast = np.exp(generator.uniform(-EXPOSURE[1], EXPOSURE[1]))
+    mean = picture.mean(dtype=np.float64)
+    curve = gain * (mean + contrast * (np.arange(256) - mean))
+    changed: ImageArray = np.clip(np.rint(curve), 0, 255).astype(np.uint8)[picture]
+    return changed
 
 
 def remove_colour(picture: ImageArray) -> ImageArray:
