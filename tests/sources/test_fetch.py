@@ -140,6 +140,13 @@ def test_no_tile_of_mt_defect_tiles_is_trained_on_and_tested(draw: Any, workplac
     assert (manifest["split"] == "train").sum() == 12
 
 
+def test_mt_defect_tiles_misses_its_list_of_tiles(draw: Any, tmp_path: Path) -> None:
+    folder = draw.mt_defect(tmp_path / "mt_defect_tiles")
+
+    with pytest.raises(AlmrrError, match=r"mt_defect_tiles holds no tiles\.csv.*fetch mt_defect_tiles again"):
+        source_for("mt_defect_tiles").items("mt_defect_tiles", folder)
+
+
 def test_nanotwice_has_no_normal_test_picture(
     server: Any, draw: Any, pack: Pack, workplace: Any, tmp_path: Path
 ) -> None:

@@ -128,6 +128,8 @@ def _write_tiles(folder: Path) -> None:
 
 
 def _read_tiles(folder: Path) -> dict[Path, str]:
+    if not (folder / _TILES).is_file():
+        raise AlmrrError(f"{folder} holds no {_TILES}, which says what shows the same tile; fetch {_BY_TILE} again.")
     table = pd.read_csv(folder / _TILES, dtype=str, keep_default_na=False)
     return {folder / name: tile for name, tile in zip(table["picture"], table["tile"], strict=True)}
 
