@@ -80,6 +80,18 @@ def test_another_exposure_of_the_picture_needs_no_texture(arrays: Arrays) -> Non
         assert abs(after.mean() / before.mean() - 1) > 0.1
 
 
+def test_the_texture_is_drawn_before_the_mask(arrays: Arrays) -> None:
+    """The order of the draws is part of what a seed stands for: another one would make other pools."""
+    normals, textures = arrays
+    recipe = replace(RECIPE, anomaly_free=0.0, opacity=(0.0, 0.0), operations=0)
+    for number in range(20):
+        augmented, mask, _ = simulate_sample(number, normals=normals, textures=textures, recipe=recipe)
+        generator = make_generator(recipe.seed, number, Stream.TRAINING)
+        generator.integers(len(normals))
+        generator.random()
+        np.testing.assert_array_equal(augmented[mask], textures[generator.integers(len(textures))][mask])
+
+
 def test_materials_and_shapes_come_by_their_shares(arrays: Arrays) -> None:
     shares = {"line": 3.0, "band": 1.0, "perlin": 0.0}
     recipe = replace(RECIPE, anomaly_free=0.0, shapes=shares)

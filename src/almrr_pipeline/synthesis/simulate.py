@@ -123,8 +123,15 @@ def simulate_sample(
     normal = np.asarray(normals[source])
     if generator.random() < recipe.anomaly_free:
         return normal, np.zeros(normal.shape[:2], dtype=np.bool_), source
+    is_texture = _draw_kind(recipe.materials, generator) == "texture"
+    texture = np.asarray(textures[generator.integers(len(textures))]) if is_texture else None
     mask = _draw_mask(normal.shape[:2], recipe, generator)
-    anomaly = _draw_anomaly(normal, textures, recipe, generator)
+    if texture is None:
+        anomaly = change_exposure(normal, generator=generator)
+    else:
+        anomaly = alter_texture(texture, count=recipe.operations, generator=generator)
+        if recipe.match_colour and not has_colour(normal):
+            anomaly = remove_colour(anomaly)
     opacity = generator.uniform(*recipe.opacity)
     return blend_anomaly(normal, anomaly, mask, opacity=opacity), mask, source
 
@@ -139,18 +146,6 @@ def _draw_mask(shape: tuple[int, int], recipe: AnomalyRecipe, generator: np.rand
             return perlin_mask(
                 shape, grid_exponents=recipe.grid_exponents, threshold=recipe.threshold, generator=generator
             )
-
-
-def _draw_anomaly(
-    normal: ImageArray, textures: npt.NDArray[np.uint8], recipe: AnomalyRecipe, generator: np.random.Generator
-) -> ImageArray:
-    if _draw_kind(recipe.materials, generator) == "exposure":
-        return change_exposure(normal, generator=generator)
-    texture = np.asarray(textures[generator.integers(len(textures))])
-    anomaly = alter_texture(texture, count=recipe.operations, generator=generator)
-    if recipe.match_colour and not has_colour(normal):
-        return remove_colour(anomaly)
-    return anomaly
 
 
 def _draw_kind(shares: Mapping[_Kind, float], generator: np.random.Generator) -> _Kind:
