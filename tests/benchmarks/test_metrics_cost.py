@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 
-def test_the_figures_of_a_small_test_set(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(project / "benchmarks")
-    spec = importlib.util.spec_from_file_location("metrics_benchmark", project / "benchmarks" / "metrics.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def test_the_figures_of_a_small_test_set(
+    load_benchmark: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = load_benchmark("metrics")
     for name, value in {"NORMAL": 2, "DEFECTIVE": 5, "SIDE": 64}.items():
         monkeypatch.setattr(module, name, value)
     figures = module.measure_evaluation(tmp_path, 0.1, 10)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -14,13 +14,9 @@ from scipy.ndimage import gaussian_filter
 from almrr_pipeline.sources.manifest import Item
 
 
-@pytest.fixture(scope="module")
-def nearest_picture(project: Path) -> ModuleType:
-    """benchmarks/nearest_picture.py, which is a script and in no package."""
-    spec = importlib.util.spec_from_file_location("nearest_picture", project / "benchmarks" / "nearest_picture.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def nearest_picture(load_benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return load_benchmark("nearest_picture")
 
 
 @pytest.mark.parametrize("leaks", [True, False])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -14,13 +14,9 @@ import torch
 from PIL import Image
 
 
-@pytest.fixture(scope="module")
-def patchcore(project: Path) -> ModuleType:
-    """benchmarks/patchcore.py, which is a script and in no package."""
-    spec = importlib.util.spec_from_file_location("patchcore", project / "benchmarks" / "patchcore.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def patchcore(load_benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return load_benchmark("patchcore")
 
 
 @pytest.fixture

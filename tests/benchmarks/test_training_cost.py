@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 
-def test_both_ways_of_training_are_measured(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(project / "benchmarks")
-    spec = importlib.util.spec_from_file_location("training_benchmark", project / "benchmarks" / "training.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "training_benchmark", module)  # dataclasses look their module up
-    spec.loader.exec_module(module)
+def test_both_ways_of_training_are_measured(
+    load_benchmark: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = load_benchmark("training")
     monkeypatch.setattr(module, "SIZE", (128, 128))
     arguments = ["--device", "cpu", "--small", "--batch", "2", "--steps", "2", "--samples", "4"]
     (theirs, ours), pool_seconds = module.compare(module.parse([*arguments, "--authors-scan", "torch"]), tmp_path)
