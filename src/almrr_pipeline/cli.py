@@ -246,7 +246,7 @@ def export(model_folder: Path, kind: str, output: Path | None, overwrite: bool) 
     from almrr_pipeline.model.almrr import ALMRR
 
     write = {"onnx": export_onnx, "torch": export_torch}[kind]
-    write(ALMRR.load(model_folder), target)
+    write(ALMRR.load(model_folder), target, mirrored=settings.mirrored)
     rows, columns = settings.image_size
     click.echo(f"Wrote {target}: {target.stat().st_size / 2**20:.1f} MiB, input (batch, 3, {rows}, {columns}).")
 

@@ -216,6 +216,8 @@ class EvaluateSettings(Section):
     batch_size: Positive = 8
     smoothing: Positive = 9
     """Side of the mean filter before the image score's maximum, in pixels of the network's input."""
+    mirrored: bool = False
+    """Average the anomaly maps of a picture and its three mirror images: steadier maps, at four times the work."""
     aupro_limits: tuple[OpenFraction, OpenFraction] = (0.3, 0.05)
     bootstrap: Annotated[int, Field(ge=0)] = 1000
     """Resamplings of the test images for the 95 % intervals; 0 leaves them out."""

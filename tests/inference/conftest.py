@@ -63,7 +63,7 @@ def _write(pictures: list[ImageArray], folder: Path) -> list[Path]:
     return paths
 
 
-def save_model(folder: Path, *, tiling: Tiling | None = None, calibrated: bool = True) -> Path:
+def save_model(folder: Path, *, tiling: Tiling | None = None, mirrored: bool = False, calibrated: bool = True) -> Path:
     """A complete model folder with random weights, and thresholds as if from 19 normal pictures."""
     folder.mkdir(parents=True)
     torch.manual_seed(0)
@@ -85,6 +85,7 @@ def save_model(folder: Path, *, tiling: Tiling | None = None, calibrated: bool =
         image_size=(128, 128),
         tiling=tiling or Tiling(),
         smoothing=9,
+        mirrored=mirrored,
         thresholds=Thresholds(image=threshold, pixel=threshold) if calibrated else None,
     ).save(folder)
     return folder
@@ -100,6 +101,12 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiling_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A calibrated model that works on tiles."""
     return save_model(tmp_path_factory.mktemp("models") / "tiling", tiling=Tiling(enabled=True, overlap=0.25))
+
+
+@pytest.fixture(scope="session")
+def mirrored_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A calibrated model whose maps are means over mirror images."""
+    return save_model(tmp_path_factory.mktemp("models") / "mirrored", mirrored=True)
 
 
 @pytest.fixture(scope="session")

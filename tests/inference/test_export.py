@@ -11,6 +11,7 @@ import torch
 
 from almrr_pipeline.errors import AlmrrError
 from almrr_pipeline.inference.export import export_onnx, export_torch
+from almrr_pipeline.inference.mirrored import MirroredMaps
 from almrr_pipeline.model.almrr import ALMRR
 from almrr_pipeline.model.backbone import build_backbone
 
@@ -88,6 +89,20 @@ def test_torch_export_gives_the_models_maps(model: ALMRR, tmp_path: Path) -> Non
         images = draw_images(batch)
         given = program(images).detach().numpy()
         np.testing.assert_allclose(given, map_with_torch(model, images), rtol=0, atol=1e-4)
+
+
+def test_both_formats_take_the_mean_over_mirror_images(model: ALMRR, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    export_onnx(model, tmp_path / "model.onnx", mirrored=True)
+    export_torch(model, tmp_path / "model.pt2", mirrored=True)
+    images = draw_images(3)
+    expected = map_with_torch(MirroredMaps(model), images)
+    assert np.abs(expected - map_with_torch(model, images)).max() > 0.01
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    (given,) = session.run(["anomaly_map"], {"images": images.numpy()})
+    np.testing.assert_allclose(given, expected, rtol=0, atol=1e-4)
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    np.testing.assert_allclose(program(images).detach().numpy(), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("write", [export_onnx, export_torch])

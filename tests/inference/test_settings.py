@@ -36,7 +36,7 @@ def _fill(folder: Path, settings: InferenceSettings) -> Path:
     "settings",
     [
         _settings(),
-        _settings(thresholds=None, tiling=Tiling(enabled=True, scale=0.5, overlap=0.5), smoothing=1),
+        _settings(thresholds=None, tiling=Tiling(enabled=True, scale=0.5, overlap=0.5), smoothing=1, mirrored=True),
         _settings(thresholds=Thresholds(image=conformal_threshold([], 0.1), pixel=conformal_threshold([], 0.1))),
     ],
     ids=["calibrated", "uncalibrated", "nothing held out"],
@@ -47,7 +47,7 @@ def test_what_was_saved_is_loaded(tmp_path: Path, settings: InferenceSettings) -
 
 def test_the_file_says_value_rate_and_guarantee(tmp_path: Path) -> None:
     values = json.loads((_fill(tmp_path, _settings()) / "inference.json").read_text())
-    assert set(values) == {"category", "image_size", "tiling", "smoothing", "thresholds"}
+    assert set(values) == {"category", "image_size", "tiling", "smoothing", "mirrored", "thresholds"}
     assert values["thresholds"]["image"]["value"] == 0.3
     assert values["thresholds"]["image"]["normals"] == 3
     assert values["thresholds"]["image"]["guaranteed_rate"] == 0.25

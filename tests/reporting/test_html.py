@@ -182,6 +182,17 @@ def test_protocol_follows_the_parameters(report: Report, page: Page) -> None:
     assert "resamplings" not in changed.text
 
 
+def test_protocol_says_where_a_data_set_has_validation_pictures_of_its_own(report: Report, page: Page) -> None:
+    assert "own validation pictures" not in page.text
+    every = [replace(category, has_validation=True) for category in report.categories]
+    text = Page(render_report(replace(report, categories=every))).text
+    assert text.count("own validation pictures") == 1
+    assert "of the normal training pictures" not in text
+    some = Page(render_report(replace(report, categories=[every[0], *report.categories[1:]]))).text
+    assert "own validation pictures" in some.partition(f"{every[0].category} has values of its own:")[2]
+    assert "of the normal training pictures" in some
+
+
 def test_a_category_with_values_of_its_own_has_a_protocol_of_its_own(report: Report, page: Page) -> None:
     name = report.categories[0].category
     assert "has values of its own" not in page.text

@@ -66,6 +66,21 @@ def test_normal_pictures_alone_will_do(workplace: Any, draw: Any, tmp_path: Path
     assert kinds(fetch(workplace, tmp_path / "tiles")) == {("train", "good"): 1}
 
 
+@pytest.mark.parametrize("inside", [".", "good"])
+def test_validation_pictures_are_a_split_of_their_own(workplace: Any, flat: Path, draw: Any, inside: str) -> None:
+    draw.picture(flat / "validation" / inside / "0.png")
+
+    manifest = fetch(workplace, flat)
+
+    assert kinds(manifest) == {
+        ("test", "good"): 3,
+        ("test", "scratch"): 3,
+        ("train", "good"): 3,
+        ("validation", "good"): 1,
+    }
+    assert set(manifest.loc[manifest["split"] == "validation", "label"]) == {"normal"}
+
+
 def test_a_mask_may_have_any_of_the_two_names_and_any_format(workplace: Any, flat: Path, draw: Any) -> None:
     (flat / "masks" / "scratch" / "1.png").unlink()
     draw.mask(flat / "masks" / "scratch" / "1_mask.bmp")
@@ -98,6 +113,15 @@ def put_picture_beside_the_test_folders(draw: Any, folder: Path) -> None:
     draw.picture(folder / "test" / "0.png")
 
 
+def put_defect_into_validation(draw: Any, folder: Path) -> None:
+    draw.picture(folder / "validation" / "scratch" / "0.png")
+
+
+def leave_validation_empty(draw: Any, folder: Path) -> None:
+    (folder / "validation" / "good").mkdir(parents=True)
+    (folder / "validation" / "good" / "notes.txt").write_text("no picture")
+
+
 def remove_training(draw: Any, folder: Path) -> None:
     (folder / "normal").rename(folder / "pictures")
 
@@ -110,7 +134,9 @@ def empty_training(draw: Any, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (put_defect_into_training, "training pictures are normal ones alone"),
+        (put_defect_into_training, "training and validation pictures are normal ones alone"),
+        (put_defect_into_validation, r"validation/scratch: training and validation pictures are normal ones alone"),
+        (leave_validation_empty, "validation holds no picture"),
         (put_picture_beside_the_test_folders, r"0\.png lies beside the folders"),
         (remove_training, r"^data\.source\.folder_tiles: .*: there is neither a folder train nor a folder normal"),
         (empty_training, "no normal picture to train on"),

@@ -82,7 +82,7 @@ def test_other_counts_are_logged_or_refused(
 ) -> None:
     build(items, tmp_path, expected=Counts(247, 19, 60))
 
-    said = "4 training, 2 normal and 3 defective test pictures; published are 247, 19 and 60"
+    said = "4 training, 2 normal and 3 defective test pictures; published are 247 training, 19 normal and 60 defective"
     assert said in caplog.text
     with pytest.raises(AlmrrError, match=said):
         build(items, tmp_path, expected=Counts(247, 19, 60), strict=True)
@@ -116,6 +116,16 @@ def test_the_same_picture_in_train_and_test_is_refused(items: list[Item], tmp_pa
 
     with pytest.raises(AlmrrError, match=r"in train and in test: .*train/good/000\.png and .*\.bmp"):
         build(leaky, tmp_path)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_validation_picture_is_in_no_other_split(items: list[Item], tmp_path: Path, split: str) -> None:
+    other = next(item.image for item in items if item.split == split)
+    copy = other.with_name("copy.png")
+    shutil.copy(other, copy)
+
+    with pytest.raises(AlmrrError, match="in validation" if split == "train" else "in validation and in test"):
+        build([*items, Item(copy, None, "validation", "normal", "good")], tmp_path)
 
 
 def test_the_same_picture_twice_in_train_is_allowed(items: list[Item], tmp_path: Path) -> None:
@@ -199,6 +209,20 @@ def test_calibration_takes_normal_training_pictures_alone(items: list[Item], tmp
 
     assert len(held_out) == 2
     assert sorted(training + held_out) == manifest.loc[manifest["split"] == "train", "image"].tolist()
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.5])
+def test_validation_pictures_are_held_out_and_no_others(
+    items: list[Item], tmp_path: Path, draw: Any, fraction: float
+) -> None:
+    extra = tmp_path / "01_raw" / "mvtec_wood" / "validation" / "good" / "0.png"
+    draw.picture(extra, (16, 20))
+    manifest = build([*items, Item(extra, None, "validation", "normal", "good")], tmp_path)
+
+    training, held_out = training_split(manifest, fraction=fraction)
+
+    assert held_out == ["01_raw/mvtec_wood/validation/good/0.png"]
+    assert training == manifest.loc[manifest["split"] == "train", "image"].tolist()
 
 
 def test_calibration_does_not_depend_on_where_the_pictures_lie(items: list[Item], tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ def describe_model(folder: Path) -> str:
         f"ALMRR model of {settings.category}",
         f"backbone          {backbone['name']}",
         f"input             {rows} x {columns} pixels, {_describe_tiling(settings.tiling)}",
+        f"anomaly map       {_describe_mirrors(settings.mirrored)}",
         f"image score       largest mean over {settings.smoothing} x {settings.smoothing} pixels of the map",
     ]
     for kind in ("image", "pixel"):
@@ -71,6 +72,10 @@ def _describe_tiling(tiling: Tiling) -> str:
     if not tiling.enabled:
         return "pictures are resized to it"
     return f"pictures are scaled by {tiling.scale:g} and cut into tiles that overlap by {tiling.overlap:.0%} or more"
+
+
+def _describe_mirrors(mirrored: bool) -> str:
+    return "mean over the picture and its three mirror images" if mirrored else "of the picture as it is"
 
 
 def _describe_threshold(threshold: Threshold | None) -> str:

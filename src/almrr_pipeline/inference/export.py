@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from almrr_pipeline.errors import AlmrrError
+from almrr_pipeline.inference.mirrored import mirror_maps
 from almrr_pipeline.model.almrr import ALMRR
 from almrr_pipeline.model.folding import FoldedALMRR
 from almrr_pipeline.model.persistence import write_beside
@@ -25,8 +26,13 @@ _EXAMPLES = 2
 """Pictures in the batch that is traced; a batch of one would be taken as fixed."""
 
 
-def export_onnx(model: ALMRR | FoldedALMRR, path: Path) -> None:
+def export_onnx(model: ALMRR | FoldedALMRR, path: Path, *, mirrored: bool = False) -> None:
     """Write the model, folded, as ONNX, with the weights inside the file.
+
+    Args:
+        model: what is written.
+        path: the file.
+        mirrored: write the mean over mirror images, as `almrr_pipeline.inference.mirrored` takes it.
 
     Raises:
         AlmrrError: the file cannot be written there, or the packages that write ONNX are not installed.
@@ -39,7 +45,7 @@ def export_onnx(model: ALMRR | FoldedALMRR, path: Path) -> None:
         raise AlmrrError(
             f"ONNX needs a package that is not here ({error}): pip install 'almrr-pipeline[onnx]'."
         ) from error
-    graph, images = _Graph(model), _example(model)
+    graph, images = mirror_maps(_Graph(model), mirrored), _example(model)
     program = torch.onnx.export(
         graph,
         (images,),
@@ -54,14 +60,19 @@ def export_onnx(model: ALMRR | FoldedALMRR, path: Path) -> None:
         program.save(partial, external_data=False)
 
 
-def export_torch(model: ALMRR | FoldedALMRR, path: Path) -> None:
+def export_torch(model: ALMRR | FoldedALMRR, path: Path, *, mirrored: bool = False) -> None:
     """Write the model, folded, as a program: `torch.export.load(path).module()(images)` gives the maps.
+
+    Args:
+        model: what is written.
+        path: the file.
+        mirrored: write the mean over mirror images, as `almrr_pipeline.inference.mirrored` takes it.
 
     Raises:
         AlmrrError: the file cannot be written there.
     """
     _check_target(path)
-    graph, images = _Graph(model), _example(model)
+    graph, images = mirror_maps(_Graph(model), mirrored), _example(model)
     shapes = {INPUT: {0: torch.export.Dim("batch")}}
     program = torch.export.export(graph, (images,), dynamic_shapes=shapes, strict=False)
     with write_beside(path) as partial:

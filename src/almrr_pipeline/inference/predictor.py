@@ -21,6 +21,7 @@ from torch import nn
 from almrr_pipeline.config import Tiling
 from almrr_pipeline.errors import AlmrrError
 from almrr_pipeline.images import ImageArray, read_image, resize_image
+from almrr_pipeline.inference.mirrored import mirror_maps
 from almrr_pipeline.inference.settings import InferenceSettings
 from almrr_pipeline.inference.streams import map_ahead, take_batches
 from almrr_pipeline.inference.tiling import AnomalyMap, Blend, TileGrid
@@ -88,7 +89,7 @@ class Predictor:
                 f"{self.settings.image_size}; they belong to different models. Train again."
             )
         # Folded on the CPU: it composes in float64, which MPS lacks, and compares results, which TF32 would blur.
-        self._model = model.fold().to(self.device)
+        self._model = mirror_maps(model.fold(), self.settings.mirrored).to(self.device)
 
     def __call__(self, images: Iterable[Picture]) -> list[Prediction]:
         """Predict all of `images`; the maps of all of them are held at once, so prefer `stream` for very many.

@@ -35,6 +35,8 @@ class InferenceSettings(Section):
     tiling: Tiling = Tiling()
     smoothing: Positive = 9
     """Side of the mean filter before the image score's maximum, in pixels of the map at the network's scale."""
+    mirrored: bool = False
+    """Whether a map is the mean over the picture and its mirror images; see `almrr_pipeline.inference.mirrored`."""
     thresholds: Thresholds | None = None
     """None until the model has been calibrated."""
 

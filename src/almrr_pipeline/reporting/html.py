@@ -50,6 +50,7 @@ class CategoryReport:
         overlays: drawn examples.
         training_images: normal pictures that were trained on.
         held_out_images: normal pictures held out for the thresholds.
+        has_validation: whether these are validation pictures of the data set's own.
         source: where the pictures come from, under which licence, and what to cite.
     """
 
@@ -65,6 +66,7 @@ class CategoryReport:
     overlays: Sequence[Overlay] = ()
     training_images: int | None = None
     held_out_images: int | None = None
+    has_validation: bool = False
     source: str = ""
 
 
@@ -153,6 +155,7 @@ class _CategoryView:
     name: str
     link: str
     parameters: Parameters
+    has_validation: bool
     source: str
     headlines: Sequence[_Headline]
     steps: int
@@ -245,6 +248,7 @@ def _view_category(category: CategoryReport, link: str, own: Parameters) -> _Cat
         name=name,
         link=link,
         parameters=own,
+        has_validation=category.has_validation,
         source=category.source,
         headlines=_pick_category_headlines(category.metrics),
         steps=int(category.history["step"].max()) if len(category.history) else 0,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from almrr_pipeline.errors import AlmrrError
 from almrr_pipeline.sources.files import find_folder, list_folders, list_pictures, transfer
-from almrr_pipeline.sources.layout import GOOD, list_test, list_train
+from almrr_pipeline.sources.layout import GOOD, list_test, list_train, list_validation
 from almrr_pipeline.sources.manifest import Item
 from almrr_pipeline.sources.obtain import Archive, Offer, obtain
 from almrr_pipeline.sources.source import FetchRequest, Source
@@ -16,8 +16,9 @@ logger = logging.getLogger(__name__)
 
 PREFIX = "folder_"
 _LAYOUT = (
-    "expected is MVTec AD's layout (train/good, test/good, test/DEFECT, ground_truth/DEFECT/STEM_mask.png) or the flat "
-    "one (normal, test/good, test/DEFECT, masks/DEFECT/STEM.png), where all but the first may be missing"
+    "expected is MVTec AD's layout (train/good, validation/good, test/good, test/DEFECT, "
+    "ground_truth/DEFECT/STEM_mask.png) or the flat one (normal, validation, test/good, test/DEFECT, "
+    "masks/DEFECT/STEM.png), where all but the first may be missing"
 )
 _LAYOUTS = (("train", "ground_truth"), ("normal", "masks"))
 """Folder of the training pictures and folder of the masks."""
@@ -38,7 +39,7 @@ class Folder(Source):
             for train, masks in _LAYOUTS:
                 found = find_folder(folder, train, depth=2)
                 if found is not None:
-                    parts = [found / part for part in (train, "test", masks) if (found / part).is_dir()]
+                    parts = [found / part for part in (train, "validation", "test", masks) if (found / part).is_dir()]
                     return transfer(parts, target, move=is_ours)
             raise AlmrrError(f"there is neither a folder train nor a folder normal in it; {_LAYOUT}")
 
@@ -58,21 +59,31 @@ class Folder(Source):
     def items(self, category: str, folder: Path) -> list[Item]:
         """Return the folder's own split; defective pictures have masks as soon as there is a folder of masks."""
         train, masks = _LAYOUTS[0] if (folder / "train").is_dir() else _LAYOUTS[1]
-        normal = _normal_folder(folder / train)
+        normal = list_train(_normal_folder(folder / train))
         ground_truth = folder / masks
-        return list_train(normal) + list_test(folder / "test", ground_truth if ground_truth.is_dir() else None)
+        tested = list_test(folder / "test", ground_truth if ground_truth.is_dir() else None)
+        return normal + _list_validation(folder / "validation") + tested
 
     def expected(self, category: str) -> None:
         """Nobody published how many pictures you have."""
 
 
-def _normal_folder(train: Path) -> Path:
-    """Return where the normal pictures lie: train/good, train/normal, or train (normal) itself."""
-    folders = list_folders(train)
-    odd = [folder for folder in folders if folder.name not in {GOOD, "normal"}]
-    if odd or (folders and list_pictures(train)):
-        where = odd[0] if odd else train
+def _list_validation(validation: Path) -> list[Item]:
+    """List the pictures that thresholds are to be taken from, if there is a folder of them; it may not be empty."""
+    items = list_validation(_normal_folder(validation))
+    if validation.is_dir() and not items:
+        raise AlmrrError(f"{validation} holds no picture; put normal ones into it, or remove it.")
+    return items
+
+
+def _normal_folder(folder: Path) -> Path:
+    """Return where the normal pictures of train, normal or validation lie: in its good, its normal, or itself."""
+    folders = list_folders(folder)
+    odd = [inner for inner in folders if inner.name not in {GOOD, "normal"}]
+    if odd or (folders and list_pictures(folder)):
+        where = odd[0] if odd else folder
         raise AlmrrError(
-            f"{where}: training pictures are normal ones alone, in one folder; move defective ones to test/DEFECT."
+            f"{where}: training and validation pictures are normal ones alone, in one folder; move defective ones to "
+            "test/DEFECT."
         )
-    return folders[0] if folders else train
+    return folders[0] if folders else folder

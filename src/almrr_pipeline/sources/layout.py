@@ -1,4 +1,7 @@
-"""MVTec AD's folder layout, which many data sets and users follow: train/good, test/DEFECT, ground_truth/DEFECT."""
+"""MVTec AD's folder layout, which many data sets and users follow: train/good, test/DEFECT, ground_truth/DEFECT.
+
+Younger sets (MVTec LOCO AD, MVTec AD 2) have validation/good too, normal pictures that are not for training.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,11 @@ _NORMAL_NAMES = (GOOD, "normal")
 def list_train(folder: Path) -> list[Item]:
     """Return the pictures directly in `folder` as normal training pictures."""
     return [Item(path, None, "train", "normal", GOOD) for path in list_pictures(folder)]
+
+
+def list_validation(folder: Path) -> list[Item]:
+    """Return the pictures directly in `folder` as normal pictures for the thresholds."""
+    return [Item(path, None, "validation", "normal", GOOD) for path in list_pictures(folder)]
 
 
 def list_test(test: Path, masks: Path | None) -> list[Item]:

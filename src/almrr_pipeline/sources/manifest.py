@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -36,7 +37,8 @@ class Item:
     image: Path
     mask: Path | None
     """Ground truth; None for normal pictures, and for defective ones of a data set without masks."""
-    split: Literal["train", "test"]
+    split: Literal["train", "validation", "test"]
+    """Normal pictures of `validation` are for the thresholds alone; see `training_split`."""
     label: Literal["normal", "defective"]
     defect: str
     """Kind of defect; `good` for normal pictures."""
@@ -51,6 +53,7 @@ class Counts:
     train: int
     test_normal: int
     test_defective: int
+    validation: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ def count_items(items: Iterable[Item]) -> Counts:
         train=sum(split == "train" for split, _ in kinds),
         test_normal=kinds.count(("test", "normal")),
         test_defective=kinds.count(("test", "defective")),
+        validation=sum(split == "validation" for split, _ in kinds),
     )
 
 
@@ -89,9 +93,14 @@ def check_counts(items: Sequence[Item], expected: Counts | None, *, name: str, s
 
 
 def _difference(found: Counts, expected: Counts, name: str) -> str:
+    return f"{name}: {_say_counts(found)}; published are {_say_counts(expected)}"
+
+
+def _say_counts(counts: Counts) -> str:
+    validation = f"{counts.validation} validation, " if counts.validation else ""
     return (
-        f"{name}: {found.train} training, {found.test_normal} normal and {found.test_defective} defective test "
-        f"pictures; published are {expected.train}, {expected.test_normal} and {expected.test_defective}"
+        f"{counts.train} training, {validation}{counts.test_normal} normal and {counts.test_defective} defective test "
+        "pictures"
     )
 
 
@@ -114,13 +123,14 @@ def build_manifest(items: Sequence[Item], *, root: Path, expected: Counts | None
         strict: refuse other numbers instead of warning.
 
     Returns:
-        One row a picture, sorted by split and image: image, mask ("" where there is none), split (train or test), label
-        (normal or defective), defect, part ("" where no two pictures show the same piece), width and height in pixels
+        One row a picture, sorted by split and image: image, mask ("" where there is none), split (train,
+        validation or test), label (normal or defective), defect,
+        part ("" where no two pictures show the same piece), width and height in pixels
         (upright), sha256 of the file.
 
     Raises:
         AlmrrError: no training pictures, a picture that cannot be decoded, a mask that is missing or of another size
-            than its picture, a name that is not UTF-8, or the same picture in train and test; names the files.
+            than its picture, a name that is not UTF-8, or the same picture in two splits; names the files.
     """
     name = _common_folder([item.image for item in items], root)
     check_counts(items, expected, name=name, strict=strict)
@@ -145,20 +155,29 @@ def build_manifest(items: Sequence[Item], *, root: Path, expected: Counts | None
     return pd.DataFrame(rows, columns=list(COLUMNS)).sort_values(["split", "image"], ignore_index=True)
 
 
+def has_validation(manifest: pd.DataFrame) -> bool:
+    """Whether the data set has validation pictures of its own, normal ones that are not for training."""
+    return bool((manifest["split"] == "validation").any())
+
+
 def training_split(manifest: pd.DataFrame, *, fraction: float) -> tuple[list[str], list[str]]:
     """Divide the normal training pictures of a manifest into those to train on and those held out for the thresholds.
 
-    The choice goes by the pictures' parts where those are known, and else by their checksums: it depends neither on
+    Where the data set has validation pictures of its own, these are held out and no others.
+    Else the choice goes by the pictures' parts where those are known, and else by their checksums: it depends
+    neither on
     where they lie nor on what they are called, and pictures of one part, or copies of one, stay on the same side.
 
     Args:
         manifest: what `build_manifest` returned.
-        fraction: share to hold out, in [0, 0.5].
+        fraction: share to hold out, in [0, 0.5]; without effect where there are validation pictures.
 
     Returns:
         (training, held out): paths relative to the data folder, each in the order of the manifest.
     """
     normal = manifest[(manifest["split"] == "train") & (manifest["label"] == "normal")]
+    if has_validation(manifest):
+        return normal["image"].tolist(), manifest.loc[manifest["split"] == "validation", "image"].tolist()
     kept_together = normal["part"].where(normal["part"] != "", normal["sha256"])
     _, held_out = split_calibration(list(dict.fromkeys(kept_together)), fraction)
     is_held_out = kept_together.isin(held_out)
@@ -268,20 +287,22 @@ def _check_name(path: Path) -> None:
 
 
 def _refuse_leaks(items: Sequence[Item], inspections: Sequence[_Inspection], root: Path) -> None:
-    """No picture that is tested may have been trained on, under whatever name or format."""
-    trained = {
-        found.pixels: item.image for item, found in zip(items, inspections, strict=True) if item.split == "train"
-    }
-    leaks = [
-        f"{_relative(trained[found.pixels], root)} and {_relative(item.image, root)}"
-        for item, found in zip(items, inspections, strict=True)
-        if item.split == "test" and found.pixels in trained
-    ]
-    if leaks:
-        more = f" (and {len(leaks) - _SHOWN} more pairs)" if len(leaks) > _SHOWN else ""
-        raise AlmrrError(
-            f"The same picture is in train and in test: {'; '.join(leaks[:_SHOWN])}{more}; remove one of each pair."
-        )
+    """No picture may be in two splits, under whatever name or format: what is tested was not trained on."""
+    for earlier, later in combinations(("train", "validation", "test"), 2):
+        seen = {
+            found.pixels: item.image for item, found in zip(items, inspections, strict=True) if item.split == earlier
+        }
+        leaks = [
+            f"{_relative(seen[found.pixels], root)} and {_relative(item.image, root)}"
+            for item, found in zip(items, inspections, strict=True)
+            if item.split == later and found.pixels in seen
+        ]
+        if leaks:
+            more = f" (and {len(leaks) - _SHOWN} more pairs)" if len(leaks) > _SHOWN else ""
+            raise AlmrrError(
+                f"The same picture is in {earlier} and in {later}: {'; '.join(leaks[:_SHOWN])}{more}; remove one of "
+                "each pair."
+            )
 
 
 def _report_empty_masks(items: Sequence[Item], inspections: Sequence[_Inspection], name: str) -> None:

@@ -15,7 +15,7 @@ from almrr_pipeline.evaluation.summary import summarize, summarize_seeds
 from almrr_pipeline.hooks import git_commit, numbers
 from almrr_pipeline.reporting.examples import read_examples
 from almrr_pipeline.reporting.html import CategoryReport, Report, render_report
-from almrr_pipeline.sources.manifest import training_split
+from almrr_pipeline.sources.manifest import has_validation, training_split
 from almrr_pipeline.sources.registry import source_for
 
 PACKAGES = ("almrr-pipeline", "torch", "timm", "lightning", "numpy", "scipy", "kedro", "dvc", "mlflow")
@@ -51,6 +51,7 @@ def collect_category(
         overlays=read_examples(overlays),
         training_images=len(training),
         held_out_images=len(held_out),
+        has_validation=has_validation(manifest),
         source=source_for(split_seed(category)[0]).license,
     )
 

@@ -20,6 +20,7 @@ from almrr_pipeline.config import (
     TrainSettings,
 )
 from almrr_pipeline.inference.calibration import calibrate
+from almrr_pipeline.inference.mirrored import mirror_maps
 from almrr_pipeline.inference.predictor import resolve_device
 from almrr_pipeline.inference.settings import InferenceSettings
 from almrr_pipeline.model.almrr import ALMRR
@@ -94,7 +95,7 @@ def find_thresholds(
     _, held_out = training_split(manifest, fraction=data.calibration)
     device = resolve_device("auto")  # the one that will predict: its rounding, and the backends that it alone has
     thresholds = calibrate(
-        network.fold().to(device),
+        mirror_maps(network.fold(), evaluate.mirrored).to(device),
         [data_folder / name for name in held_out],
         image_size=data.image_size,
         tiling=data.tiling,
@@ -108,6 +109,7 @@ def find_thresholds(
         image_size=data.image_size,
         tiling=data.tiling,
         smoothing=evaluate.smoothing,
+        mirrored=evaluate.mirrored,
         thresholds=thresholds,
     )
 
