@@ -124,7 +124,8 @@ def test_a_validation_picture_is_in_no_other_split(items: list[Item], tmp_path: 
     copy = other.with_name("copy.png")
     shutil.copy(other, copy)
 
-    with pytest.raises(AlmrrError, match="in validation" if split == "train" else "in validation and in test"):
+    said = "in train and in validation" if split == "train" else "in validation and in test"
+    with pytest.raises(AlmrrError, match=said):
         build([*items, Item(copy, None, "validation", "normal", "good")], tmp_path)
 
 

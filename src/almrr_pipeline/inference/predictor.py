@@ -217,7 +217,7 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise AlmrrError(
             f"The device {name!r} cannot be used here ({reason}); take auto, cpu, cuda or cuda:N."

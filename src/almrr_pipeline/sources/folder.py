@@ -7,7 +7,7 @@ from pathlib import Path
 
 from almrr_pipeline.errors import AlmrrError
 from almrr_pipeline.sources.files import find_folder, list_folders, list_pictures, transfer
-from almrr_pipeline.sources.layout import GOOD, list_test, list_train, list_validation
+from almrr_pipeline.sources.layout import GOOD, list_normal, list_test
 from almrr_pipeline.sources.manifest import Item
 from almrr_pipeline.sources.obtain import Archive, Offer, obtain
 from almrr_pipeline.sources.source import FetchRequest, Source
@@ -59,7 +59,7 @@ class Folder(Source):
     def items(self, category: str, folder: Path) -> list[Item]:
         """Return the folder's own split; defective pictures have masks as soon as there is a folder of masks."""
         train, masks = _LAYOUTS[0] if (folder / "train").is_dir() else _LAYOUTS[1]
-        normal = list_train(_normal_folder(folder / train))
+        normal = list_normal(_normal_folder(folder / train), "train")
         ground_truth = folder / masks
         tested = list_test(folder / "test", ground_truth if ground_truth.is_dir() else None)
         return normal + _list_validation(folder / "validation") + tested
@@ -70,7 +70,7 @@ class Folder(Source):
 
 def _list_validation(validation: Path) -> list[Item]:
     """List the pictures that thresholds are to be taken from, if there is a folder of them; it may not be empty."""
-    items = list_validation(_normal_folder(validation))
+    items = list_normal(_normal_folder(validation), "validation")
     if validation.is_dir() and not items:
         raise AlmrrError(f"{validation} holds no picture; put normal ones into it, or remove it.")
     return items

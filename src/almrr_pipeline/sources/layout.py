@@ -6,6 +6,7 @@ Younger sets (MVTec LOCO AD, MVTec AD 2) have validation/good too, normal pictur
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from almrr_pipeline.errors import AlmrrError
 from almrr_pipeline.sources.files import list_folders, list_pictures
@@ -15,14 +16,9 @@ GOOD = "good"
 _NORMAL_NAMES = (GOOD, "normal")
 
 
-def list_train(folder: Path) -> list[Item]:
-    """Return the pictures directly in `folder` as normal training pictures."""
-    return [Item(path, None, "train", "normal", GOOD) for path in list_pictures(folder)]
-
-
-def list_validation(folder: Path) -> list[Item]:
-    """Return the pictures directly in `folder` as normal pictures for the thresholds."""
-    return [Item(path, None, "validation", "normal", GOOD) for path in list_pictures(folder)]
+def list_normal(folder: Path, split: Literal["train", "validation"]) -> list[Item]:
+    """Return the pictures directly in `folder` as normal pictures of a split."""
+    return [Item(path, None, split, "normal", GOOD) for path in list_pictures(folder)]
 
 
 def list_test(test: Path, masks: Path | None) -> list[Item]:

@@ -124,9 +124,8 @@ def build_manifest(items: Sequence[Item], *, root: Path, expected: Counts | None
 
     Returns:
         One row a picture, sorted by split and image: image, mask ("" where there is none), split (train,
-        validation or test), label (normal or defective), defect,
-        part ("" where no two pictures show the same piece), width and height in pixels
-        (upright), sha256 of the file.
+        validation or test), label (normal or defective), defect, part ("" where no two pictures show the same piece),
+        width and height in pixels (upright), sha256 of the file.
 
     Raises:
         AlmrrError: no training pictures, a picture that cannot be decoded, a mask that is missing or of another size
@@ -163,10 +162,9 @@ def has_validation(manifest: pd.DataFrame) -> bool:
 def training_split(manifest: pd.DataFrame, *, fraction: float) -> tuple[list[str], list[str]]:
     """Divide the normal training pictures of a manifest into those to train on and those held out for the thresholds.
 
-    Where the data set has validation pictures of its own, these are held out and no others.
-    Else the choice goes by the pictures' parts where those are known, and else by their checksums: it depends
-    neither on
-    where they lie nor on what they are called, and pictures of one part, or copies of one, stay on the same side.
+    Where the data set has validation pictures of its own, these are held out and no others. Else the choice goes by
+    the pictures' parts where those are known, and by their checksums where not: it depends neither on where they lie
+    nor on what they are called, and pictures of one part, or copies of one, stay on the same side.
 
     Args:
         manifest: what `build_manifest` returned.
@@ -288,14 +286,13 @@ def _check_name(path: Path) -> None:
 
 def _refuse_leaks(items: Sequence[Item], inspections: Sequence[_Inspection], root: Path) -> None:
     """No picture may be in two splits, under whatever name or format: what is tested was not trained on."""
+    pictures = [(item.split, item.image, found.pixels) for item, found in zip(items, inspections, strict=True)]
     for earlier, later in combinations(("train", "validation", "test"), 2):
-        seen = {
-            found.pixels: item.image for item, found in zip(items, inspections, strict=True) if item.split == earlier
-        }
+        seen = {pixels: image for split, image, pixels in pictures if split == earlier}
         leaks = [
-            f"{_relative(seen[found.pixels], root)} and {_relative(item.image, root)}"
-            for item, found in zip(items, inspections, strict=True)
-            if item.split == later and found.pixels in seen
+            f"{_relative(seen[pixels], root)} and {_relative(image, root)}"
+            for split, image, pixels in pictures
+            if split == later and pixels in seen
         ]
         if leaks:
             more = f" (and {len(leaks) - _SHOWN} more pairs)" if len(leaks) > _SHOWN else ""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from almrr_pipeline.errors import AlmrrError
 from almrr_pipeline.sources.files import find_folder, transfer
-from almrr_pipeline.sources.layout import list_test, list_train
+from almrr_pipeline.sources.layout import list_normal, list_test
 from almrr_pipeline.sources.manifest import Counts, Item, check_counts
 from almrr_pipeline.sources.obtain import Archive, Offer, is_local, obtain
 from almrr_pipeline.sources.source import FetchRequest, Source
@@ -82,7 +82,7 @@ class MvtecAd(Source):
 
     def items(self, category: str, folder: Path) -> list[Item]:
         """Return the data set's own split."""
-        return list_train(folder / "train" / "good") + list_test(folder / "test", folder / "ground_truth")
+        return list_normal(folder / "train" / "good", "train") + list_test(folder / "test", folder / "ground_truth")
 
     def expected(self, category: str) -> Counts:
         """Return the published numbers of pictures."""

@@ -21,7 +21,7 @@ from almrr_pipeline.errors import AlmrrError
 from almrr_pipeline.images import MaskArray
 from almrr_pipeline.progress import track
 from almrr_pipeline.sources.drawn_defects import DRAWINGS, Field
-from almrr_pipeline.sources.layout import list_test, list_train
+from almrr_pipeline.sources.layout import list_normal, list_test
 from almrr_pipeline.sources.manifest import Counts, Item
 from almrr_pipeline.sources.package_textures import read_package_picture
 from almrr_pipeline.sources.source import FetchRequest, Source
@@ -85,7 +85,7 @@ class Sample(Source):
 
     def items(self, category: str, folder: Path) -> list[Item]:
         """Return the split that the pictures were drawn for."""
-        return list_train(folder / "train" / "good") + list_test(folder / "test", folder / "ground_truth")
+        return list_normal(folder / "train" / "good", "train") + list_test(folder / "test", folder / "ground_truth")
 
     def expected(self, category: str) -> Counts:
         """Return the numbers of pictures that `fetch` draws."""

@@ -34,8 +34,7 @@ _BROKEN = (
     zlib.error,
     struct.error,
     EOFError,
-    NotImplementedError,  # a compression that this Python does not know
-    RuntimeError,  # an encrypted member
+    RuntimeError,  # an encrypted member, or (NotImplementedError) a compression that this Python does not know
     ValueError,
     OverflowError,
     MemoryError,
