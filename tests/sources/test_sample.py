@@ -20,8 +20,9 @@ from almrr_pipeline.sources.sample import (
     CROP,
     LEAST_DEFECT,
     PICTURES_PER_DEFECT,
-    TEST_COLUMNS,
-    TRAIN_COLUMNS,
+    TEST_PART,
+    TRAIN_PART,
+    VALIDATION_PART,
     VISIBLE,
     Camera,
     Sample,
@@ -73,34 +74,42 @@ def test_the_same_pictures_are_drawn_each_time(data: Path, tmp_path: Path) -> No
         assert path.read_bytes() == (tmp_path / path.relative_to(data / "sample_brick")).read_bytes(), path
 
 
-def test_training_and_test_columns_are_apart_and_inside_the_photograph() -> None:
-    assert 0 <= TRAIN_COLUMNS[0] < TRAIN_COLUMNS[1] <= TEST_COLUMNS[0] - 8 < TEST_COLUMNS[1] <= 512
-    assert min(stop - start for start, stop in (TRAIN_COLUMNS, TEST_COLUMNS)) >= CROP
+PARTS = {"train": TRAIN_PART, "validation": VALIDATION_PART, "test": TEST_PART}
 
 
-def test_no_pixel_of_the_training_pictures_is_in_a_test_picture(tmp_path: Path) -> None:
-    photograph = np.full((512, 512), 0.5)  # dark where training pictures come from, bright where test pictures do
-    photograph[:, slice(*TRAIN_COLUMNS)], photograph[:, slice(*TEST_COLUMNS)] = 0.25, 0.75
+def test_the_parts_are_apart_and_inside_the_photograph() -> None:
+    covered = np.zeros((512, 512), int)
+    for rows, columns in PARTS.values():
+        part = np.zeros((512, 512), bool)
+        part[rows, columns] = True
+        assert part.sum() == (rows.stop - rows.start) * (columns.stop - columns.start)
+        assert min(rows.stop - rows.start, columns.stop - columns.start) >= CROP
+        covered += ndimage.binary_dilation(part, iterations=4)
+    assert covered.max() == 1
+
+
+def test_no_pixel_is_in_the_pictures_of_two_splits(tmp_path: Path) -> None:
+    photograph, levels = np.full((512, 512), 0.5), {"train": 0.25, "validation": 0.5, "test": 0.75}
+    for split, part in PARTS.items():
+        photograph[part] = levels[split]
     write_category(photograph, tmp_path, seed=(0, 0))
     for item in SOURCE.items("sample_brick", tmp_path):
         image, outside = read_image(item.image), np.ones((CROP, CROP), bool)
         if item.mask:
             outside = ~ndimage.binary_dilation(read_mask(item.mask), iterations=6)
         brightness = image[outside] / 255
-        if item.split == "train":
-            assert brightness.max() < 0.35, item.image
-        else:
-            assert brightness.min() > 0.6, item.image
+        assert np.abs(brightness / levels[item.split] - 1).max() < 0.2, item.image
 
 
-def test_crops_reach_both_ends_of_their_columns() -> None:
-    columns = np.tile(np.arange(512), (512, 1)).astype(float)
-    generator = np.random.default_rng(0)
-    for part in (TRAIN_COLUMNS, TEST_COLUMNS):
-        crops = [cut_surface(columns, part, generator) for _ in range(400)]
+@pytest.mark.parametrize("split", PARTS)
+def test_crops_reach_all_ends_of_their_part(split: str) -> None:
+    places = np.arange(512.0)[:, None], np.arange(512.0)[None, :]
+    for lengths, across in zip(PARTS[split], places, strict=True):
+        generator = np.random.default_rng(0)
+        crops = [cut_surface(np.broadcast_to(across, (512, 512)), PARTS[split], generator) for _ in range(1000)]
         assert {crop.shape for crop in crops} == {(CROP, CROP)}
-        assert min(crop.min() for crop in crops) == part[0]
-        assert max(crop.max() for crop in crops) == part[1] - 1
+        assert min(crop.min() for crop in crops) == lengths.start
+        assert max(crop.max() for crop in crops) == lengths.stop - 1
 
 
 @pytest.mark.parametrize("defect", DRAWINGS)
@@ -121,7 +130,7 @@ def find_normal_twin(
     """The picture that the same draws give without the defect: of the drawings, the one that was not drawn again."""
     generator = np.random.default_rng(seed)
     while True:
-        surface = cut_surface(photograph, TEST_COLUMNS, generator)
+        surface = cut_surface(photograph, TEST_PART, generator)
         camera = draw_camera(generator)
         drawn = camera.take(np.clip(DRAWINGS[defect](surface, generator, 0.8), 0, 1))
         if np.array_equal(drawn, picture):
@@ -192,7 +201,7 @@ def test_normal_pictures_are_crops_of_the_photograph_under_another_light(
     data: Path, gravel: npt.NDArray[np.float64]
 ) -> None:
     crop = np.asarray(Image.open(data / "sample_gravel" / "train" / "good" / "000.png"), float)
-    windows = np.lib.stride_tricks.sliding_window_view(gravel[:, : TRAIN_COLUMNS[1]], (CROP, CROP))
+    windows = np.lib.stride_tricks.sliding_window_view(gravel[TRAIN_PART], (CROP, CROP))
     sparse = windows[:, :, ::16, ::16].reshape(*windows.shape[:2], -1)
     centred = sparse - sparse.mean(-1, keepdims=True)
     wanted = crop[::16, ::16].ravel() - crop[::16, ::16].mean()

@@ -1,9 +1,10 @@
 """The sample suite: three real textures that come with scikit-image, with drawn defects; nothing is downloaded.
 
-Brick, grass and gravel are photographs of 512x512 pixels in grey. Training pictures are cut from the left of each, test
-pictures from the right; between the two lies a strip that neither touches. Each crop gets its own light and sensor
-noise, as pictures taken one after the other have. Defects are drawn on test crops only, and the ground truth is where
-the finished picture differs visibly from what it would have been without the defect.
+Brick, grass and gravel are photographs of 512x512 pixels in grey. Training pictures are cut from the upper left of
+each, validation pictures from the lower left, test pictures from the right; the strips in between no picture touches.
+So thresholds come from a part of the photograph that training has not seen, as test pictures do. Each crop gets its own
+light and sensor noise, as pictures taken one after the other have. Defects are drawn on test crops only, and the ground
+truth is where the finished picture differs visibly from what it would have been without the defect.
 """
 
 from __future__ import annotations
@@ -32,11 +33,15 @@ PREFIX = "sample_"
 TEXTURES = ("brick", "grass", "gravel")
 CROP = 160
 """Side of a picture, in pixels."""
-TRAIN_COLUMNS = (0, 296)
-TEST_COLUMNS = (312, 512)
-"""Columns of the photograph, the second not included: 58 % and 39 % of it, 16 columns in between stay unused."""
+Part = tuple[slice, slice]
+"""Rows and columns of the photograph."""
+TRAIN_PART: Part = (slice(0, 336), slice(0, 296))
+VALIDATION_PART: Part = (slice(352, 512), slice(0, 296))
+TEST_PART: Part = (slice(0, 512), slice(312, 512))
+"""38 %, 18 % and 39 % of the photograph; 16 rows or columns in between stay unused."""
 TRAIN_PICTURES = 200
-"""A tenth of them, held out, is the least that allows a threshold at a false-alarm rate of 5 %."""
+VALIDATION_PICTURES = 40
+"""More than the 19 without which there is no threshold at a false-alarm rate of 5 %."""
 TEST_NORMAL_PICTURES = 20
 PICTURES_PER_DEFECT = 6
 VISIBLE = 7.0
@@ -85,11 +90,15 @@ class Sample(Source):
 
     def items(self, category: str, folder: Path) -> list[Item]:
         """Return the split that the pictures were drawn for."""
-        return list_normal(folder / "train" / "good", "train") + list_test(folder / "test", folder / "ground_truth")
+        return (
+            list_normal(folder / "train" / "good", "train")
+            + list_normal(folder / "validation" / "good", "validation")
+            + list_test(folder / "test", folder / "ground_truth")
+        )
 
     def expected(self, category: str) -> Counts:
         """Return the numbers of pictures that `fetch` draws."""
-        return Counts(TRAIN_PICTURES, TEST_NORMAL_PICTURES, PICTURES_PER_DEFECT * len(DRAWINGS))
+        return Counts(TRAIN_PICTURES, TEST_NORMAL_PICTURES, PICTURES_PER_DEFECT * len(DRAWINGS), VALIDATION_PICTURES)
 
 
 def write_category(photograph: Field, target: Path, *, seed: tuple[int, int]) -> None:
@@ -100,17 +109,21 @@ def write_category(photograph: Field, target: Path, *, seed: tuple[int, int]) ->
         target: existing, empty folder.
         seed: of the suite, and which category.
     """
-    normal = [("train", TRAIN_COLUMNS, TRAIN_PICTURES), ("test", TEST_COLUMNS, TEST_NORMAL_PICTURES)]
+    normal = [
+        (0, "train", TRAIN_PART, TRAIN_PICTURES),
+        (1, "test", TEST_PART, TEST_NORMAL_PICTURES),
+        (2 + len(DRAWINGS), "validation", VALIDATION_PART, VALIDATION_PICTURES),
+    ]
     strengths = np.linspace(FAINTEST, 1.0, PICTURES_PER_DEFECT).tolist()
-    total = sum(count for _, _, count in normal) + len(DRAWINGS) * len(strengths)
+    total = sum(count for *_, count in normal) + len(DRAWINGS) * len(strengths)
     with track(total, unit="pictures", description="draw the sample suite") as advance:
-        for kind, (part, columns, count) in enumerate(normal):
+        for kind, split, part, count in normal:
             for number in range(count):
                 generator = np.random.default_rng([*seed, kind, number])
-                surface = cut_surface(photograph, columns, generator)
-                _write(draw_camera(generator).take(surface), target / part / "good" / f"{number:03d}.png")
+                surface = cut_surface(photograph, part, generator)
+                _write(draw_camera(generator).take(surface), target / split / "good" / f"{number:03d}.png")
                 advance(1)
-        for kind, defect in enumerate(DRAWINGS, start=len(normal)):
+        for kind, defect in enumerate(DRAWINGS, start=2):
             for number, strength in enumerate(strengths):
                 generator = np.random.default_rng([*seed, kind, number])
                 picture, mask = draw_defective(photograph, defect, generator, strength=strength)
@@ -119,11 +132,11 @@ def write_category(photograph: Field, target: Path, *, seed: tuple[int, int]) ->
                 advance(1)
 
 
-def cut_surface(photograph: Field, columns: tuple[int, int], generator: np.random.Generator) -> Field:
-    """Cut a random square, `CROP` wide, out of the given columns of a photograph."""
-    top = generator.integers(photograph.shape[0] - CROP + 1)
-    left = generator.integers(columns[0], columns[1] - CROP + 1)
-    return photograph[top : top + CROP, left : left + CROP]
+def cut_surface(photograph: Field, part: Part, generator: np.random.Generator) -> Field:
+    """Cut a random square, `CROP` wide, out of a part of a photograph."""
+    surface = photograph[part]
+    top, left = (generator.integers(length - CROP + 1) for length in surface.shape)
+    return surface[top : top + CROP, left : left + CROP]
 
 
 def draw_camera(generator: np.random.Generator) -> Camera:
@@ -137,7 +150,7 @@ def draw_camera(generator: np.random.Generator) -> Camera:
 def draw_defective(
     photograph: Field, defect: str, generator: np.random.Generator, *, strength: float
 ) -> tuple[Grey, MaskArray]:
-    """Draw a defect on a crop of the test columns.
+    """Draw a defect on a crop of the test part.
 
     Args:
         photograph: float in [0, 1], shape (512, 512).
@@ -152,7 +165,7 @@ def draw_defective(
         AlmrrError: 50 drawings left no visible defect, as on a photograph that is black.
     """
     for _ in range(_MOST_DRAWS):
-        surface = cut_surface(photograph, TEST_COLUMNS, generator)
+        surface = cut_surface(photograph, TEST_PART, generator)
         camera = draw_camera(generator)
         defective = camera.take(np.clip(DRAWINGS[defect](surface, generator, strength), 0.0, 1.0))
         mask = outline_difference(camera.take(surface), defective)
