@@ -186,7 +186,9 @@ class TrainSettings(Section):
     """Largest norm of the gradient; 0 switches clipping off."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     flips: bool = True
-    """Vary samples at load time by flips and, where the input is square, quarter turns."""
+    """Mirror samples at random when they are loaded."""
+    quarter_turns: bool = True
+    """Turn them by quarters at random too, where the input is square; not for a texture that has one direction."""
     accelerator: str = "auto"
     devices: int | Literal["auto"] = "auto"
     nodes: Positive = 1

@@ -12,8 +12,8 @@ _MIRRORS = ((), (_COLUMNS,), (_ROWS,), (_ROWS, _COLUMNS))
 class MirroredMaps(nn.Module):
     """Maps a picture and its three mirror images, each by itself, and averages what comes back, mirrored back.
 
-    A training with `train.flips` asks for maps that turn with the picture; what a network of finite training gives
-    differs a little from mirror to mirror, and the mean keeps what they agree on.
+    A training with `train.flips` asks for maps that are mirrored with the picture; what a network of finite training
+    gives differs a little from mirror to mirror, and the mean keeps what they agree on.
 
     Args:
         model: takes float32 in [0, 1] of shape (B, 3, H, W), returns (B, H, W) in [0, 1].

@@ -62,6 +62,7 @@ def fit(
     gradient_clip: float = 1.0,
     precision: Precision = "32-true",
     flips: bool = True,
+    quarter_turns: bool = True,
     accelerator: str = "auto",
     devices: int | Literal["auto"] = "auto",
     nodes: int = 1,
@@ -100,7 +101,8 @@ def fit(
         refinement_weight: of the focal loss; the paper's is 1.
         gradient_clip: largest norm of the gradient; 0 for none.
         precision: Lightning's name; the bf16 and 16 kinds are autocast.
-        flips: mirror samples and, where square, turn them by quarters; picture, augmented picture and mask alike.
+        flips: mirror samples at random; picture, augmented picture and mask alike.
+        quarter_turns: turn samples by quarters at random, where they are square.
         accelerator: Lightning's name: auto, cpu, gpu ...
         devices: per node.
         nodes: machines; start with torchrun or under SLURM where there are several.
@@ -148,6 +150,7 @@ def fit(
         "batch_size": batch_size,
         "precision": precision,
         "flips": flips,
+        "quarter_turns": quarter_turns,
         "log_every": log_every,
         "selection": selection,
         "deterministic": deterministic,
@@ -171,7 +174,14 @@ def fit(
         objective=objective,
         descent=descent,
         loader=partial(
-            build_loader, pool=pool, batch_size=batch_size, steps=steps, seed=seed, flips=flips, workers=workers
+            build_loader,
+            pool=pool,
+            batch_size=batch_size,
+            steps=steps,
+            seed=seed,
+            flips=flips,
+            quarter_turns=quarter_turns,
+            workers=workers,
         ),
         prepare=partial(_standardize, pool=pool),
         seed=seed,

@@ -29,6 +29,10 @@ RESIDENT_SHARE = 0.4
 LOADER_PROCESSES = 4
 """Loader processes that feed a GPU from disk when the number is left open."""
 
+_MIRRORS = 0b011
+_SWAP = 0b100
+"""Bits of a turn, as `turn` reads them."""
+
 Indices = npt.NDArray[np.int64]
 Turns = npt.NDArray[np.uint8]
 
@@ -150,13 +154,22 @@ class PoolBatches(Dataset[Batch]):
     Args:
         pool: the pool, memory-mapped or in memory.
         order: which samples a step sees.
-        flips: mirror and turn the pictures; normal, augmented and mask alike.
+        flips: mirror the pictures at random; normal, augmented and mask alike.
+        quarter_turns: turn them by quarters at random, in the same way; has no effect where they are not square.
         device: copy the pool to this device once and gather there; None reads it from where it is.
     """
 
-    def __init__(self, pool: TrainingPool, order: SampleOrder, *, flips: bool, device: torch.device | None) -> None:
+    def __init__(
+        self,
+        pool: TrainingPool,
+        order: SampleOrder,
+        *,
+        flips: bool,
+        quarter_turns: bool,
+        device: torch.device | None,
+    ) -> None:
         self._order = order
-        self._flips = flips
+        self._variation = np.uint8(_MIRRORS * flips | _SWAP * quarter_turns)
         self._device = device
         self._source = np.asarray(pool.source)
         arrays = {"normal": pool.normals, "augmented": pool.augmented, "mask": pool.masks}
@@ -168,8 +181,8 @@ class PoolBatches(Dataset[Batch]):
         samples = self._order.samples(step)
         rows = {"normal": self._source[samples], "augmented": samples, "mask": samples}
         gathered = {name: self._gather(name, indices) for name, indices in rows.items()}
-        if self._flips:
-            turns = torch.from_numpy(self._order.turns(step)).to(self._device or "cpu")
+        if self._variation:
+            turns = torch.from_numpy(self._order.turns(step) & self._variation).to(self._device or "cpu")
             gathered = {name: turn(pictures, turns) for name, pictures in gathered.items()}
         return Batch(normal=gathered["normal"], augmented=gathered["augmented"], mask=gathered["mask"])
 
@@ -327,6 +340,7 @@ def build_loader(
     steps: int,
     seed: int,
     flips: bool,
+    quarter_turns: bool,
     workers: int,
 ) -> StepLoader:
     """The loader of one process: from the device where the pool fits on it, else from the memory map.
@@ -339,13 +353,14 @@ def build_loader(
         batch_size: samples a step, over all processes.
         steps: length of the training.
         seed: of order and turns.
-        flips: mirror and turn.
+        flips: mirror at random.
+        quarter_turns: turn by quarters at random.
         workers: see `choose_workers`.
     """
     residence = choose_residence(pool, device)
     order = SampleOrder(len(pool.augmented), batch_size=batch_size, seed=seed, rank=rank, world=world)
     return StepLoader(
-        PoolBatches(pool, order, flips=flips, device=residence),
+        PoolBatches(pool, order, flips=flips, quarter_turns=quarter_turns, device=residence),
         steps=steps,
         workers=choose_workers(workers, device=device, resident=residence is not None),
         pin=device.type == "cuda" and residence is None,
