@@ -21,6 +21,7 @@ from PIL import Image
 from almrr_pipeline import cli
 from almrr_pipeline.config import ScanSettings
 from almrr_pipeline.evaluation.thresholds import conformal_threshold
+from almrr_pipeline.inference.mirrored import MirroredMaps
 from almrr_pipeline.inference.settings import InferenceSettings, Thresholds
 from almrr_pipeline.model.almrr import ALMRR
 from almrr_pipeline.model.backbone import build_backbone
@@ -260,6 +261,17 @@ def test_export_is_named_after_the_category_and_replaces_only_on_demand(
     program = torch.export.load(target).module()
     images = torch.rand(2, 3, 128, 128)
     torch.testing.assert_close(program(images), ALMRR.load(model_folder)(images), atol=1e-4, rtol=0)
+
+
+def test_export_follows_the_models_settings(model_folder: Path, tmp_path: Path) -> None:
+    folder, target = tmp_path / "mirrored", tmp_path / "mirrored.pt2"
+    shutil.copytree(model_folder, folder)
+    InferenceSettings.load(folder).model_copy(update={"mirrored": True}).save(folder)
+    result = _run("export", folder, "--format", "torch", "--output", target)
+    assert result.exit_code == 0, result.output
+    images = torch.rand(2, 3, 128, 128)
+    expected = MirroredMaps(ALMRR.load(folder).eval())(images)
+    torch.testing.assert_close(torch.export.load(target).module()(images), expected, atol=1e-4, rtol=0)
 
 
 def test_info_describes_the_model(model_folder: Path) -> None:

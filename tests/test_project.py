@@ -14,9 +14,13 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
+
+from almrr_pipeline.inference.predictor import Predictor
+from almrr_pipeline.inference.settings import InferenceSettings
 
 pytestmark = pytest.mark.xdist_group("project")  # one copy, made once
 
@@ -50,6 +54,7 @@ train:
   learning_rate: 1.0e-3
   log_every: 1
 evaluate:
+  mirrored: true
   bootstrap: 20
 report:
   examples: 1
@@ -67,13 +72,12 @@ class Project:
             **os.environ,
             "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
             "PYTHONPATH": str(folder / "src"),
-            "KEDRO_DISABLE_TELEMETRY": "1",
-            "DO_NOT_TRACK": "1",
             "DVC_NO_ANALYTICS": "1",
             "MLFLOW_DISABLE_TELEMETRY": "true",
             "GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@b", "GIT_COMMITTER_NAME": "a", "GIT_COMMITTER_EMAIL": "a@b",
         }  # fmt: skip
-        self.environment.pop("MLFLOW_TRACKING_URI", None)
+        for name in ("MLFLOW_TRACKING_URI", "KEDRO_DISABLE_TELEMETRY", "DO_NOT_TRACK"):  # as in a user's own shell
+            self.environment.pop(name, None)
 
     def run(self, *command: str, fails: bool = False) -> str:
         """Run a command in the project's root and return what it printed."""
@@ -178,6 +182,16 @@ def test_git_is_clean_but_for_the_lock_file(built: Project) -> None:
     assert built.run("git", "status", "--porcelain") == ""
     changed = built.run("git", "diff", "--name-only", "HEAD~1", "HEAD").split()
     assert changed == ["dvc.lock"]
+
+
+def test_thresholds_are_scores_of_the_validation_pictures(built: Project) -> None:
+    model = built.folder / "data/06_models/sample_brick"
+    validation = sorted((built.folder / "data/01_raw/sample_brick/validation/good").iterdir())
+    scores = [prediction.score for prediction in Predictor(model, device="cpu")(validation)]
+    thresholds = InferenceSettings.load(model).thresholds
+    assert thresholds is not None
+    assert thresholds.image.normals == len(validation)
+    assert np.isclose(scores, thresholds.image.value, rtol=1e-6, atol=0).sum() == 1
 
 
 def test_one_stage_of_one_category_runs_alone(built: Project) -> None:
