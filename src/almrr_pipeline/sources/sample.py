@@ -109,7 +109,7 @@ def write_category(photograph: Field, target: Path, *, seed: tuple[int, int]) ->
         target: existing, empty folder.
         seed: of the suite, and which category.
     """
-    normal = [
+    normal = [  # led by the number that seeds the draws; the defects have those in between
         (0, "train", TRAIN_PART, TRAIN_PICTURES),
         (1, "test", TEST_PART, TEST_NORMAL_PICTURES),
         (2 + len(DRAWINGS), "validation", VALIDATION_PART, VALIDATION_PICTURES),
