@@ -173,7 +173,7 @@ def time_gathering(pool: Pool, arguments: argparse.Namespace) -> Timing:
     """Seconds to make one of our batches, floats on the device included."""
     device = torch.device(arguments.device)
     order = SampleOrder(len(pool), batch_size=arguments.batch, seed=0)
-    batches = PoolBatches(pool, order, flips=True, quarter_turns=True, device=choose_residence(pool, device))
+    batches = PoolBatches(pool, order, device=choose_residence(pool, device))
     steps = iter(range(10**6))
 
     def gather() -> None:

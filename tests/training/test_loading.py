@@ -104,8 +104,8 @@ def test_images_are_floats_between_zero_and_one(channels_last: bool) -> None:
 
 
 def test_a_batch_holds_what_the_pool_holds(pool: Any) -> None:
-    order = SampleOrder(count=len(pool.augmented), batch_size=4, seed=0)
-    batch = PoolBatches(pool, order, flips=False, quarter_turns=False, device=None)[2]
+    order = SampleOrder(count=len(pool.augmented), batch_size=4, seed=0, flips=False, quarter_turns=False)
+    batch = PoolBatches(pool, order, device=None)[2]
     samples = order.samples(2)
     np.testing.assert_array_equal(batch["augmented"], pool.augmented[samples])
     np.testing.assert_array_equal(batch["mask"], pool.masks[samples])
@@ -114,7 +114,7 @@ def test_a_batch_holds_what_the_pool_holds(pool: Any) -> None:
 
 def test_normal_augmented_and_mask_turn_together(pool: Any) -> None:
     order = SampleOrder(count=len(pool.augmented), batch_size=8, seed=0)
-    batch = PoolBatches(pool, order, flips=True, quarter_turns=True, device=None)[0]
+    batch = PoolBatches(pool, order, device=None)[0]
     assert set(order.turns(0)) != {0}
     changed = (batch["normal"] != batch["augmented"]).any(-1)
     assert changed.any()
@@ -124,8 +124,8 @@ def test_normal_augmented_and_mask_turn_together(pool: Any) -> None:
 @pytest.mark.parametrize("flips", [False, True])
 @pytest.mark.parametrize("quarter_turns", [False, True])
 def test_each_variation_can_be_left_out(pool: Any, flips: bool, quarter_turns: bool) -> None:
-    order = SampleOrder(count=len(pool.augmented), batch_size=32, seed=0)
-    batch = PoolBatches(pool, order, flips=flips, quarter_turns=quarter_turns, device=None)[0]
+    order = SampleOrder(count=len(pool.augmented), batch_size=32, seed=0, flips=flips, quarter_turns=quarter_turns)
+    batch = PoolBatches(pool, order, device=None)[0]
     allowed = [bits for bits in range(8) if (flips or not bits & 0b011) and (quarter_turns or not bits & 0b100)]
     met = set()
     for sample, picture in zip(order.samples(0), batch["augmented"], strict=True):
@@ -138,8 +138,8 @@ def test_each_variation_can_be_left_out(pool: Any, flips: bool, quarter_turns: b
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_a_pool_on_the_device_gives_the_same_batches(pool: Any, device: str) -> None:
     order = SampleOrder(count=len(pool.augmented), batch_size=4, seed=0)
-    mapped = PoolBatches(pool, order, flips=True, quarter_turns=True, device=None)
-    resident = PoolBatches(pool, order, flips=True, quarter_turns=True, device=torch.device(device))
+    mapped = PoolBatches(pool, order, device=None)
+    resident = PoolBatches(pool, order, device=torch.device(device))
     for step in range(3):
         for name, value in mapped[step].items():
             assert torch.equal(value, resident[step][name].cpu())  # type: ignore[literal-required]
@@ -154,9 +154,7 @@ def map_pool(pool: Any, folder: Path) -> None:
 
 def test_a_memory_mapped_pool_travels_by_name(pool: Any, tmp_path: Path) -> None:
     map_pool(pool, tmp_path)
-    batches = PoolBatches(
-        pool, SampleOrder(count=10, batch_size=4, seed=0), flips=True, quarter_turns=True, device=None
-    )
+    batches = PoolBatches(pool, SampleOrder(count=10, batch_size=4, seed=0), device=None)
     written = io.BytesIO()
     pickle.dump(batches, written)
     assert written.tell() < 5_000
@@ -166,9 +164,7 @@ def test_a_memory_mapped_pool_travels_by_name(pool: Any, tmp_path: Path) -> None
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_loader_goes_on_where_its_state_stood(pool: Any, tmp_path: Path, workers: int) -> None:
     map_pool(pool, tmp_path)
-    batches = PoolBatches(
-        pool, SampleOrder(count=10, batch_size=4, seed=0), flips=True, quarter_turns=True, device=None
-    )
+    batches = PoolBatches(pool, SampleOrder(count=10, batch_size=4, seed=0), device=None)
     loader = StepLoader(batches, steps=5, workers=workers, pin=False)
     running = iter(loader)
     for _ in range(2):

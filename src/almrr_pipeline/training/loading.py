@@ -89,6 +89,8 @@ class SampleOrder:
         seed: of permutations and turns.
         rank: which process this is, in [0, world).
         world: processes that share each batch.
+        flips: mirror pictures at random.
+        quarter_turns: turn pictures by quarters at random; has no effect where they are not square.
     """
 
     count: int
@@ -96,6 +98,8 @@ class SampleOrder:
     seed: int
     rank: int = 0
     world: int = 1
+    flips: bool = True
+    quarter_turns: bool = True
 
     def samples(self, step: int) -> Indices:
         """This process's samples at a step: int64, shape (batch_size / world,), values in [0, count)."""
@@ -110,7 +114,8 @@ class SampleOrder:
     def turns(self, step: int) -> Turns:
         """This process's turns at a step: uint8 in [0, 8), shape (batch_size / world,); see `turn`."""
         generator = np.random.default_rng(derive_seed(self.seed, "turns", step))
-        return generator.integers(0, 8, size=self.batch_size, dtype=np.uint8)[self.rank :: self.world]
+        drawn = generator.integers(0, 8, size=self.batch_size, dtype=np.uint8)[self.rank :: self.world]
+        return drawn & np.uint8(_MIRRORS * self.flips | _SWAP * self.quarter_turns)
 
 
 @lru_cache(maxsize=4)
@@ -153,23 +158,12 @@ class PoolBatches(Dataset[Batch]):
 
     Args:
         pool: the pool, memory-mapped or in memory.
-        order: which samples a step sees.
-        flips: mirror the pictures at random; normal, augmented and mask alike.
-        quarter_turns: turn them by quarters at random, in the same way; has no effect where they are not square.
+        order: which samples a step sees, and how normal picture, augmented picture and mask are turned.
         device: copy the pool to this device once and gather there; None reads it from where it is.
     """
 
-    def __init__(
-        self,
-        pool: TrainingPool,
-        order: SampleOrder,
-        *,
-        flips: bool,
-        quarter_turns: bool,
-        device: torch.device | None,
-    ) -> None:
+    def __init__(self, pool: TrainingPool, order: SampleOrder, *, device: torch.device | None) -> None:
         self._order = order
-        self._variation = np.uint8(_MIRRORS * flips | _SWAP * quarter_turns)
         self._device = device
         self._source = np.asarray(pool.source)
         arrays = {"normal": pool.normals, "augmented": pool.augmented, "mask": pool.masks}
@@ -181,8 +175,9 @@ class PoolBatches(Dataset[Batch]):
         samples = self._order.samples(step)
         rows = {"normal": self._source[samples], "augmented": samples, "mask": samples}
         gathered = {name: self._gather(name, indices) for name, indices in rows.items()}
-        if self._variation:
-            turns = torch.from_numpy(self._order.turns(step) & self._variation).to(self._device or "cpu")
+        drawn = self._order.turns(step)
+        if drawn.any():
+            turns = torch.from_numpy(drawn).to(self._device or "cpu")
             gathered = {name: turn(pictures, turns) for name, pictures in gathered.items()}
         return Batch(normal=gathered["normal"], augmented=gathered["augmented"], mask=gathered["mask"])
 
@@ -358,9 +353,17 @@ def build_loader(
         workers: see `choose_workers`.
     """
     residence = choose_residence(pool, device)
-    order = SampleOrder(len(pool.augmented), batch_size=batch_size, seed=seed, rank=rank, world=world)
+    order = SampleOrder(
+        len(pool.augmented),
+        batch_size=batch_size,
+        seed=seed,
+        rank=rank,
+        world=world,
+        flips=flips,
+        quarter_turns=quarter_turns,
+    )
     return StepLoader(
-        PoolBatches(pool, order, flips=flips, quarter_turns=quarter_turns, device=residence),
+        PoolBatches(pool, order, device=residence),
         steps=steps,
         workers=choose_workers(workers, device=device, resident=residence is not None),
         pin=device.type == "cuda" and residence is None,
