@@ -218,6 +218,17 @@ def test_duplicate_between_train_and_test(wood: Wood) -> None:
     wood.refuse(r"in train and in test: train/good/002\.png and test/good/001\.png; remove one of each pair\.$")
 
 
+def test_part_in_two_splits(draw: Any, workplace: Any, tmp_path: Path) -> None:
+    folder = draw.mvtec(tmp_path / "sheets")
+    (folder / "parts.csv").write_text("picture,part\ntrain/good/002.png,sheet 7\ntest/good/001.png,sheet 7\n")
+
+    with pytest.raises(
+        AlmrrError, match=r"part are in train and in test: train/good/002\.png and test/good/001\.png; keep each part"
+    ):
+        workplace.fetch("folder_sheets", workplace.request(local={"folder_sheets": str(folder)}))
+    assert workplace.leftovers() == []
+
+
 def test_names_with_spaces_and_other_letters(wood: Wood) -> None:
     for path in (wood.folder / "train" / "good").iterdir():
         path.rename(path.with_name(f"Größe {path.stem} 面.png"))

@@ -143,7 +143,7 @@ def test_no_tile_of_mt_defect_tiles_is_trained_on_and_tested(draw: Any, workplac
 def test_mt_defect_tiles_misses_its_list_of_tiles(draw: Any, tmp_path: Path) -> None:
     folder = draw.mt_defect(tmp_path / "mt_defect_tiles")
 
-    with pytest.raises(AlmrrError, match=r"mt_defect_tiles holds no tiles\.csv.*fetch mt_defect_tiles again"):
+    with pytest.raises(AlmrrError, match=r"mt_defect_tiles holds no parts\.csv.*fetch mt_defect_tiles again"):
         source_for("mt_defect_tiles").items("mt_defect_tiles", folder)
 
 

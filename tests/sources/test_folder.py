@@ -105,6 +105,38 @@ def test_hidden_files_and_other_files_are_no_pictures(workplace: Any, flat: Path
     assert len(fetch(workplace, flat)) == 9
 
 
+def test_parts_csv_says_which_pictures_show_the_same_piece(workplace: Any, flat: Path) -> None:
+    lines = ["picture,part", "normal/tile 0 é.jpg,sheet 7", "normal\\tile 2 é.jpg,sheet 7", "test/good/0.BMP,sheet 9"]
+    (flat / "parts.csv").write_text("\n".join(lines), encoding="utf-8-sig")  # as a spreadsheet saves it
+
+    manifest = fetch(workplace, flat)
+
+    parts = manifest.groupby("part")["image"].apply(lambda names: [name.rpartition("/")[2] for name in names])
+    assert {part: parts[part] for part in ("sheet 7", "sheet 9")} == {
+        "sheet 7": ["tile 0 é.jpg", "tile 2 é.jpg"],
+        "sheet 9": ["0.BMP"],
+    }
+    assert (manifest["part"] == "").sum() == 6
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("file,piece\nnormal/tile 0 é.jpg,7", "has the columns file, piece; it needs picture and part"),
+        ("picture,part\nnormal/absent.jpg,7", "line 2: there is no picture normal/absent.jpg"),
+        ("picture,part\nnormal/tile 0 é.jpg,", "line 2: normal/tile 0 é.jpg has no part"),
+        ("picture,part\nnormal/tile 0 é.jpg,7\nnormal/tile 0 é.jpg,8", "line 3: .* is of two parts, 7 and 8"),
+        ("", "parts.csv cannot be read"),
+        ("picture,part\nnormal/tile 0 é.jpg,7,8,9\na,b\n1,2,3,4,5,6", "parts.csv cannot be read"),
+    ],
+)
+def test_a_parts_csv_that_says_nothing_clear_is_refused(workplace: Any, flat: Path, text: str, said: str) -> None:
+    (flat / "parts.csv").write_text(text, encoding="utf-8")
+
+    with pytest.raises(AlmrrError, match=said):
+        fetch(workplace, flat)
+
+
 def put_defect_into_training(draw: Any, folder: Path) -> None:
     draw.picture(folder / "normal" / "scratch" / "0.png")
 

@@ -7,14 +7,14 @@ import pytest
 from scipy import ndimage
 
 from almrr_pipeline.synthesis.perlin import BinaryMask
-from almrr_pipeline.synthesis.shapes import BAND_SHARE, LINE_LENGTH, LINE_WIDTH, band_mask, line_mask
+from almrr_pipeline.synthesis.shapes import BAND_SHARE, LINE_LENGTH, WIDEST_LINE, band_mask, line_mask
 
 SHAPES = [(128, 128), (160, 256), (256, 192)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_line_is_one_thin_piece(shape: tuple[int, int]) -> None:
-    widest = min(shape) // LINE_WIDTH[1]
+    widest = WIDEST_LINE * min(shape)
     for seed in range(50):
         mask = line_mask(shape, generator=np.random.default_rng(seed))
         assert mask.shape == shape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from almrr_pipeline.errors import AlmrrError
@@ -10,6 +11,7 @@ from almrr_pipeline.sources.files import find_folder, list_folders, list_picture
 from almrr_pipeline.sources.layout import GOOD, list_normal, list_test
 from almrr_pipeline.sources.manifest import Item
 from almrr_pipeline.sources.obtain import Archive, Offer, obtain
+from almrr_pipeline.sources.parts import PARTS_FILE, read_parts
 from almrr_pipeline.sources.source import FetchRequest, Source
 
 logger = logging.getLogger(__name__)
@@ -25,7 +27,7 @@ _LAYOUTS = (("train", "ground_truth"), ("normal", "masks"))
 
 
 class Folder(Source):
-    """Any number of categories, each called folder_NAME; masks, and the test set itself, are optional."""
+    """Any number of categories, each called folder_NAME; masks, parts.csv and the test set itself are optional."""
 
     name = "folder"
     categories = ()
@@ -39,8 +41,8 @@ class Folder(Source):
             for train, masks in _LAYOUTS:
                 found = find_folder(folder, train, depth=2)
                 if found is not None:
-                    parts = [found / part for part in (train, "validation", "test", masks) if (found / part).is_dir()]
-                    return transfer(parts, target, move=is_ours)
+                    ours = (found / name for name in (train, "validation", "test", masks, PARTS_FILE))
+                    return transfer([path for path in ours if path.exists()], target, move=is_ours)
             raise AlmrrError(f"there is neither a folder train nor a folder normal in it; {_LAYOUT}")
 
         offer = Offer(category, category, (Archive(category, f"{category}.zip", ()),))
@@ -62,7 +64,9 @@ class Folder(Source):
         normal = list_normal(_normal_folder(folder / train), "train")
         ground_truth = folder / masks
         tested = list_test(folder / "test", ground_truth if ground_truth.is_dir() else None)
-        return normal + _list_validation(folder / "validation") + tested
+        parts = read_parts(folder)
+        items = normal + _list_validation(folder / "validation") + tested
+        return [replace(item, part=parts.get(item.image, "")) for item in items]
 
     def expected(self, category: str) -> None:
         """Nobody published how many pictures you have."""

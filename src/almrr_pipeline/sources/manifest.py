@@ -129,7 +129,7 @@ def build_manifest(items: Sequence[Item], *, root: Path, expected: Counts | None
 
     Raises:
         AlmrrError: no training pictures, a picture that cannot be decoded, a mask that is missing or of another size
-            than its picture, a name that is not UTF-8, or the same picture in two splits; names the files.
+            than its picture, a name that is not UTF-8, or the same picture or part in two splits; names the files.
     """
     name = _common_folder([item.image for item in items], root)
     check_counts(items, expected, name=name, strict=strict)
@@ -285,21 +285,25 @@ def _check_name(path: Path) -> None:
 
 
 def _refuse_leaks(items: Sequence[Item], inspections: Sequence[_Inspection], root: Path) -> None:
-    """No picture may be in two splits, under whatever name or format: what is tested was not trained on."""
+    """No picture and no part may be in two splits, under whatever name or format: what is tested was not trained on."""
     pictures = [(item.split, item.image, found.pixels) for item, found in zip(items, inspections, strict=True)]
+    parts = [(item.split, item.image, item.part) for item in items if item.part]
+    _refuse_shared(pictures, root, what="The same picture is", remedy="remove one of each pair")
+    _refuse_shared(parts, root, what="Pictures of the same part are", remedy="keep each part on one side")
+
+
+def _refuse_shared(identities: Sequence[tuple[str, Path, str]], root: Path, *, what: str, remedy: str) -> None:
+    """Refuse what is in two splits; given are split, picture, and what is equal where it should not be."""
     for earlier, later in combinations(("train", "validation", "test"), 2):
-        seen = {pixels: image for split, image, pixels in pictures if split == earlier}
+        seen = {identity: image for split, image, identity in identities if split == earlier}
         leaks = [
-            f"{_relative(seen[pixels], root)} and {_relative(image, root)}"
-            for split, image, pixels in pictures
-            if split == later and pixels in seen
+            f"{_relative(seen[identity], root)} and {_relative(image, root)}"
+            for split, image, identity in identities
+            if split == later and identity in seen
         ]
         if leaks:
             more = f" (and {len(leaks) - _SHOWN} more pairs)" if len(leaks) > _SHOWN else ""
-            raise AlmrrError(
-                f"The same picture is in {earlier} and in {later}: {'; '.join(leaks[:_SHOWN])}{more}; remove one of "
-                "each pair."
-            )
+            raise AlmrrError(f"{what} in {earlier} and in {later}: {'; '.join(leaks[:_SHOWN])}{more}; {remedy}.")
 
 
 def _report_empty_masks(items: Sequence[Item], inspections: Sequence[_Inspection], name: str) -> None:

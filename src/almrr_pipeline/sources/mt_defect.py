@@ -7,21 +7,18 @@ import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import pandas as pd
-
 from almrr_pipeline.errors import AlmrrError
 from almrr_pipeline.sources.files import find_folder, list_folders, list_pictures, transfer
 from almrr_pipeline.sources.layout import GOOD
 from almrr_pipeline.sources.manifest import Counts, Item, check_counts
 from almrr_pipeline.sources.obtain import Archive, Offer, obtain
+from almrr_pipeline.sources.parts import PARTS_FILE, read_parts, write_parts
 from almrr_pipeline.sources.same_tile import group_by_tile
 from almrr_pipeline.sources.source import FetchRequest, Source
 
 logger = logging.getLogger(__name__)
 
 _BY_NAME, _BY_TILE = "mt_defect", "mt_defect_tiles"
-_TILES = "tiles.csv"
-"""In the category's folder: each picture, and the first picture of the same tile."""
 _PREFIX = "MT_"
 _FREE = "MT_Free"
 _TRAIN = 761
@@ -67,7 +64,7 @@ class MtDefect(Source):
             parts = [part for part in list_folders(found) if part.name.startswith(_PREFIX)]
             transfer(parts, target, move=is_ours)
             if category == _BY_TILE:
-                _write_tiles(target)
+                write_parts(target, _find_tiles(target))
             check_counts(self.items(category, target), self.expected(category), name=category, strict=request.strict)
 
         obtain(_OFFER, target=target, request=request, take=take)
@@ -120,18 +117,19 @@ def _choose_tiles(free: Iterable[Path], defective: Iterable[Path], tiles: Mappin
     return chosen
 
 
-def _write_tiles(folder: Path) -> None:
+def _find_tiles(folder: Path) -> dict[Path, str]:
+    """Name each picture's tile after the first one that shows it."""
     pictures = [*list_pictures(folder / _FREE / "Imgs", (".jpg",)), *_list_defective(folder)]
-    names = [path.relative_to(folder).as_posix() for path in pictures]
-    tiles = [pictures[first].stem for first in group_by_tile(pictures)]
-    pd.DataFrame({"picture": names, "tile": tiles}).to_csv(folder / _TILES, index=False)
+    return {picture: pictures[first].stem for picture, first in zip(pictures, group_by_tile(pictures), strict=True)}
 
 
 def _read_tiles(folder: Path) -> dict[Path, str]:
-    if not (folder / _TILES).is_file():
-        raise AlmrrError(f"{folder} holds no {_TILES}, which says what shows the same tile; fetch {_BY_TILE} again.")
-    table = pd.read_csv(folder / _TILES, dtype=str, keep_default_na=False)
-    return {folder / name: tile for name, tile in zip(table["picture"], table["tile"], strict=True)}
+    tiles = read_parts(folder)
+    if not tiles:
+        raise AlmrrError(
+            f"{folder} holds no {PARTS_FILE}, the list of pictures of the same tile; fetch {_BY_TILE} again."
+        )
+    return tiles
 
 
 def _hash(name: str) -> bytes:

@@ -14,8 +14,8 @@ from almrr_pipeline.synthesis.perlin import BinaryMask
 
 LINE_LENGTH = (0.08, 0.6)
 """Of a line, as a share of the picture's shorter side."""
-LINE_WIDTH = (1, 64)
-"""A line is between this many pixels and this fraction of the shorter side wide."""
+WIDEST_LINE = 1 / 64
+"""As a share of the picture's shorter side; the thinnest line is a pixel wide."""
 LINE_BEND = 0.25
 """Farthest that a line's middle lies off its ends' connection, as a share of its length."""
 BAND_SHARE = (0.05, 0.45)
@@ -28,7 +28,7 @@ _CURVE_POINTS = 48
 def line_mask(shape: tuple[int, int], *, generator: np.random.Generator) -> BinaryMask:
     """Draw a thin, slightly bent line of any direction.
 
-    It is a quadratic Bezier curve; see `LINE_LENGTH`, `LINE_WIDTH` and `LINE_BEND`.
+    It is a quadratic Bezier curve; see `LINE_LENGTH`, `WIDEST_LINE` and `LINE_BEND`.
 
     Args:
         shape: rows and columns, in pixels.
@@ -45,7 +45,7 @@ def line_mask(shape: tuple[int, int], *, generator: np.random.Generator) -> Bina
     t = np.linspace(-1.0, 1.0, _CURVE_POINTS)[:, None]
     middle = generator.uniform(0.0, 1.0, 2) * (shape[1] - 1, shape[0] - 1)  # x, y
     points = middle + 0.5 * length * t * forward - bend * t**2 * aside
-    width = int(generator.integers(LINE_WIDTH[0], max(LINE_WIDTH[0], side // LINE_WIDTH[1]), endpoint=True))
+    width = int(generator.integers(1, max(1, int(WIDEST_LINE * side)), endpoint=True))
     canvas = Image.new("1", (shape[1], shape[0]))
     ImageDraw.Draw(canvas).line([(float(x), float(y)) for x, y in points], fill=1, width=width, joint="curve")
     return np.array(canvas, dtype=np.bool_)
