@@ -14,7 +14,7 @@ SHAPES = [(128, 128), (160, 256), (256, 192)]
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_line_is_one_thin_piece(shape: tuple[int, int]) -> None:
-    widest = WIDEST_LINE * min(shape)
+    widest = int(WIDEST_LINE * min(shape))
     for seed in range(50):
         mask = line_mask(shape, generator=np.random.default_rng(seed))
         assert mask.shape == shape

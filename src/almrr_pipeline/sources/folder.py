@@ -41,8 +41,10 @@ class Folder(Source):
             for train, masks in _LAYOUTS:
                 found = find_folder(folder, train, depth=2)
                 if found is not None:
-                    ours = (found / name for name in (train, "validation", "test", masks, PARTS_FILE))
-                    return transfer([path for path in ours if path.exists()], target, move=is_ours)
+                    taken = [found / name for name in (train, "validation", "test", masks) if (found / name).is_dir()]
+                    if (found / PARTS_FILE).is_file():
+                        taken.append(found / PARTS_FILE)
+                    return transfer(taken, target, move=is_ours)
             raise AlmrrError(f"there is neither a folder train nor a folder normal in it; {_LAYOUT}")
 
         offer = Offer(category, category, (Archive(category, f"{category}.zip", ()),))

@@ -30,8 +30,8 @@ def read_parts(folder: Path) -> dict[Path, str]:
         The part of each picture that is named; nothing where there is no such file.
 
     Raises:
-        AlmrrError: the file is no such table, names a picture that is not there or one picture twice, or leaves a part
-            empty; names the line.
+        AlmrrError: the file is no such table; or a line, which is named, has a picture that is not there, no part, or
+            another part than a line before gave the same picture.
     """
     path = folder / PARTS_FILE
     if not path.is_file():
