@@ -29,7 +29,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint constraints.txt
-	$(BIN)/python -m almrr_pipeline.model.warm_up
+	$(BIN)/python -m almrr_pipeline.model.kernels.warm_up
 	touch $@
 
 clean:

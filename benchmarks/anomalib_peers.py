@@ -1,11 +1,11 @@
-"""ALMRR, folded, against anomalib's DRAEM, PatchCore and EfficientAD: inference at 256x256, in one run.
+"""ALMRR, fused, against anomalib's DRAEM, PatchCore and EfficientAD: inference at 256x256, in one run.
 
     python benchmarks/anomalib_peers.py [--device cpu] [--batches 1 8] [--quick]
 
 anomalib is not a dependency: `pip install 'almrr-pipeline[peers]'`. All networks have random weights, which cost the
-same time. PatchCore searches a memory of the size that its defaults keep of 250 training pictures (a tenth of
+same time. PatchCore searches a memory of the size that its defaults keep of 250 training images (a tenth of
 250 x 32 x 32 features of 1536 channels); its time depends on that number. Each is anomalib's torch model alone, in
-evaluation mode, without its loading of pictures.
+evaluation mode, without its loading of images.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def build_efficient_ad(size: str) -> torch.nn.Module:
 
 def build_ours() -> torch.nn.Module:
     """The paper's widths on ResNet-50."""
-    return ALMRR(build_backbone("resnet50.tv_in1k", weights=None)).eval().fold()
+    return ALMRR(build_backbone("resnet50.tv_in1k", weights=None)).eval().fuse()
 
 
 def main() -> None:
@@ -67,7 +67,7 @@ def main() -> None:
     arguments = parser.parse_args()
     batches, repeats = ([1], 1) if arguments.quick else (arguments.batches, 5)
     models: dict[str, Callable[[], torch.nn.Module]] = {
-        "ALMRR (ours), folded": build_ours,
+        "ALMRR (ours), fused": build_ours,
         "DRAEM": build_draem,
         "PatchCore": build_patchcore,
         "EfficientAD-S": partial(build_efficient_ad, "small"),
@@ -80,7 +80,7 @@ def main() -> None:
         print(f"anomalib {anomalib.__version__}\n")
     except ImportError:
         print(REMEDY + "\n")
-        models = {"ALMRR (ours), folded": build_ours}
+        models = {"ALMRR (ours), fused": build_ours}
     print("| batch | model | time: median (quartiles) | images/s | peak memory, MB |")
     print("| --- | --- | --- | --- | --- |")
     for name, build in models.items():

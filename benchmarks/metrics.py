@@ -1,4 +1,4 @@
-"""Time and memory of all metrics on a test set of MVTec's size: 28 normal and 89 defective pictures, maps of 1024x1024.
+"""Time and memory of all metrics on a test set of MVTec's size: 28 normal and 89 defective images, maps of 1024x1024.
 
     python benchmarks/metrics.py [--share 0.02] [--bootstrap 1000] [--json FILE]
 
@@ -19,7 +19,7 @@ import numpy.typing as npt
 from timing import Timing, measure, measure_peak_memory
 
 from almrr_pipeline.evaluation.maps import AnomalyMaps
-from almrr_pipeline.evaluation.scores import Evaluation, evaluate
+from almrr_pipeline.evaluation.evaluate import Evaluation, evaluate
 from almrr_pipeline.evaluation.thresholds import conformal_threshold
 
 NORMAL, DEFECTIVE, SIDE = 28, 89, 1024
@@ -27,14 +27,14 @@ KINDS = ("color", "cut", "hole", "metal_contamination", "thread")
 
 
 class Masks:
-    """Ground truth files, read one at a time; None for normal pictures."""
+    """Ground truth files, read one at a time; None for normal images."""
 
     def __init__(self, folder: Path) -> None:
         """Read from a folder that `draw_test_set` filled."""
         self._folder = folder
 
     def __len__(self) -> int:
-        """Number of pictures."""
+        """Number of images."""
         return NORMAL + DEFECTIVE
 
     def __getitem__(self, index: int) -> npt.NDArray[np.bool_] | None:
@@ -46,7 +46,7 @@ class Masks:
 
 
 def draw_test_set(folder: Path, share: float, generator: np.random.Generator) -> list[Path]:
-    """Write maps and masks; in defective pictures three discs cover about `share` of the picture.
+    """Write maps and masks; in defective images three discs cover about `share` of the image.
 
     Returns:
         The paths of the maps, float32 (1024, 1024) each.
@@ -57,8 +57,8 @@ def draw_test_set(folder: Path, share: float, generator: np.random.Generator) ->
     for index in range(NORMAL + DEFECTIVE):
         values = generator.random((SIDE, SIDE), dtype=np.float32)
         if index >= NORMAL:
-            centres = generator.uniform(0, SIDE, (3, 2))
-            mask = np.any([(rows - y) ** 2 + (columns - x) ** 2 < radius**2 for y, x in centres], axis=0)
+            centers = generator.uniform(0, SIDE, (3, 2))
+            mask = np.any([(rows - y) ** 2 + (columns - x) ** 2 < radius**2 for y, x in centers], axis=0)
             values = (values + generator.uniform(0.1, 1.0) * mask).astype(np.float32)
             np.save(folder / f"mask_{index:03d}.npy", mask)
         paths.append(folder / f"map_{index:03d}.npy")
@@ -113,7 +113,7 @@ def measure_evaluation(folder: Path, share: float, bootstrap: int) -> dict[str, 
 def main() -> None:
     """Parse the command line, measure, print a line a figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--share", type=float, default=0.02, help="defective share of a defective picture")
+    parser.add_argument("--share", type=float, default=0.02, help="defective share of a defective image")
     parser.add_argument("--bootstrap", type=int, default=1000, help="resamplings for the intervals")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()

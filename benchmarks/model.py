@@ -3,11 +3,11 @@
     python benchmarks/model.py [--device cpu] [--batches 1 8 32] [--step-batches 4] [--authors-up-to 8]
         [--precision float32] [--compile] [--weights FILE --stride-in-1x1] [--quick]
 
-The paper's widths on ResNet-50 and 256x256 pictures; both sides have equal architectures and are timed in one run. The
+The paper's widths on ResNet-50 and 256x256 images; both sides have equal architectures and are timed in one run. The
 authors' formulation is benchmarks/authors.py, with mamba_ssm's reference scan (a loop over tokens by index), and once
 more with this package's fastest scan in its place, so that one sees what the scan alone makes. Without --weights the
-weights are random, which costs the same time. Above --authors-up-to pictures a batch the authors' side is left out: it
-needs more than a gigabyte a picture.
+weights are random, which costs the same time. Above --authors-up-to images a batch the authors' side is left out: it
+needs more than a gigabyte an image.
 
 A training step is forward, loss, backward and Adam. Peak memory is what a call adds to what was held before it.
 """
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from almrr_pipeline.model.almrr import ALMRR
 from almrr_pipeline.model.backbone import Backbone, build_backbone
-from almrr_pipeline.model.scan import resolve_backend
+from almrr_pipeline.model.kernels.scan import resolve_backend
 from almrr_pipeline.training.losses import focal_loss, reconstruction_loss
 
 SIZE = (256, 256)
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--step-batches", type=int, nargs="*", default=[4])
     parser.add_argument("--authors-up-to", type=int, default=8)
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="bfloat16: autocast")
-    parser.add_argument("--compile", action="store_true", help="also time torch.compile of the folded model")
+    parser.add_argument("--compile", action="store_true", help="also time torch.compile of the fused model")
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--stride-in-1x1", action="store_true")
     parser.add_argument("--quick", action="store_true", help="batch 1, one repetition")
@@ -91,7 +91,7 @@ def time_inference(table: Table, backbone: Backbone, batches: list[int], authors
     """Anomaly maps of both formulations, and the backbone alone in both memory formats."""
     ours = ALMRR(backbone).eval().to(table.device)
     authors = AuthorsALMRR(backbone).eval().to(table.device)
-    folded = ours.fold()
+    fused = ours.fuse()
     for batch in batches:
         images = torch.rand(batch, 3, *SIZE, device=table.device)
         table.add(batch, BACKBONE, partial(backbone, images))
@@ -101,13 +101,13 @@ def time_inference(table: Table, backbone: Backbone, batches: list[int], authors
         for name, authors.scan in SCANS if batch <= authors_up_to else ():
             table.add(batch, name, partial(authors, images))
         table.add(batch, "ours", partial(ours, images))
-        table.add(batch, "ours, folded", partial(folded, images))
+        table.add(batch, "ours, fused", partial(fused, images))
         if compiled:
-            table.add(batch, "ours, folded, compiled", partial(torch.compile(folded), images))
+            table.add(batch, "ours, fused, compiled", partial(torch.compile(fused), images))
 
 
 def time_steps(table: Table, backbone: Backbone, batches: list[int], authors_up_to: int) -> None:
-    """Training steps of both formulations, and the backbone alone on both branches' pictures."""
+    """Training steps of both formulations, and the backbone alone on both branches' images."""
     for batch in batches:
         images = [torch.rand(batch, 3, *SIZE, device=table.device) for _ in range(2)]
         mask = (torch.rand(batch, *SIZE, device=table.device) > 0.9).float()

@@ -1,4 +1,4 @@
-"""Regional features: two small matrices a stage, against resizing to the picture's size and pooling.
+"""Regional features: two small matrices a stage, against resizing to the image's size and pooling.
 
     python benchmarks/regional_features.py [--device cpu] [--batch 2] [--size 256] [--quick]
 
@@ -29,7 +29,7 @@ def resize_then_pool(maps: Sequence[Tensor]) -> Tensor:
 
 
 def resize_then_unfold(maps: Sequence[Tensor]) -> Tensor:
-    """The authors' way to the letter: patches are unfolded, then averaged."""
+    """The authors' way to the letter: patches are unfused, then averaged."""
     features, grid = [], maps[0].shape[-1]
     for x in maps:
         resized = F.interpolate(x, size=(4 * grid, 4 * grid), mode="bilinear", align_corners=True)
@@ -43,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--size", type=int, default=256, help="side of the pictures")
+    parser.add_argument("--size", type=int, default=256, help="side of the images")
     parser.add_argument("--quick", action="store_true", help="batch 1, 64 pixels, one repetition")
     arguments = parser.parse_args()
     if arguments.quick:

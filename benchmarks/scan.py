@@ -21,8 +21,8 @@ import torch.nn.functional as F  # noqa: N812
 from timing import Timing, measure, measure_peak_memory
 from torch import Tensor
 
-from almrr_pipeline.errors import AlmrrError
-from almrr_pipeline.model.scan import BACKENDS, resolve_backend, selective_scan
+from almrr_pipeline.common.errors import AlmrrError
+from almrr_pipeline.model.kernels.scan import BACKENDS, resolve_backend, selective_scan
 
 LOOP = "indexed loop"
 _LOOP_REPEATS = 3
@@ -45,7 +45,7 @@ class Inputs:
 def scan_by_indexing(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *, z: Tensor, delta_bias: Tensor
 ) -> Tensor:
-    """The loop that is measured against; shapes as in `almrr_pipeline.model.scan.selective_scan`."""
+    """The loop that is measured against; shapes as in `almrr_pipeline.model.kernels.scan.selective_scan`."""
     delta = F.softplus(delta + delta_bias)
     decay = torch.exp(delta.unsqueeze(-1) * A)  # (b, l, d, n)
     increments = (delta * u).unsqueeze(-1) * B.unsqueeze(2)  # (b, l, d, n)

@@ -1,9 +1,9 @@
-"""Simulated anomalies per second by number of processes, from pictures on disk to a finished pool.
+"""Simulated anomalies per second by number of processes, from images on disk to a finished synthetic set.
 
     python benchmarks/synthesis.py [--samples 2000] [--size 256] [--workers 1 2] [--repeats 3] [--json FILE]
 
-Normal pictures and anomaly sources are those of the sample suite. The time includes starting the processes, decoding
-and resizing all pictures, and writing the pool. Rates are medians of the repeats with their least and greatest. The
+Normal images and textures are those of the sample suite. The time includes starting the processes, decoding
+and resizing all images, and writing the synthetic set. Rates are medians of the repeats with their least and greatest. The
 processor time per sample, of all processes together, is the figure to compare on a machine that is busy otherwise.
 The second table says what one anomaly costs, step by step, in one process.
 """
@@ -22,27 +22,27 @@ from typing import NamedTuple
 
 import numpy as np
 
-from almrr_pipeline.images import read_image, resize_image
+from almrr_pipeline.common.images import read_image, resize_image
 from almrr_pipeline.synthesis.blend import blend_anomaly
 from almrr_pipeline.synthesis.perlin import perlin_mask, perlin_noise
-from almrr_pipeline.synthesis.pool import simulate_pool
+from almrr_pipeline.synthesis.synthetic_set import synthesize
 from almrr_pipeline.synthesis.textures import OPERATIONS, alter_texture
 
 CATEGORY = "sample_gravel"
 
 
 class Cost(NamedTuple):
-    """What a pool costs."""
+    """What a synthetic set costs."""
 
     samples_per_second: float
     processor_ms_per_sample: float
 
 
-def collect_pictures(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Write the sample suite's pictures; returns normal pictures and anomaly sources."""
+def collect_images(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Write the sample suite's images; returns normal images and textures."""
     # Imported here, because the processes that are started import this file, and these take a second.
-    from almrr_pipeline.sources.package_textures import write_package_textures
-    from almrr_pipeline.sources.registry import FetchRequest, source_for
+    from almrr_pipeline.datasets.package_textures import write_package_textures
+    from almrr_pipeline.datasets.registry import FetchRequest, source_for
 
     (folder / CATEGORY).mkdir()
     (folder / "textures").mkdir()
@@ -53,10 +53,10 @@ def collect_pictures(folder: Path) -> tuple[list[Path], list[Path]]:
     return normals, sorted((folder / "textures").iterdir())
 
 
-def measure_pool(normals: list[Path], textures: list[Path], *, samples: int, size: int, workers: int) -> Cost:
-    """Simulate a pool once."""
+def measure_synthetic_set(normals: list[Path], textures: list[Path], *, samples: int, size: int, workers: int) -> Cost:
+    """Simulate a synthetic set once."""
     with tempfile.TemporaryDirectory() as folder:
-        pool = simulate_pool(
+        synthetic_set = synthesize(
             normals,
             [],
             textures,
@@ -67,7 +67,7 @@ def measure_pool(normals: list[Path], textures: list[Path], *, samples: int, siz
             workers=workers,
         )
         begun, used = time.perf_counter(), _processor_seconds()
-        pool.save(Path(folder))
+        synthetic_set.save(Path(folder))
         seconds = time.perf_counter() - begun
     return Cost(samples / seconds, 1e3 * (_processor_seconds() - used) / samples)
 
@@ -109,11 +109,11 @@ def main() -> None:
     arguments = parser.parse_args()
     costs: dict[int, list[Cost]] = {workers: [] for workers in arguments.workers}
     with tempfile.TemporaryDirectory() as folder:
-        normals, textures = collect_pictures(Path(folder))
+        normals, textures = collect_images(Path(folder))
         for _ in range(arguments.repeats):
             for workers, found in costs.items():
                 found.append(
-                    measure_pool(normals, textures, samples=arguments.samples, size=arguments.size, workers=workers)
+                    measure_synthetic_set(normals, textures, samples=arguments.samples, size=arguments.size, workers=workers)
                 )
         steps = measure_steps(normals, textures, size=arguments.size)
     print("processes   samples per second   processor time per sample")
@@ -125,7 +125,7 @@ def main() -> None:
         print(f"{name:34}{duration:6.2f} ms")
     if arguments.json:
         figures = {
-            "pool": {workers: [cost._asdict() for cost in found] for workers, found in costs.items()},
+            "synthetic_set": {workers: [cost._asdict() for cost in found] for workers, found in costs.items()},
             "steps_ms": steps,
         }
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

@@ -1,17 +1,17 @@
-"""Training throughput from pictures on disk to moved weights: the authors' way against ours, in one run.
+"""Training throughput from images on disk to moved weights: the authors' way against ours, in one run.
 
     python benchmarks/training.py [--device cpu] [--batch 4] [--steps 5] [--precision 32-true] [--json FILE]
 
-The authors' way: each picture is read, resized and given its anomaly when its batch is made, and the model is written
-as in their code (benchmarks/authors.py). The simulation is ours, which flatters their side. Ours: a pool made
-beforehand, and `fit`. Both train the paper's widths on ResNet-50 with random weights, Adam, and the same pictures:
+The authors' way: each image is read, resized and given its anomaly when its batch is made, and the model is written
+as in their code (benchmarks/authors.py). The simulation is ours, which flatters their side. Ours: a synthetic set made
+beforehand, and `fit`. Both train the paper's widths on ResNet-50 with random weights, Adam, and the same images:
 those of the sample suite. Medians over the steps after the first, with the first and third quartile.
 
 Their scan is mamba_ssm's kernel on a GPU that has it; else --authors-scan names a backend of this package to stand for
 it. On a CPU mamba_ssm offers its reference alone, a loop over the tokens ("indexed").
 
 The data's share of a step is the time to make a batch, by itself and in one process, over the time of a step. What our
-pool costs is printed below: it is made once.
+synthetic set costs is printed below: it is made once.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from timing import Timing, measure
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from almrr_pipeline.images import ImageArray, read_image, resize_image
+from almrr_pipeline.common.images import ImageArray, read_image, resize_image
 from almrr_pipeline.model.almrr import ALMRR
 from almrr_pipeline.model.backbone import Backbone, build_backbone
-from almrr_pipeline.sources.package_textures import write_package_textures
-from almrr_pipeline.sources.registry import FetchRequest, source_for
-from almrr_pipeline.synthesis.pool import Pool, simulate_pool
+from almrr_pipeline.datasets.package_textures import write_package_textures
+from almrr_pipeline.datasets.registry import FetchRequest, source_for
+from almrr_pipeline.synthesis.synthetic_set import SyntheticSet, synthesize
 from almrr_pipeline.synthesis.simulate import AnomalyRecipe, simulate_sample
-from almrr_pipeline.training.fit import fit
-from almrr_pipeline.training.loading import PoolBatches, SampleOrder, choose_residence, to_images
+from almrr_pipeline.training.train import fit
+from almrr_pipeline.training.data import SyntheticBatches, SampleOrder, choose_residence, to_images
 from almrr_pipeline.training.losses import focal_loss, reconstruction_loss
 
 CATEGORY = "sample_gravel"
@@ -68,7 +68,7 @@ class Row:
 
 
 class SimulatedOnTheFly(Dataset[dict[str, Tensor]]):
-    """The authors' way: picture and texture are read, resized and blended whenever a sample is asked for."""
+    """The authors' way: image and texture are read, resized and blended whenever a sample is asked for."""
 
     def __init__(self, normals: list[Path], textures: list[Path], recipe: AnomalyRecipe) -> None:
         self._normals = normals
@@ -82,8 +82,8 @@ class SimulatedOnTheFly(Dataset[dict[str, Tensor]]):
         normal = self._read(self._normals[number % len(self._normals)])
         texture = self._read(self._textures[number % len(self._textures)])
         augmented, mask, _ = simulate_sample(number, normals=normal[None], textures=texture[None], recipe=self._recipe)
-        pictures = {"normal": normal, "augmented": augmented}
-        images = {name: torch.from_numpy(one).permute(2, 0, 1).float() / 255 for name, one in pictures.items()}
+        images = {"normal": normal, "augmented": augmented}
+        images = {name: torch.from_numpy(one).permute(2, 0, 1).float() / 255 for name, one in images.items()}
         return {**images, "mask": torch.from_numpy(mask)}
 
     @staticmethod
@@ -91,8 +91,8 @@ class SimulatedOnTheFly(Dataset[dict[str, Tensor]]):
         return resize_image(read_image(path), SIZE)
 
 
-def collect_pictures(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Write the sample suite's pictures; returns normal pictures and anomaly sources."""
+def collect_images(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Write the sample suite's images; returns normal images and textures."""
     (folder / CATEGORY).mkdir()
     (folder / "textures").mkdir()
     source = source_for(CATEGORY)
@@ -102,14 +102,14 @@ def collect_pictures(folder: Path) -> tuple[list[Path], list[Path]]:
     return normals, sorted((folder / "textures").iterdir())
 
 
-def make_pool(folder: Path, normals: list[Path], textures: list[Path], samples: int) -> tuple[Pool, float]:
-    """Make our pool; returns it with the seconds that a sample took."""
-    (folder / "pool").mkdir()
+def make_synthetic_set(folder: Path, normals: list[Path], textures: list[Path], samples: int) -> tuple[SyntheticSet, float]:
+    """Make our synthetic set; returns it with the seconds that a sample took."""
+    (folder / "synthetic_set").mkdir()
     begun = time.perf_counter()
-    simulate_pool(normals, [], textures, root=folder, image_size=SIZE, samples=samples, seed=0, workers=0).save(
-        folder / "pool"
+    synthesize(normals, [], textures, root=folder, image_size=SIZE, samples=samples, seed=0, workers=0).save(
+        folder / "synthetic_set"
     )
-    return Pool.load(folder / "pool"), (time.perf_counter() - begun) / samples
+    return SyntheticSet.load(folder / "synthetic_set"), (time.perf_counter() - begun) / samples
 
 
 def make_loader(dataset: SimulatedOnTheFly, *, batch: int, workers: int) -> Iterator[dict[str, Tensor]]:
@@ -141,14 +141,14 @@ def train_as_authors(batches: Iterator[dict[str, Tensor]], arguments: argparse.N
     return step
 
 
-def time_fit(pool: Pool, arguments: argparse.Namespace, scratch: Path) -> Timing:
+def time_fit(synthetic_set: SyntheticSet, arguments: argparse.Namespace, scratch: Path) -> Timing:
     """Seconds a step of `fit`, by the times at which its windows end."""
     window = 10 if arguments.device == "cuda" else 1  # on a GPU, reading the loss at each step would make it wait
     ends: list[float] = []
     backbone, widths = build_parts(arguments)
     fit(
         ALMRR(backbone, **widths),
-        pool,
+        synthetic_set,
         steps=window * (arguments.steps + SKIPPED),
         batch_size=arguments.batch,
         learning_rate=1e-4,
@@ -169,11 +169,11 @@ def time_fit(pool: Pool, arguments: argparse.Namespace, scratch: Path) -> Timing
     return Timing(statistics.median(seconds), low, high)
 
 
-def time_gathering(pool: Pool, arguments: argparse.Namespace) -> Timing:
+def time_gathering(synthetic_set: SyntheticSet, arguments: argparse.Namespace) -> Timing:
     """Seconds to make one of our batches, floats on the device included."""
     device = torch.device(arguments.device)
-    order = SampleOrder(len(pool), batch_size=arguments.batch, seed=0)
-    batches = PoolBatches(pool, order, device=choose_residence(pool, device))
+    order = SampleOrder(len(synthetic_set), batch_size=arguments.batch, seed=0)
+    batches = SyntheticBatches(synthetic_set, order, device=choose_residence(synthetic_set, device))
     steps = iter(range(10**6))
 
     def gather() -> None:
@@ -185,10 +185,10 @@ def time_gathering(pool: Pool, arguments: argparse.Namespace) -> Timing:
 
 
 def compare(arguments: argparse.Namespace, folder: Path) -> tuple[list[Row], float]:
-    """Measure both ways; returns their rows, and the seconds that a sample of our pool took."""
+    """Measure both ways; returns their rows, and the seconds that a sample of our synthetic set took."""
     device = torch.device(arguments.device)
-    normals, textures = collect_pictures(folder)
-    pool, pool_seconds = make_pool(folder, normals, textures, arguments.samples)
+    normals, textures = collect_images(folder)
+    synthetic_set, synthetic_set_seconds = make_synthetic_set(folder, normals, textures, arguments.samples)
     recipe = AnomalyRecipe(
         anomaly_free=0.5, grid_exponents=(0, 5), threshold=0.5, opacity=(0.0, 0.8), operations=3, seed=0
     )
@@ -202,8 +202,8 @@ def compare(arguments: argparse.Namespace, folder: Path) -> tuple[list[Row], flo
     del step, batches
     return [
         theirs,
-        Row("ours", time_fit(pool, arguments, folder / "checkpoints"), time_gathering(pool, arguments)),
-    ], pool_seconds
+        Row("ours", time_fit(synthetic_set, arguments, folder / "checkpoints"), time_gathering(synthetic_set, arguments)),
+    ], synthetic_set_seconds
 
 
 def parse(command: list[str] | None = None) -> argparse.Namespace:
@@ -212,7 +212,7 @@ def parse(command: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=5, help="measured; on a GPU, of `fit`, tens of them")
-    parser.add_argument("--samples", type=int, default=200, help="of our pool")
+    parser.add_argument("--samples", type=int, default=200, help="of our synthetic set")
     parser.add_argument(
         "--precision", choices=["32-true", "bf16-mixed", "16-mixed"], default="32-true", help="of `fit`"
     )
@@ -229,7 +229,7 @@ def main() -> None:
     arguments = parse()
     logging.basicConfig(level=logging.WARNING)
     with tempfile.TemporaryDirectory() as folder:
-        rows, pool_seconds = compare(arguments, Path(folder))
+        rows, synthetic_set_seconds = compare(arguments, Path(folder))
     print(
         f"{arguments.device}, {torch.get_num_threads()} threads, torch {torch.__version__}, batch {arguments.batch}, ",
         end="",
@@ -239,9 +239,9 @@ def main() -> None:
     for row in rows:
         print(row.describe(arguments.batch))
     print(f"\nThroughput, ours over the authors': {rows[0].step.median / rows[1].step.median:.3g}")
-    print(f"Our pool: {1e3 * pool_seconds:.3g} ms a sample, once")
+    print(f"Our synthetic set: {1e3 * synthetic_set_seconds:.3g} ms a sample, once")
     if arguments.json:
-        written: dict[str, Any] = {"rows": [asdict(row) for row in rows], "pool_seconds_per_sample": pool_seconds}
+        written: dict[str, Any] = {"rows": [asdict(row) for row in rows], "synthetic_set_seconds_per_sample": synthetic_set_seconds}
         arguments.json.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
 

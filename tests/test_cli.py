@@ -21,23 +21,23 @@ from PIL import Image
 from almrr_pipeline import cli
 from almrr_pipeline.config import ScanSettings
 from almrr_pipeline.evaluation.thresholds import conformal_threshold
-from almrr_pipeline.inference.mirrored import MirroredMaps
-from almrr_pipeline.inference.settings import InferenceSettings, Thresholds
+from almrr_pipeline.inference.tta import FlipAveraged
+from almrr_pipeline.inference.inference_config import InferenceConfig, Thresholds
 from almrr_pipeline.model.almrr import ALMRR
 from almrr_pipeline.model.backbone import build_backbone
-from almrr_pipeline.sources.registry import known_categories, source_for
+from almrr_pipeline.datasets.registry import known_categories, source_for
 
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The smallest real model, with random weights and thresholds as if from 19 normal pictures."""
+    """The smallest real model, with random weights and thresholds as if from 19 normal images."""
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     backbone = build_backbone("test_resnet", weights=None)
     sizes = {"latent": 16, "dim": 16, "depth": 1, "state": 4, "decoder": (16, 16), "refinement_width": 4}
     ALMRR(backbone, image_size=(128, 128), scan_backend="torch", **sizes).save(folder)
     threshold = conformal_threshold(np.linspace(0.1, 0.5, 19), 0.05)
-    InferenceSettings(
+    InferenceConfig(
         category="sample_brick", image_size=(128, 128), thresholds=Thresholds(image=threshold, pixel=threshold)
     ).save(folder)
     return folder
@@ -45,7 +45,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def photographs(tmp_path: Path) -> Path:
-    """Ten small pictures, one in a sub-folder."""
+    """Ten small images, one in a sub-folder."""
     generator = np.random.default_rng(0)
     folder = tmp_path / "photo graphs"
     (folder / "deeper").mkdir(parents=True)
@@ -88,8 +88,8 @@ def test_the_summary_counts_and_states_the_guarantee(model_folder: Path, photogr
     result = _run("predict", model_folder, photographs, "-o", tmp_path / "out")
     scores = pd.read_csv(tmp_path / "out" / "scores.csv")
     anomalous = int(scores["is_anomalous"].sum())
-    assert f"9 pictures: {anomalous} anomalous, {9 - anomalous} normal." in result.stdout
-    assert "Threshold 0.5. A new picture" in result.stdout
+    assert f"9 images: {anomalous} anomalous, {9 - anomalous} normal." in result.stdout
+    assert "Threshold 0.5. A new image" in result.stdout
     assert "at most 5.00%" in result.stdout
     assert Path(scores["image"][scores["score"].idxmax()]).name in result.stdout.partition("Highest score")[2]
 
@@ -99,23 +99,23 @@ def test_a_chosen_threshold_decides_and_loses_the_guarantee(
     model_folder: Path, photographs: Path, tmp_path: Path, threshold: int, anomalous: int
 ) -> None:
     result = _run("predict", model_folder, photographs, "-o", tmp_path / "out", "--threshold", threshold)
-    assert f"9 pictures: {anomalous} anomalous" in result.stdout
+    assert f"9 images: {anomalous} anomalous" in result.stdout
     assert "without a guarantee" in result.stdout
     assert set(pd.read_csv(tmp_path / "out" / "scores.csv")["threshold"]) == {threshold}
 
 
 def test_without_threshold_nothing_is_judged(model_folder: Path, photographs: Path, tmp_path: Path) -> None:
     bare = shutil.copytree(model_folder, tmp_path / "model")
-    InferenceSettings(category="sample_brick", image_size=(128, 128)).save(bare)
+    InferenceConfig(category="sample_brick", image_size=(128, 128)).save(bare)
     result = _run("predict", bare, photographs, "-o", tmp_path / "out")
     assert result.exit_code == 0
-    assert "9 pictures scored, none judged" in result.stdout
+    assert "9 images scored, none judged" in result.stdout
 
 
 def test_progress_is_plain_lines_off_a_terminal(model_folder: Path, photographs: Path, tmp_path: Path) -> None:
     result = _run("predict", model_folder, photographs, "-r", "-o", tmp_path / "out")
-    lines = [line for line in result.stderr.splitlines() if " of 10 pictures" in line]
-    assert lines == [f"{done} of 10 pictures" for done in range(1, 11)]
+    lines = [line for line in result.stderr.splitlines() if " of 10 images" in line]
+    assert lines == [f"{done} of 10 images" for done in range(1, 11)]
 
 
 def test_progress_is_a_bar_on_a_terminal(
@@ -134,24 +134,24 @@ def test_progress_is_a_bar_on_a_terminal(
     assert b"9/9" in shown
 
 
-def test_unreadable_pictures_make_the_exit_code_1_and_the_rest_is_done(
+def test_unreadable_images_make_the_exit_code_1_and_the_rest_is_done(
     model_folder: Path, photographs: Path, tmp_path: Path
 ) -> None:
-    (photographs / "4.png").write_text("no picture")
+    (photographs / "4.png").write_text("no image")
     result = _run("predict", model_folder, photographs, "-o", tmp_path / "out")
     assert result.exit_code == 1
-    assert "1 of 9 pictures could not be read" in result.stderr
+    assert "1 of 9 images could not be read" in result.stderr
     assert str(photographs / "4.png") in result.stderr
     assert "Traceback" not in result.output
     assert len(pd.read_csv(tmp_path / "out" / "scores.csv")) == 8
 
 
-def test_many_unreadable_pictures_are_counted(model_folder: Path, photographs: Path, tmp_path: Path) -> None:
+def test_many_unreadable_images_are_counted(model_folder: Path, photographs: Path, tmp_path: Path) -> None:
     for position in range(30):
         (photographs / f"bad{position:02d}.png").touch()
     result = _run("predict", model_folder, photographs, "-o", tmp_path / "out", "--no-overlays")
     last = result.stderr.splitlines()[-1]
-    assert last.startswith("Error: 30 of 39 pictures could not be read")
+    assert last.startswith("Error: 30 of 39 images could not be read")
     assert last.count("bad") == 20
     assert last.endswith("and 10 more.")
 
@@ -161,8 +161,8 @@ def test_many_unreadable_pictures_are_counted(model_folder: Path, photographs: P
     [
         (["predict", "nowhere", "{photographs}", "-o", "{out}"], "nowhere does not exist"),
         (["predict", "{photographs}", "{photographs}", "-o", "{out}"], "is no model folder: model.safetensors"),
-        (["predict", "{model}", "nowhere", "-o", "{out}"], "no picture or folder at nowhere"),
-        (["predict", "{model}", "{model}", "-o", "{out}"], "holds no picture"),
+        (["predict", "{model}", "nowhere", "-o", "{out}"], "no image or folder at nowhere"),
+        (["predict", "{model}", "{model}", "-o", "{out}"], "holds no image"),
         (["predict", "{model}", "{photographs}", "-o", "{model}"], "holds other files"),
         (
             ["predict", "{model}", "{photographs}", "-o", "{out}", "--device", "cuda:99"],
@@ -212,29 +212,29 @@ def own_model(model_folder: Path, tmp_path: Path) -> Path:
     return shutil.copytree(model_folder, tmp_path / "own model")
 
 
-def test_calibrate_keeps_its_promise_on_the_pictures_themselves(
+def test_calibrate_keeps_its_promise_on_the_images_themselves(
     own_model: Path, photographs: Path, tmp_path: Path
 ) -> None:
     result = _run("calibrate", own_model, photographs, "--false-alarm-rate", 0.2)
     assert result.exit_code == 0, result.output
-    assert "averaged over the choice of the 9 held-out normal pictures" in result.stdout
+    assert "averaged over the choice of the 9 validation images" in result.stdout
     _run("predict", own_model, photographs, "-o", tmp_path / "out")
     # Rank ceil(10 x 0.8) = 8 of 9: one of the nine lies above.
     assert pd.read_csv(tmp_path / "out" / "scores.csv")["is_anomalous"].sum() == 1
 
 
 def test_calibrate_changes_nothing_but_the_thresholds(own_model: Path, photographs: Path) -> None:
-    before = InferenceSettings.load(own_model)
+    before = InferenceConfig.load(own_model)
     _run("calibrate", own_model, photographs, "-r", "--batch-size", 3)
-    after = InferenceSettings.load(own_model)
+    after = InferenceConfig.load(own_model)
     assert after.model_copy(update={"thresholds": before.thresholds}) == before
     assert after.thresholds is not None
     assert (after.thresholds.image.normals, after.thresholds.image.rate) == (10, 0.05)
 
 
-def test_calibrate_stops_at_an_unreadable_picture(own_model: Path, photographs: Path) -> None:
+def test_calibrate_stops_at_an_unreadable_image(own_model: Path, photographs: Path) -> None:
     before = (own_model / "inference.json").read_bytes()
-    (photographs / "4.png").write_text("no picture")
+    (photographs / "4.png").write_text("no image")
     result = _run("calibrate", own_model, photographs)
     assert result.exit_code == 1
     assert "4.png cannot be read" in result.stderr
@@ -264,13 +264,13 @@ def test_export_is_named_after_the_category_and_replaces_only_on_demand(
 
 
 def test_export_follows_the_models_settings(model_folder: Path, tmp_path: Path) -> None:
-    folder, target = tmp_path / "mirrored", tmp_path / "mirrored.pt2"
+    folder, target = tmp_path / "flips", tmp_path / "flips.pt2"
     shutil.copytree(model_folder, folder)
-    InferenceSettings.load(folder).model_copy(update={"mirrored": True}).save(folder)
+    InferenceConfig.load(folder).model_copy(update={"flips": True}).save(folder)
     result = _run("export", folder, "--format", "torch", "--output", target)
     assert result.exit_code == 0, result.output
     images = torch.rand(2, 3, 128, 128)
-    expected = MirroredMaps(ALMRR.load(folder).eval())(images)
+    expected = FlipAveraged(ALMRR.load(folder).eval())(images)
     torch.testing.assert_close(torch.export.load(target).module()(images), expected, atol=1e-4, rtol=0)
 
 
@@ -281,7 +281,7 @@ def test_info_describes_the_model(model_folder: Path) -> None:
     assert "at most 5.00%" in result.stdout
 
 
-def test_categories_lists_all_with_their_licences() -> None:
+def test_categories_lists_all_with_their_licenses() -> None:
     output = _run("categories").stdout
     lines = output.splitlines()
     assert sorted(line for line in lines if line and not line.startswith(" ")) == sorted(known_categories())

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from almrr_pipeline.config import Parameters, load_parameters, parse_parameters
-from almrr_pipeline.errors import AlmrrError
+from almrr_pipeline.common.errors import AlmrrError
 
 
 @pytest.fixture

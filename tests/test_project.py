@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from almrr_pipeline.inference.predictor import Predictor
-from almrr_pipeline.inference.settings import InferenceSettings
+from almrr_pipeline.inference.inference_config import InferenceConfig
 
 pytestmark = pytest.mark.xdist_group("project")  # one copy, made once
 
@@ -117,7 +117,7 @@ def fresh(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
     config = folder / "conf/config.yaml"
     config.write_text(config.read_text().replace("suite: sample", "suite: tiny"))
     copy = Project(folder)
-    copy.run(sys.executable, "-m", "almrr_pipeline.model.warm_up")
+    copy.run(sys.executable, "-m", "almrr_pipeline.model.kernels.warm_up")
     copy.run("git", "init", "-q")
     _compose(copy)
     copy.run("git", "add", "-A")
@@ -152,7 +152,7 @@ def test_the_shipped_params_yaml_is_what_dvc_composes(project: Path, tmp_path: P
 @pytest.mark.parametrize("suite", ["sample", "textures", "mvtec", "mt_defect", "nanotwice", "paper"])
 def test_every_suite_composes_to_valid_parameters(project: Path, tmp_path: Path, suite: str) -> None:
     from almrr_pipeline.config import load_parameters, split_seed
-    from almrr_pipeline.sources.registry import source_for
+    from almrr_pipeline.datasets.registry import source_for
 
     shutil.copytree(project / "conf", tmp_path / "conf")
     config = tmp_path / "conf/config.yaml"
@@ -163,7 +163,7 @@ def test_every_suite_composes_to_valid_parameters(project: Path, tmp_path: Path,
     assert all(source_for(split_seed(category)[0]) for category in parameters.categories)
 
 
-def test_repro_ends_in_tables_pictures_and_runs(built: Project) -> None:
+def test_repro_ends_in_tables_images_and_runs(built: Project) -> None:
     reporting = built.folder / "data/08_reporting"
     table = pd.read_csv(reporting / "metrics.csv")
     assert {"sample_brick", "sample_grass", "mean"} <= set(table["category"])
@@ -184,11 +184,11 @@ def test_git_is_clean_but_for_the_lock_file(built: Project) -> None:
     assert changed == ["dvc.lock"]
 
 
-def test_thresholds_are_scores_of_the_validation_pictures(built: Project) -> None:
+def test_thresholds_are_scores_of_the_validation_images(built: Project) -> None:
     model = built.folder / "data/06_models/sample_brick"
     validation = sorted((built.folder / "data/01_raw/sample_brick/validation/good").iterdir())
     scores = [prediction.score for prediction in Predictor(model, device="cpu")(validation)]
-    thresholds = InferenceSettings.load(model).thresholds
+    thresholds = InferenceConfig.load(model).thresholds
     assert thresholds is not None
     assert thresholds.image.normals == len(validation)
     assert np.isclose(scores, thresholds.image.value, rtol=1e-6, atol=0).sum() == 1
@@ -271,12 +271,12 @@ def test_kedro_viz_builds_its_page(built: Project) -> None:
 def photographs(built: Project) -> Path:
     folder = built.folder / "photographs"
     folder.mkdir(exist_ok=True)
-    for picture in sorted((built.folder / "data/01_raw/sample_brick/test/good").iterdir())[:2]:
-        shutil.copy(picture, folder)
+    for image in sorted((built.folder / "data/01_raw/sample_brick/test/good").iterdir())[:2]:
+        shutil.copy(image, folder)
     return folder
 
 
-def test_pictures_of_ones_own_are_predicted(built: Project, photographs: Path) -> None:
+def test_images_of_ones_own_are_predicted(built: Project, photographs: Path) -> None:
     before = built.run("dvc", "status")
     built.run(*shlex.split("almrr predict data/06_models/sample_brick photographs --output results"))
     built.run(
@@ -324,9 +324,9 @@ def test_two_experiments_can_be_compared(built: Project) -> None:
 
 def test_a_surface_of_ones_own_is_trained_on(built: Project) -> None:
     """The commands of the README: a folder of good parts, and some good and bad ones to test on."""
-    shutil.copytree(built.folder / "data/01_raw/sample_grass", built.folder / "path/to/pictures")
+    shutil.copytree(built.folder / "data/01_raw/sample_grass", built.folder / "path/to/images")
     built.run(
-        *shlex.split("dvc exp run -S 'categories=[folder_parts]' -S '+data.source.folder_parts=path/to/pictures'")
+        *shlex.split("dvc exp run -S 'categories=[folder_parts]' -S '+data.source.folder_parts=path/to/images'")
     )
     assert (built.folder / "data/06_models/folder_parts/inference.json").is_file()
     assert list(pd.read_csv(built.folder / "data/08_reporting/metrics.csv")["category"]) == ["folder_parts", "mean"]

@@ -1,1 +1,1 @@
-"""ALMRR: find and outline defects on textured surfaces after training on defect-free pictures alone."""
+"""ALMRR: find and outline defects on textured surfaces after training on defect-free images alone."""

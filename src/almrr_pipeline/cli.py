@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
-from almrr_pipeline.errors import AlmrrError
+from almrr_pipeline.common.errors import AlmrrError
 
 if TYPE_CHECKING:
-    from almrr_pipeline.inference.files import Summary
+    from almrr_pipeline.inference.predict_files import Summary
     from almrr_pipeline.inference.predictor import Predictor
 
 Item = TypeVar("Item")
@@ -26,11 +26,11 @@ Item = TypeVar("Item")
 SCAN_BACKENDS = ("auto", "mamba_ssm", "triton", "numba", "torch")
 EXPORT_SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
 _LISTED_UNREADABLE = 20
-"""Unreadable pictures named at the end; more are counted."""
+"""Unreadable images named at the end; more are counted."""
 
 _folder = click.Path(path_type=Path)
 _output_file = click.Path(path_type=Path, dir_okay=False)
-_recursive = click.option("-r", "--recursive", is_flag=True, help="Look for pictures in sub-folders too.")
+_recursive = click.option("-r", "--recursive", is_flag=True, help="Look for images in sub-folders too.")
 _device = click.option(
     "--device",
     default="auto",
@@ -43,7 +43,7 @@ _batch_size = click.option(
     type=click.IntRange(min=1),
     default=8,
     show_default=True,
-    help="Pictures (or tiles) that go through the network together.",
+    help="Images (or tiles) that go through the network together.",
 )
 _scan_backend = click.option(
     "--scan-backend",
@@ -83,7 +83,7 @@ def almrr(verbose: bool) -> None:
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s: %(message)s")
 
 
-@almrr.command(short_help="Overlays, scores and verdicts for pictures.")
+@almrr.command(short_help="Overlays, scores and verdicts for images.")
 @click.argument("model_folder", type=_folder)
 @click.argument("images", type=_folder, nargs=-1, required=True)
 @click.option(
@@ -91,10 +91,10 @@ def almrr(verbose: bool) -> None:
 )
 @_recursive
 @click.option("--maps", type=click.Choice(["npy", "png", "none"]), default="none", show_default=True,
-              help="Also write the anomaly maps: npy is float32 in [0, 1], png is 16-bit grey.")  # fmt: skip
+              help="Also write the anomaly maps: npy is float32 in [0, 1], png is 16-bit gray.")  # fmt: skip
 @click.option("--no-overlays", is_flag=True, help="Write no overlays: scores.csv comes much sooner.")
 @click.option("--threshold", type=click.FloatRange(min=0.0), metavar="SCORE",
-              help="Call a picture anomalous above this score, in place of the model's threshold.")  # fmt: skip
+              help="Call an image anomalous above this score, in place of the model's threshold.")  # fmt: skip
 @click.option("--pixel-threshold", type=click.FloatRange(min=0.0), metavar="VALUE",
               help="Outline where the map lies above this value, in place of the model's threshold.")  # fmt: skip
 @_device
@@ -115,12 +115,12 @@ def predict(
     scan_backend: str,
     overwrite: bool,
 ) -> None:
-    """Predict IMAGES (pictures, or folders of pictures) with the model in MODEL_FOLDER.
+    """Predict IMAGES (images, or folders of images) with the model in MODEL_FOLDER.
 
     \b
     The output folder receives
       scores.csv   image, score, threshold, is_anomalous (score > threshold)
-      overlays/    each picture with its heat, its outlined defects and the verdict
+      overlays/    each image with its heat, its outlined defects and the verdict
       maps/        the anomaly maps, if asked for by --maps
 
     \b
@@ -130,20 +130,20 @@ def predict(
       almrr predict model/ line_3/ -o results -r --device cuda --batch-size 32
       almrr predict model/ photographs/ -o results --threshold 0.35 --overwrite
 
-    A picture that cannot be read is reported, the others are predicted all the same, and the exit code is 1. Results
+    An image that cannot be read is reported, the others are predicted all the same, and the exit code is 1. Results
     appear in the output folder only when all are complete.
 
     \b
-    Exit codes: 0 every picture was predicted, anomalous or not;
-                1 something was wrong, or a picture could not be read;
+    Exit codes: 0 every image was predicted, anomalous or not;
+                1 something was wrong, or an image could not be read;
                 2 the command line was wrong.
     """  # noqa: D301
-    from almrr_pipeline.inference.files import check_output, find_pictures, predict_files
-    from almrr_pipeline.inference.settings import InferenceSettings
+    from almrr_pipeline.inference.predict_files import check_output, find_images, predict_files
+    from almrr_pipeline.inference.inference_config import InferenceConfig
 
-    InferenceSettings.load(model_folder)
-    pictures = find_pictures(images, recursive=recursive)
-    check_output(output, pictures, overwrite=overwrite)
+    InferenceConfig.load(model_folder)
+    images = find_images(images, recursive=recursive)
+    check_output(output, images, overwrite=overwrite)
 
     from almrr_pipeline.inference.predictor import Predictor
 
@@ -155,25 +155,25 @@ def predict(
         image_threshold=threshold,
         pixel_threshold=pixel_threshold,
     )
-    with _progress(len(pictures), "pictures") as advance:
+    with _progress(len(images), "images") as advance:
         summary = predict_files(
             predictor,
-            pictures,
+            images,
             output,
             overlays=not no_overlays,
             maps=maps,
             overwrite=overwrite,
-            on_picture=advance,
+            on_image=advance,
         )
     _print_summary(summary, predictor, output, chosen=threshold is not None)
     _report_unreadable(summary)
 
 
-@almrr.command(short_help="New thresholds from normal pictures of your own.")
+@almrr.command(short_help="New thresholds from normal images of your own.")
 @click.argument("model_folder", type=_folder)
 @click.argument("images", type=_folder, nargs=-1, required=True)
 @click.option("--false-alarm-rate", type=click.FloatRange(0.0, 1.0, min_open=True, max_open=True), default=0.05,
-              show_default=True, help="Largest share of normal pictures that may be called anomalous.")  # fmt: skip
+              show_default=True, help="Largest share of normal images that may be called anomalous.")  # fmt: skip
 @_recursive
 @_device
 @_batch_size
@@ -189,26 +189,26 @@ def calibrate(
 ) -> None:
     """Choose the thresholds of the model in MODEL_FOLDER anew, from IMAGES of normal surfaces.
 
-    The pictures must be free of defects, must not have been trained on, and should come from the process that will be
-    watched: the thresholds promise a false-alarm rate for pictures like these. At least 1/rate - 1 are needed, 19
+    The images must be free of defects, must not have been trained on, and should come from the process that will be
+    watched: the thresholds promise a false-alarm rate for images like these. At least 1/rate - 1 are needed, 19
     for 0.05. The thresholds in inference.json are replaced. Where DVC owns the folder, copy it first.
 
     \b
     Example:
       almrr calibrate models/brick_line_3/ normal/line_3/ --false-alarm-rate 0.01
     """  # noqa: D301
-    from almrr_pipeline.inference.files import find_pictures
-    from almrr_pipeline.inference.settings import InferenceSettings
+    from almrr_pipeline.inference.predict_files import find_images
+    from almrr_pipeline.inference.inference_config import InferenceConfig
 
-    settings = InferenceSettings.load(model_folder)
-    pictures = find_pictures(images, recursive=recursive)
+    settings = InferenceConfig.load(model_folder)
+    images = find_images(images, recursive=recursive)
 
     from almrr_pipeline.inference.calibration import choose_thresholds
     from almrr_pipeline.inference.predictor import Predictor
 
     predictor = Predictor(model_folder, device=device, batch_size=batch_size, scan_backend=scan_backend)
-    with _progress(len(pictures), "pictures") as advance:
-        maps = _counted(predictor.maps(pictures, at="network"), advance)
+    with _progress(len(images), "images") as advance:
+        maps = _counted(predictor.maps(images, at="network"), advance)
         thresholds = choose_thresholds(maps, smoothing=settings.smoothing, false_alarm_rate=false_alarm_rate)
     settings.model_copy(update={"thresholds": thresholds}).save(model_folder)
     click.echo(f"Image threshold {thresholds.image.value:.6g}. {thresholds.image.guarantee}")
@@ -223,7 +223,7 @@ def calibrate(
               help="File to write; CATEGORY.onnx or CATEGORY.pt2 in the current folder if not given.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
 def export(model_folder: Path, kind: str, output: Path | None, overwrite: bool) -> None:
-    """Export the model in MODEL_FOLDER, folded for inference, to one file that runs without this package.
+    """Export the model in MODEL_FOLDER, fused for inference, to one file that runs without this package.
 
     \b
     The exported model takes float32 RGB in [0, 1] of shape (batch, 3, rows, columns),
@@ -235,9 +235,9 @@ def export(model_folder: Path, kind: str, output: Path | None, overwrite: bool) 
       almrr export data/06_models/sample_brick --format onnx
       almrr export data/06_models/sample_brick --format torch --output brick.pt2
     """  # noqa: D301
-    from almrr_pipeline.inference.settings import InferenceSettings
+    from almrr_pipeline.inference.inference_config import InferenceConfig
 
-    settings = InferenceSettings.load(model_folder)
+    settings = InferenceConfig.load(model_folder)
     target = output or Path(settings.category + EXPORT_SUFFIXES[kind])
     if target.exists() and not overwrite:
         raise AlmrrError(f"{target} exists; name another file, or replace it with --overwrite.")
@@ -246,7 +246,7 @@ def export(model_folder: Path, kind: str, output: Path | None, overwrite: bool) 
     from almrr_pipeline.model.almrr import ALMRR
 
     write = {"onnx": export_onnx, "torch": export_torch}[kind]
-    write(ALMRR.load(model_folder), target, mirrored=settings.mirrored)
+    write(ALMRR.load(model_folder), target, flips=settings.flips)
     rows, columns = settings.image_size
     click.echo(f"Wrote {target}: {target.stat().st_size / 2**20:.1f} MiB, input (batch, 3, {rows}, {columns}).")
 
@@ -265,13 +265,13 @@ def info(model_folder: Path) -> None:
     click.echo(describe_model(model_folder))
 
 
-@almrr.command(short_help="All categories that can be fetched, with their licences.")
+@almrr.command(short_help="All categories that can be fetched, with their licenses.")
 def categories() -> None:
-    """List the categories that this package can fetch, and the licence of each.
+    """List the categories that this package can fetch, and the license of each.
 
-    Any of them can stand under `categories` in params.yaml. For pictures of your own there is folder_NAME.
+    Any of them can stand under `categories` in params.yaml. For images of your own there is folder_NAME.
     """
-    from almrr_pipeline.sources.registry import known_categories, source_for
+    from almrr_pipeline.datasets.registry import known_categories, source_for
 
     by_license: dict[str, list[str]] = {}
     for name in known_categories():
@@ -317,9 +317,9 @@ def _print_summary(summary: Summary, predictor: Predictor, output: Path, *, chos
     stored = predictor.settings.thresholds
     if threshold is None:
         reason = stored.image.undefined if stored else "the model was never calibrated"
-        click.echo(f"{count} pictures scored, none judged: there is no threshold ({reason}). Give one by --threshold.")
+        click.echo(f"{count} images scored, none judged: there is no threshold ({reason}). Give one by --threshold.")
     else:
-        click.echo(f"{count} pictures: {anomalous} anomalous, {count - anomalous} normal.")
+        click.echo(f"{count} images: {anomalous} anomalous, {count - anomalous} normal.")
         origin = stored.image.guarantee if stored and not chosen else "Chosen by --threshold, without a guarantee."
         click.echo(f"Threshold {threshold:.6g}. {origin}")
     highest = max(summary.verdicts, key=lambda verdict: verdict.score)
@@ -328,14 +328,14 @@ def _print_summary(summary: Summary, predictor: Predictor, output: Path, *, chos
 
 
 def _report_unreadable(summary: Summary) -> None:
-    """Name the pictures that could not be read and exit with 1, if there are any."""
+    """Name the images that could not be read and exit with 1, if there are any."""
     if not summary.unreadable:
         return
-    named = [str(picture) for picture in summary.unreadable][:_LISTED_UNREADABLE]
+    named = [str(image) for image in summary.unreadable][:_LISTED_UNREADABLE]
     more = len(summary.unreadable) - len(named)
     total = len(summary.unreadable) + len(summary.verdicts)
     raise click.ClickException(
-        f"{len(summary.unreadable)} of {total} pictures could not be read: {', '.join(named)}"
+        f"{len(summary.unreadable)} of {total} images could not be read: {', '.join(named)}"
         + (f" and {more} more." if more else ".")
     )
 

@@ -12,14 +12,16 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from almrr_pipeline.errors import AlmrrError
+from almrr_pipeline.common.errors import AlmrrError
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 OpenFraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 Positive = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+ScanBackend = Literal["auto", "mamba_ssm", "triton", "numba", "torch"]
 Side = Annotated[int, Field(ge=128, multiple_of=16)]
 """An edge of the network's input, in pixels: strides 4 (features) and 4 (patches) must divide it."""
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class Section(BaseModel):
@@ -29,37 +31,37 @@ class Section(BaseModel):
 
 
 class Tiling(Section):
-    """Work on tiles of the network's size instead of the resized whole picture."""
+    """Work on tiles of the network's size instead of the resized whole image."""
 
     enabled: bool = False
     scale: Annotated[float, Field(gt=0.0, le=4.0)] = 1.0
-    """The picture is resized by this factor before it is cut."""
+    """The image is resized by this factor before it is cut."""
     overlap: Annotated[float, Field(ge=0.0, le=0.75)] = 0.25
-    """Share of a tile that the next one covers again."""
+    """Fraction of a tile that the next one covers again."""
 
 
 class DataSettings(Section):
-    """Where pictures come from and what they become."""
+    """Where images come from and what they become."""
 
     mirror: str | None = None
     """A folder, file:// or http(s):// base address that is asked before the public addresses."""
-    source: dict[str, str] = {}
-    """SOURCE (or folder_NAME): an archive or a folder that the user has on disk; served instead of any address."""
+    paths: dict[str, str] = {}
+    """Dataset name, category id or folder_NAME: an archive or a folder that the user has on disk; served instead of any address."""
     addresses: dict[str, list[str]] = {}
-    """Source or category id: addresses tried in turn, in place of the built-in ones."""
+    """Dataset name or category id: addresses tried in turn, in place of the built-in ones."""
     sha256: dict[str, str] = {}
-    """Source or category id: expected checksum of the archive, in place of the built-in one."""
+    """Dataset name or category id: expected checksum of the archive, in place of the built-in one."""
     accept_licenses: list[str] = []
-    """Licences that the user accepts, by SPDX name, such as CC-BY-NC-SA-4.0 (MVTec AD)."""
+    """Licenses that the user accepts, by SPDX name, such as CC-BY-NC-SA-4.0 (MVTec AD)."""
     strict: bool = False
     """Refuse a data set whose counts differ from the published ones, instead of warning."""
     textures: Literal["package", "dtd"] = "dtd"
-    """Anomaly sources: pictures that come with scikit-image, or the Describable Textures Dataset."""
+    """Anomaly sources: images that come with scikit-image, or the Describable Textures Dataset."""
     image_size: tuple[Side, Side] = (256, 256)
     """Rows and columns of the network's input."""
     tiling: Tiling = Tiling()
-    calibration: Annotated[float, Field(ge=0.0, le=0.5)] = 0.1
-    """Share of the normal training pictures held out for the thresholds; never trained on."""
+    validation_fraction: Annotated[float, Field(ge=0.0, le=0.5)] = 0.1
+    """Fraction of the normal training images kept for validation (thresholds, selection); never trained on."""
 
 
 class BackboneSettings(Section):
@@ -76,55 +78,55 @@ class BackboneSettings(Section):
     """For EfficientNets: where timm taps the features."""
 
 
-class Shares(Section):
-    """How often each of several kinds is drawn, relative to the others; at least one of them is."""
+class Weights(Section):
+    """Relative frequencies of several choices; at least one is above 0."""
 
     @model_validator(mode="after")
     def _one_is_drawn(self) -> Self:
-        if not any(share for _, share in self):
-            raise ValueError("all shares are 0; at least one kind has to be drawn")
+        if not any(weight for _, weight in self):
+            raise ValueError("all weights are 0; at least one has to be above 0")
         return self
 
 
-class MaterialShares(Shares):
-    """What an anomaly is made of."""
+class MaterialWeights(Weights):
+    """Relative frequencies of what an anomaly is made of."""
 
-    texture: Share = 1.0
-    """A texture from another source, altered (the paper)."""
-    exposure: Share = 0.0
-    """The picture itself, as if lit or finished otherwise: brighter or darker, of more or less contrast."""
+    texture: Weight = 1.0
+    """A texture from another dataset, altered (the paper)."""
+    exposure: Weight = 0.0
+    """The image itself with another brightness and contrast."""
 
 
-class ShapeShares(Shares):
-    """Which outline an anomaly has."""
+class ShapeWeights(Weights):
+    """Relative frequencies of an anomaly's outline."""
 
-    perlin: Share = 1.0
+    perlin: Weight = 1.0
     """Perlin noise above a threshold (the paper)."""
-    line: Share = 0.0
+    line: Weight = 0.0
     """A thin line, as of a crack or a scratch."""
-    band: Share = 0.0
-    """A part of the picture that reaches from edge to edge."""
+    band: Weight = 0.0
+    """A region that reaches from edge to edge."""
 
 
 class SynthesisSettings(Section):
     """Stage 1 of the paper: simulated anomalies."""
 
     samples: Positive = 10_000
-    """Simulated pictures in the pool."""
+    """Simulated images in the synthetic set."""
     anomaly_free: Fraction = 0.5
-    """Share of the pool with an empty mask."""
+    """Fraction of the synthetic set with an empty mask."""
     grid_exponents: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(le=8)]] = (0, 5)
     """The Perlin grid has 2^k cells per axis, k drawn per axis from this range, ends included."""
     threshold: OpenFraction = 0.5
     """Perlin noise above it is anomalous."""
     opacity: tuple[Fraction, Fraction] = (0.0, 0.8)
-    """Range of b, the share of the normal picture that shines through an anomaly."""
+    """Range of b, the fraction of the normal image that shines through an anomaly."""
     operations: Annotated[int, Field(ge=0, le=10)] = 3
-    """How many of the ten photometric and geometric operations change the anomaly source."""
-    colour: Literal["keep", "match"] = "keep"
-    """keep (the paper), or match: on a normal picture without colour the anomaly source loses its own."""
-    materials: MaterialShares = MaterialShares()
-    shapes: ShapeShares = ShapeShares()
+    """How many of the ten photometric and geometric operations change the texture."""
+    color: Literal["keep", "match"] = "keep"
+    """keep (the paper), or match: on a normal image without color the texture loses its own."""
+    materials: MaterialWeights = MaterialWeights()
+    shapes: ShapeWeights = ShapeWeights()
     workers: Annotated[int, Field(ge=0)] = 0
     """Processes; 0 takes one per core. The result does not depend on it."""
 
@@ -153,7 +155,7 @@ class ModelSettings(Section):
     refinement_channels: Positive = 1
     """Channels of that projection; 1 for `mean`."""
     standardize: bool = False
-    """Standardise the channels of the features over the training normals before anything else."""
+    """Standardize the channels of the features over the training normals before anything else."""
 
     @model_validator(mode="after")
     def _mean_has_one_channel(self) -> Self:
@@ -162,12 +164,6 @@ class ModelSettings(Section):
                 "refinement_input 'mean' has one channel; set refinement_channels to 1 or use 'projection'"
             )
         return self
-
-
-class ScanSettings(Section):
-    """Which implementation of the selective scan runs."""
-
-    backend: Literal["auto", "mamba_ssm", "triton", "numba", "torch"] = "auto"
 
 
 class TrainSettings(Section):
@@ -187,17 +183,17 @@ class TrainSettings(Section):
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     flips: bool = True
     """Mirror samples at random when they are loaded."""
-    quarter_turns: bool = True
+    rot90: bool = True
     """Turn them by quarters at random too, where the input is square; not for a texture that has one direction."""
     accelerator: str = "auto"
     devices: int | Literal["auto"] = "auto"
     nodes: Positive = 1
     workers: Annotated[int, Field(ge=0)] = 0
-    """Loader processes where the pool is not kept on a GPU; 0 chooses: four a GPU, none on a CPU."""
+    """Loader processes where the synthetic set is not kept on a GPU; 0 chooses: four a GPU, none on a CPU."""
     checkpoint_every: Positive = 200
     """Steps between checkpoints for resuming."""
     log_every: Positive = 10
-    selection: Literal["last", "held_out"] = "last"
+    selection: Literal["last", "validation"] = "last"
     """The result of record: the last step, or the best on held-out normals with fresh simulated anomalies."""
     deterministic: bool = True
     """Ask torch for deterministic algorithms (on a CPU this costs nothing)."""
@@ -206,32 +202,37 @@ class TrainSettings(Section):
     channels_last: bool = False
 
 
-class ThresholdSettings(Section):
-    """The false-alarm rate that the thresholds are to keep."""
+class InferenceSettings(Section):
+    """How images become anomaly maps, scores and verdicts; used by training, evaluation and prediction."""
 
+    batch_size: Positive = 8
+    """Images, or tiles, per forward pass."""
+    smoothing: Positive = 9
+    """Side of the mean filter applied before the image score's maximum, in pixels of the network's input."""
+    flips: bool = False
+    """Test-time augmentation: average the anomaly maps of an image and of its three flips, at four times the cost."""
     false_alarm_rate: OpenFraction = 0.05
+    """Largest fraction of normal images above the thresholds."""
+    scan_backend: ScanBackend = "auto"
+    """Implementation of the selective scan."""
 
 
 class EvaluateSettings(Section):
     """Metrics and their uncertainty."""
 
-    batch_size: Positive = 8
-    smoothing: Positive = 9
-    """Side of the mean filter before the image score's maximum, in pixels of the network's input."""
-    mirrored: bool = False
-    """Average the anomaly maps of a picture and its three mirror images: steadier maps, at four times the work."""
     aupro_limits: tuple[OpenFraction, OpenFraction] = (0.3, 0.05)
+    """Largest false positive rates that the area under the per-region overlap curve is taken to."""
     bootstrap: Annotated[int, Field(ge=0)] = 1000
     """Resamplings of the test images for the 95 % intervals; 0 leaves them out."""
     oracle: bool = False
-    """Also report, labelled oracle_*, what a choice made on the test set would have given."""
+    """Also report, as oracle_*, what a choice made on the test set would have given."""
 
 
 class ReportSettings(Section):
     """What the report shows."""
 
     examples: Positive = 3
-    """Pictures of each kind (best, typical, worst) and category."""
+    """Images of each kind (best, typical, worst) and category."""
     title: str = "ALMRR: defects on textured surfaces"
 
 
@@ -239,14 +240,12 @@ class PredictSettings(Section):
     """What `kedro run --pipelines predict` looks at; `almrr predict` takes the same on its command line."""
 
     images: str | None = None
-    """A picture or a folder of pictures."""
+    """An image or a folder of images."""
 
 
-_REPEATED = re.compile(r"(?P<data_set>.+)_seed(?P<seed>\d+)")
-
-OVERRIDABLE = frozenset({"data", "synthesis", "model", "scan", "train", "threshold", "evaluate", "report"})
+OVERRIDABLE = frozenset({"data", "synthesis", "model", "train", "inference", "evaluate", "report"})
 """Sections that may differ by category; the backbone's weights are fetched once for all."""
-_OVERRIDABLE_VALUES = {"data": {"image_size", "tiling", "calibration"}, "report": {"examples"}}
+_OVERRIDABLE_VALUES = {"data": {"image_size", "tiling", "validation_fraction"}, "report": {"examples"}}
 """Of these sections only this; the rest is asked for all categories together."""
 
 
@@ -255,14 +254,14 @@ class Parameters(Section):
 
     suite: str
     categories: Annotated[list[str], Field(min_length=1)]
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    seeds: Annotated[list[Seed], Field(min_length=1)] = [0]
+    """Each category is synthesized, trained and evaluated once per seed."""
     data: DataSettings = DataSettings()
     backbone: BackboneSettings = BackboneSettings()
     synthesis: SynthesisSettings = SynthesisSettings()
     model: ModelSettings = ModelSettings()
-    scan: ScanSettings = ScanSettings()
     train: TrainSettings = TrainSettings()
-    threshold: ThresholdSettings = ThresholdSettings()
+    inference: InferenceSettings = InferenceSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     report: ReportSettings = ReportSettings()
     predict: PredictSettings = PredictSettings()
@@ -271,8 +270,10 @@ class Parameters(Section):
 
     @model_validator(mode="after")
     def _names_are_distinct(self) -> Self:
-        if len(set(self.categories)) != len(self.categories):
-            raise ValueError("categories: a category is named twice")
+        for name in ("categories", "seeds"):
+            values = getattr(self, name)
+            if len(set(values)) != len(values):
+                raise ValueError(f"{name}: an entry is named twice")
         return self
 
     @model_validator(mode="after")
@@ -293,27 +294,15 @@ class Parameters(Section):
         return self
 
     def for_category(self, category: str) -> Parameters:
-        """These parameters with the category's own overrides merged in, and its seed if its name says one.
-
-        `mt_defect_seed3` is `mt_defect`, with that category's overrides, synthesised and trained from seed 3.
+        """These parameters with the category's own overrides merged in.
 
         Raises:
             AlmrrError: an override names an unknown value or one out of its range.
         """
         values = self.model_dump(mode="json")
-        data_set, seed = split_seed(category)
-        for name in dict.fromkeys((data_set, category)):
-            for section, changes in self.overrides.get(name, {}).items():
-                values[section] = _merged(values[section], changes)
-        if seed is not None:
-            values["seed"] = seed
+        for section, changes in self.overrides.get(category, {}).items():
+            values[section] = _merged(values[section], changes)
         return parse_parameters(values)
-
-
-def split_seed(category: str) -> tuple[str, int | None]:
-    """Split a category id into its data set and the seed it is repeated with: `nanotwice_seed2` -> (`nanotwice`, 2)."""
-    repeated = _REPEATED.fullmatch(category)
-    return (repeated["data_set"], int(repeated["seed"])) if repeated else (category, None)
 
 
 def parse_parameters(values: dict[str, Any]) -> Parameters:

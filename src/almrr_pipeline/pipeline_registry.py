@@ -6,8 +6,8 @@ from kedro.pipeline import Pipeline
 
 from almrr_pipeline.config import load_parameters, split_seed
 from almrr_pipeline.pipelines import evaluate, fetch, predict, report, synthesize, train
-from almrr_pipeline.project import project_root
-from almrr_pipeline.sources.registry import source_for
+from almrr_pipeline.kedro_support.project import project_root
+from almrr_pipeline.datasets.registry import source_for
 
 
 def register_pipelines() -> dict[str, Pipeline]:

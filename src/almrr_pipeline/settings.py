@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from almrr_pipeline.config_loader import ParamsYamlLoader, tracking_uri
-from almrr_pipeline.hooks import TrackingHook
-from almrr_pipeline.pipelines.fetch.checks import FetchChecks
-from almrr_pipeline.project import project_root
+from almrr_pipeline.kedro_support.config_loader import ParamsYamlLoader, tracking_uri
+from almrr_pipeline.kedro_support.hooks import TrackingHook
+from almrr_pipeline.kedro_support.fetch_checks import FetchChecks
+from almrr_pipeline.kedro_support.project import project_root
 
 CONFIG_LOADER_CLASS = ParamsYamlLoader
 CONFIG_LOADER_ARGS = {

@@ -15,10 +15,10 @@ def test_both_ways_of_training_are_measured(
     module = load_benchmark("training")
     monkeypatch.setattr(module, "SIZE", (128, 128))
     arguments = ["--device", "cpu", "--small", "--batch", "2", "--steps", "2", "--samples", "4"]
-    (theirs, ours), pool_seconds = module.compare(module.parse([*arguments, "--authors-scan", "torch"]), tmp_path)
+    (theirs, ours), synthetic_set_seconds = module.compare(module.parse([*arguments, "--authors-scan", "torch"]), tmp_path)
     assert (theirs.way, ours.way) == ("the authors' way", "ours")
     for row in (theirs, ours):
         assert 0 < row.step.low <= row.step.median <= row.step.high
         assert 0 < row.data.median < row.step.median
-    assert pool_seconds > 0
+    assert synthetic_set_seconds > 0
     assert "| ours |" in ours.describe(2)

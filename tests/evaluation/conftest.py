@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 import skimage.measure
 
-from almrr_pipeline.evaluation.scores import Evaluation, evaluate
+from almrr_pipeline.evaluation.evaluate import Evaluation, evaluate
 from almrr_pipeline.evaluation.thresholds import conformal_threshold
 
 
@@ -33,7 +33,7 @@ class Case:
         return np.concatenate([m.ravel() for m in self.masks]), np.concatenate([m.ravel() for m in self.maps])
 
     def evaluate(self, **changes: object) -> Evaluation:
-        """Evaluate with the thresholds of some held-out pictures, without intervals unless asked for."""
+        """Evaluate with the thresholds of some validation images, without intervals unless asked for."""
         threshold = conformal_threshold(np.linspace(0.0, 1.0, 40), 0.05)
         settings = {"image_threshold": threshold, "pixel_threshold": threshold, "bootstrap": 0} | changes
         return evaluate(self.maps, self.masks, self.scores, self.labels, self.defects, **settings)
@@ -42,7 +42,7 @@ class Case:
 def _draw_case(
     seed: int, *, normal: int = 4, defective: int = 6, decimals: int = 2, side: int = 40, extent: int = 9
 ) -> Case:
-    """Draw pictures of varying sizes with rectangular defects of two kinds; few decimals make many ties."""
+    """Draw images of varying sizes with rectangular defects of two kinds; few decimals make many ties."""
     generator = np.random.default_rng(seed)
     maps, masks, defects = [], [], []
     for index in range(normal + defective):
@@ -67,7 +67,7 @@ def draw_case() -> Callable[..., Case]:
 
 @pytest.fixture
 def case() -> Case:
-    """Four normal and six defective pictures with many tied pixels."""
+    """Four normal and six defective images with many tied pixels."""
     return _draw_case(0)
 
 
@@ -82,8 +82,8 @@ def _literal_aupro(
 ) -> float:
     regions = []
     for index, mask in enumerate(masks):
-        labelled, count = skimage.measure.label(mask, connectivity=2, return_num=True)
-        regions += [(index, labelled == number) for number in range(1, count + 1)]
+        labeled, count = skimage.measure.label(mask, connectivity=2, return_num=True)
+        regions += [(index, labeled == number) for number in range(1, count + 1)]
     fpr, pro = [0.0], [0.0]
     normal = sum(int((~mask).sum()) for mask in masks)
     for threshold in np.unique(np.concatenate([values.ravel() for values in maps]))[::-1]:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from almrr_pipeline.evaluation.aupro import aupro, label_regions, name_aupro
 from almrr_pipeline.evaluation.curves import Curve, tabulate_pro
-from almrr_pipeline.evaluation.scores import evaluate
+from almrr_pipeline.evaluation.evaluate import evaluate
 
 
 def measure_aupro(maps: list[np.ndarray], masks: list[np.ndarray], limit: float) -> float:
@@ -32,14 +32,14 @@ def measure_aupro(maps: list[np.ndarray], masks: list[np.ndarray], limit: float)
 
 
 def test_regions_that_touch_at_a_corner_are_one() -> None:
-    labelled, count = label_regions(np.array([[1, 0, 0, 1], [0, 1, 0, 1], [0, 0, 0, 0], [1, 0, 0, 0]], dtype=bool))
+    labeled, count = label_regions(np.array([[1, 0, 0, 1], [0, 1, 0, 1], [0, 0, 0, 0], [1, 0, 0, 0]], dtype=bool))
     assert count == 3
-    assert labelled[0, 0] == labelled[1, 1] != labelled[0, 3]
+    assert labeled[0, 0] == labeled[1, 1] != labeled[0, 3]
 
 
 def test_a_small_region_counts_as_much_as_a_large_one() -> None:
     # Regions of 1 and 4 pixels, 7 normal pixels. Found first, without a false alarm: the small region (PRO 1/2). Then
-    # two normal pixels (FPR 2/7), then the large region. Up to 2/7 the curve, and its normalised area, stand at 1/2;
+    # two normal pixels (FPR 2/7), then the large region. Up to 2/7 the curve, and its normalized area, stand at 1/2;
     mask = np.array([[1, 0, 1, 1], [0, 0, 1, 1], [0, 0, 0, 0]], dtype=bool)
     values = np.array([[9, 8, 5, 5], [8, 1, 5, 5], [1, 1, 1, 1]], dtype=np.float32)
     assert measure_aupro([values], [mask], 2 / 7) == pytest.approx(0.5)
@@ -49,7 +49,7 @@ def test_a_small_region_counts_as_much_as_a_large_one() -> None:
 
 def test_a_piece_with_ties_is_cut_at_the_limit_by_linear_interpolation() -> None:
     # one region of 2 pixels, 4 normal pixels, all tied: the curve is the straight line from (0, 0) to (1, 1);
-    # its area up to 0.3 is 0.3^2 / 2, normalised 0.15
+    # its area up to 0.3 is 0.3^2 / 2, normalized 0.15
     mask = np.array([[1, 1, 0], [0, 0, 0]], dtype=bool)
     assert measure_aupro([np.ones((2, 3), np.float32)], [mask], 0.3) == pytest.approx(0.15)
 

@@ -1,4 +1,4 @@
-"""Resampling pictures: strata kept, binned counts true to the exact ones, intervals that cover."""
+"""Resampling images: strata kept, binned counts true to the exact ones, intervals that cover."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from almrr_pipeline.evaluation.aupro import aupro
 from almrr_pipeline.evaluation.bootstrap import PixelResampler, draw_weights, percentile_interval, resample_images
 from almrr_pipeline.evaluation.curves import auroc, average_precision, f1_max
 from almrr_pipeline.evaluation.pixels import (
-    PictureCounts,
+    ImageCounts,
     PixelSource,
     choose_edges,
     count_normal,
@@ -24,9 +24,9 @@ def build_resampler(case: Any) -> PixelResampler:
     source = PixelSource(case.maps, case.masks, case.labels)
     defective, _ = gather_defective(source)
     levels = defective.score[defective.last_of_level()]
-    pictures = PictureCounts.empty(choose_edges(defective, threshold=None), len(case.maps))
-    list(count_normal(source, [np.arange(len(case.maps))], levels, pictures))
-    return PixelResampler.build(pictures, defective)
+    images = ImageCounts.empty(choose_edges(defective, threshold=None), len(case.maps))
+    list(count_normal(source, [np.arange(len(case.maps))], levels, images))
+    return PixelResampler.build(images, defective)
 
 
 def measure_resampled(case: Any, weights: np.ndarray) -> dict[str, np.ndarray]:
@@ -48,12 +48,12 @@ def test_every_resampling_keeps_the_strata() -> None:
     assert weights.std() > 0
 
 
-def test_each_picture_is_drawn_once_on_average() -> None:
+def test_each_image_is_drawn_once_on_average() -> None:
     weights = draw_weights(np.arange(10) < 5, 4000, np.random.default_rng(0))
     np.testing.assert_allclose(weights.mean(axis=0), 1.0, atol=0.1)
 
 
-def test_a_set_without_normal_pictures_is_resampled_too() -> None:
+def test_a_set_without_normal_images_is_resampled_too() -> None:
     weights = draw_weights(np.ones(6, bool), 10, np.random.default_rng(0))
     assert (weights.sum(axis=1) == 6).all()
 
@@ -82,7 +82,7 @@ def test_counts_at_the_edges_are_close_where_levels_are_many(draw_case: Callable
 
 
 @pytest.mark.parametrize("decimals", [2, 8])
-def test_a_resampling_is_the_test_set_with_pictures_repeated(draw_case: Callable[..., Any], decimals: int) -> None:
+def test_a_resampling_is_the_test_set_with_images_repeated(draw_case: Callable[..., Any], decimals: int) -> None:
     case = draw_case(6, decimals=decimals)
     weights = draw_weights(case.labels, 3, np.random.default_rng(0))
     resampled = measure_resampled(case, weights)

@@ -42,11 +42,11 @@ def test_a_mask_is_read_at_the_size_of_its_map(truth: GroundTruth) -> None:
     np.testing.assert_array_equal(mask, expected)
 
 
-def test_a_picture_without_mask_has_none(truth: GroundTruth) -> None:
+def test_an_image_without_mask_has_none(truth: GroundTruth) -> None:
     assert truth[1] is None
 
 
-def test_a_table_of_scores_says_what_each_picture_got(maps: AnomalyMaps, truth: GroundTruth) -> None:
+def test_a_table_of_scores_says_what_each_image_got(maps: AnomalyMaps, truth: GroundTruth) -> None:
     rows = pd.DataFrame(
         {"image": ["a", "b", "c"], "label": ["defective", "normal", "defective"], "defect": ["hole", "good", "dent"]},
         index=[7, 8, 9],

@@ -1,4 +1,4 @@
-"""Counting pixels: exact over many pictures, chunks and sizes, and clear about what does not fit."""
+"""Counting pixels: exact over many images, chunks and sizes, and clear about what does not fit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from almrr_pipeline.errors import AlmrrError
+from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.evaluation import pixels
 from almrr_pipeline.evaluation.pixels import (
     DefectivePixels,
@@ -21,13 +21,13 @@ from almrr_pipeline.evaluation.pixels import (
     gather_defective,
     just_above,
 )
-from almrr_pipeline.evaluation.scores import evaluate
+from almrr_pipeline.evaluation.evaluate import evaluate
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False, width=32)
 
 
 def defective_pixels(scores: np.ndarray) -> DefectivePixels:
-    """Pixels of one picture's only region."""
+    """Pixels of one image's only region."""
     count = len(scores)
     ranked = np.sort(scores.astype(np.float32))[::-1]
     return DefectivePixels(ranked, np.zeros(count, np.uint32), np.array([count]), np.array([0]))
@@ -97,25 +97,25 @@ def test_just_above_turns_a_strict_comparison_into_a_weak_one(score: float, thre
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_map_that_is_not_finite_is_refused(case: Any, value: float) -> None:
     case.maps[2][0, 0] = value
-    with pytest.raises(AlmrrError, match="test picture 2 has values that are not finite"):
+    with pytest.raises(AlmrrError, match="test image 2 has values that are not finite"):
         case.evaluate()
 
 
 def test_a_mask_of_another_shape_is_refused(case: Any) -> None:
     case.masks[5] = case.masks[5][:-1]
-    with pytest.raises(AlmrrError, match=r"Test picture 5: .* the mask .*; resize"):
+    with pytest.raises(AlmrrError, match=r"Test image 5: .* the mask .*; resize"):
         case.evaluate()
 
 
 def test_a_map_with_channels_is_refused(case: Any) -> None:
     case.maps[0] = case.maps[0][None]
-    with pytest.raises(AlmrrError, match="test picture 0 has the shape"):
+    with pytest.raises(AlmrrError, match="test image 0 has the shape"):
         case.evaluate()
 
 
-def test_a_normal_picture_with_defective_pixels_is_refused(case: Any) -> None:
+def test_a_normal_image_with_defective_pixels_is_refused(case: Any) -> None:
     case.masks[1][3, 3] = True
-    with pytest.raises(AlmrrError, match="picture 1 is labelled normal, but"):
+    with pytest.raises(AlmrrError, match="image 1 is labeled normal, but"):
         case.evaluate()
 
 
@@ -137,7 +137,7 @@ class Drawn:
 
 
 def trace_peak(count: int) -> int:
-    """Highest number of bytes in use while a test set of so many pictures is evaluated."""
+    """Highest number of bytes in use while a test set of so many images is evaluated."""
     labels = np.arange(count) % 2 == 1
     tracemalloc.start()
     try:

@@ -1,4 +1,4 @@
-"""Conformal thresholds: their rank, their guarantee, and what they say where there are too few pictures."""
+"""Conformal thresholds: their rank, their guarantee, and what they say where there are too few images."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from almrr_pipeline.errors import AlmrrError
+from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.evaluation.thresholds import conformal_threshold, proportion, rates_at, withdraw_guarantee
 
 
@@ -34,7 +34,7 @@ def test_a_rank_lower_by_one_would_break_the_promise(normals: int, percent: int)
         assert (threshold.value, threshold.guaranteed_rate) == (normals, 1 / (normals + 1))
 
 
-def test_too_few_pictures_take_the_largest_and_say_what_they_can_guarantee() -> None:
+def test_too_few_images_take_the_largest_and_say_what_they_can_guarantee() -> None:
     threshold = conformal_threshold([0.2, 0.9, 0.4], 0.05)
     assert threshold.value == 0.9
     assert threshold.guaranteed_rate == 0.25
@@ -42,11 +42,11 @@ def test_too_few_pictures_take_the_largest_and_say_what_they_can_guarantee() -> 
     assert "would need at least 19" in threshold.guarantee
 
 
-def test_no_picture_gives_no_threshold_and_a_reason() -> None:
+def test_no_image_gives_no_threshold_and_a_reason() -> None:
     threshold = conformal_threshold([], 0.05)
     assert threshold.value is None
     assert threshold.guaranteed_rate is None
-    assert "no normal picture was held out" in threshold.undefined
+    assert "no normal image was held out" in threshold.undefined
 
 
 def test_a_withdrawn_guarantee_leaves_the_level_and_says_why() -> None:
@@ -70,7 +70,7 @@ def test_the_guarantee_holds_for_exchangeable_scores(normals: int, distinct: int
     generator = np.random.default_rng(normals)
     alarms, trials = 0, 4000
     for _ in range(trials):
-        level = generator.normal()  # shared by all pictures of a trial: exchangeable, not independent
+        level = generator.normal()  # shared by all images of a trial: exchangeable, not independent
         scores = np.round(level + generator.exponential(size=normals + 1), 1 if distinct == 10 else 9)
         threshold = conformal_threshold(scores[:-1], 0.1)
         alarms += scores[-1] > threshold.value

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from almrr_pipeline.config import Tiling
 from almrr_pipeline.evaluation.thresholds import conformal_threshold
-from almrr_pipeline.images import ImageArray
-from almrr_pipeline.inference.settings import InferenceSettings, Thresholds
+from almrr_pipeline.common.images import ImageArray
+from almrr_pipeline.inference.inference_config import InferenceConfig, Thresholds
 from almrr_pipeline.model.almrr import ALMRR
 from almrr_pipeline.model.backbone import build_backbone
 
 
 class Brightness(nn.Module):
-    """The map is the picture's first channel: what goes in comes out."""
+    """The map is the image's first channel: what goes in comes out."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ def brightness() -> Brightness:
 
 @pytest.fixture(scope="session")
 def noise() -> list[ImageArray]:
-    """Seven pictures of noise, of various sizes, smaller and larger than the small networks' tiles."""
+    """Seven images of noise, of various sizes, smaller and larger than the small networks' tiles."""
     generator = np.random.default_rng(0)
     sizes = [(20, 30), (150, 40), (64, 96), (33, 131), (128, 128), (31, 49), (90, 90)]
     return [generator.integers(0, 256, size=(*size, 3), dtype=np.uint8) for size in sizes]
@@ -51,20 +51,20 @@ def noise_paths(noise: list[ImageArray], tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture
-def write_pictures(tmp_path: Path) -> Callable[[list[ImageArray]], list[Path]]:
-    """Writes pictures as 00.png, 01.png, ... and gives their paths."""
-    return lambda pictures: _write(pictures, tmp_path)
+def write_images(tmp_path: Path) -> Callable[[list[ImageArray]], list[Path]]:
+    """Writes images as 00.png, 01.png, ... and gives their paths."""
+    return lambda images: _write(images, tmp_path)
 
 
-def _write(pictures: list[ImageArray], folder: Path) -> list[Path]:
-    paths = [folder / f"{position:02d}.png" for position in range(len(pictures))]
-    for path, picture in zip(paths, pictures, strict=True):
-        Image.fromarray(picture).save(path)
+def _write(images: list[ImageArray], folder: Path) -> list[Path]:
+    paths = [folder / f"{position:02d}.png" for position in range(len(images))]
+    for path, image in zip(paths, images, strict=True):
+        Image.fromarray(image).save(path)
     return paths
 
 
-def save_model(folder: Path, *, tiling: Tiling | None = None, mirrored: bool = False, calibrated: bool = True) -> Path:
-    """A complete model folder with random weights, and thresholds as if from 19 normal pictures."""
+def save_model(folder: Path, *, tiling: Tiling | None = None, flips: bool = False, calibrated: bool = True) -> Path:
+    """A complete model folder with random weights, and thresholds as if from 19 normal images."""
     folder.mkdir(parents=True)
     torch.manual_seed(0)
     model = ALMRR(
@@ -80,12 +80,12 @@ def save_model(folder: Path, *, tiling: Tiling | None = None, mirrored: bool = F
     )
     model.save(folder)
     threshold = conformal_threshold(np.linspace(0.1, 0.5, 19), 0.05)
-    InferenceSettings(
+    InferenceConfig(
         category="sample_brick",
         image_size=(128, 128),
         tiling=tiling or Tiling(),
         smoothing=9,
-        mirrored=mirrored,
+        flips=flips,
         thresholds=Thresholds(image=threshold, pixel=threshold) if calibrated else None,
     ).save(folder)
     return folder
@@ -93,7 +93,7 @@ def save_model(folder: Path, *, tiling: Tiling | None = None, mirrored: bool = F
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A calibrated model that resizes whole pictures."""
+    """A calibrated model that resizes whole images."""
     return save_model(tmp_path_factory.mktemp("models") / "whole")
 
 
@@ -106,7 +106,7 @@ def tiling_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def mirrored_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A calibrated model whose maps are means over mirror images."""
-    return save_model(tmp_path_factory.mktemp("models") / "mirrored", mirrored=True)
+    return save_model(tmp_path_factory.mktemp("models") / "flips", flips=True)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from torch import nn
 
 from almrr_pipeline.config import Tiling
 from almrr_pipeline.inference.calibration import calibrate
-from almrr_pipeline.inference.settings import Thresholds
+from almrr_pipeline.inference.inference_config import Thresholds
 
 
 def _calibrate(model: nn.Module, paths: list[Path], *, rate: float = 0.25, tiling: Tiling | None = None) -> Thresholds:
@@ -25,16 +25,16 @@ def _calibrate(model: nn.Module, paths: list[Path], *, rate: float = 0.25, tilin
 
 
 def _dots(levels: list[int]) -> list[np.ndarray]:
-    """Black pictures with one bright pixel in the middle."""
-    pictures = [np.zeros((32, 32, 3), dtype=np.uint8) for _ in levels]
-    for picture, level in zip(pictures, levels, strict=True):
-        picture[16, 16] = level
-    return pictures
+    """Black images with one bright pixel in the middle."""
+    images = [np.zeros((32, 32, 3), dtype=np.uint8) for _ in levels]
+    for image, level in zip(images, levels, strict=True):
+        image[16, 16] = level
+    return images
 
 
 @pytest.mark.parametrize("tiling", [Tiling(), Tiling(enabled=True)], ids=["whole", "tiles"])
-def test_thresholds_by_hand(brightness: nn.Module, write_pictures, tiling: Tiling) -> None:
-    paths = write_pictures(_dots([90, 180, 45]))
+def test_thresholds_by_hand(brightness: nn.Module, write_images, tiling: Tiling) -> None:
+    paths = write_images(_dots([90, 180, 45]))
     # Rank ceil((3 + 1) x 0.75) = 3 of 3: the largest. A dot's score is a ninth of its level.
     thresholds = _calibrate(brightness, paths, tiling=tiling)
     assert thresholds.pixel.value == pytest.approx(180 / 255)
@@ -42,32 +42,32 @@ def test_thresholds_by_hand(brightness: nn.Module, write_pictures, tiling: Tilin
     assert (thresholds.image.normals, thresholds.image.guaranteed_rate) == (3, 0.25)
 
 
-def test_a_higher_rate_gives_lower_thresholds(brightness: nn.Module, write_pictures) -> None:
-    paths = write_pictures(_dots([90, 180, 45]))
+def test_a_higher_rate_gives_lower_thresholds(brightness: nn.Module, write_images) -> None:
+    paths = write_images(_dots([90, 180, 45]))
     assert _calibrate(brightness, paths, rate=0.5).pixel.value == pytest.approx(90 / 255)  # rank 2 of 3
 
 
-def test_no_calibration_picture_lies_above_where_the_rate_is_small(brightness: nn.Module, write_pictures) -> None:
-    thresholds = _calibrate(brightness, write_pictures(_dots([1, 2, 3])), rate=0.01)
+def test_no_calibration_image_lies_above_where_the_rate_is_small(brightness: nn.Module, write_images) -> None:
+    thresholds = _calibrate(brightness, write_images(_dots([1, 2, 3])), rate=0.01)
     assert thresholds.pixel.value == pytest.approx(3 / 255)
     assert thresholds.pixel.guaranteed_rate == pytest.approx(0.25)
 
 
-def test_without_pictures_both_are_undefined_and_say_why(brightness: nn.Module) -> None:
+def test_without_images_both_are_undefined_and_say_why(brightness: nn.Module) -> None:
     thresholds = _calibrate(brightness, [])
     assert thresholds.image.value is None
     assert thresholds.pixel.value is None
     assert "held out" in (thresholds.image.undefined or "")
 
 
-def test_the_two_promises_name_their_events(brightness: nn.Module, write_pictures) -> None:
-    thresholds = _calibrate(brightness, write_pictures(_dots([1, 2, 3])))
+def test_the_two_promises_name_their_events(brightness: nn.Module, write_images) -> None:
+    thresholds = _calibrate(brightness, write_images(_dots([1, 2, 3])))
     assert "is called defective" in thresholds.image.guarantee
     assert "shows an outline" in thresholds.pixel.guarantee
 
 
-def test_the_promised_rate_is_kept_on_average(brightness: nn.Module, write_pictures) -> None:
-    """Exchangeable pictures: over many draws a new one lies above the pixel threshold at the promised rate."""
+def test_the_promised_rate_is_kept_on_average(brightness: nn.Module, write_images) -> None:
+    """Exchangeable images: over many draws a new one lies above the pixel threshold at the promised rate."""
     generator = np.random.default_rng(0)
     levels = generator.permutation(250)[:60]  # distinct, so that the promise is met exactly
     peaks = [level / 255 for level in levels]
@@ -75,7 +75,7 @@ def test_the_promised_rate_is_kept_on_average(brightness: nn.Module, write_pictu
     rounds = 12
     for _ in range(rounds):
         order = generator.permutation(60)
-        thresholds = _calibrate(brightness, write_pictures(_dots([int(levels[i]) for i in order[:9]])), rate=0.2)
+        thresholds = _calibrate(brightness, write_images(_dots([int(levels[i]) for i in order[:9]])), rate=0.2)
         value = thresholds.pixel.value
         assert value is not None
         alarms += sum(np.float32(peaks[i]) > value for i in order[9:])

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from almrr_pipeline.errors import AlmrrError
+from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.inference.describe import count_parameters, describe_model
 from almrr_pipeline.model.almrr import ALMRR
 
@@ -32,7 +32,7 @@ def test_description_says_what_the_model_is(model_folder: Path) -> None:
         assert words in text
 
 
-def test_description_says_how_pictures_are_cut(tiling_model_folder: Path) -> None:
+def test_description_says_how_images_are_cut(tiling_model_folder: Path) -> None:
     assert "overlap by 25%" in describe_model(tiling_model_folder)
 
 

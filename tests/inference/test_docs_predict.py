@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from almrr_pipeline.cli import almrr
-from almrr_pipeline.images import ImageArray
+from almrr_pipeline.common.images import ImageArray
 from almrr_pipeline.inference.predictor import Predictor
 from almrr_pipeline.inference.tiling import TileGrid
 
@@ -21,8 +21,8 @@ def workplace(model_folder: Path, noise: list[ImageArray], tmp_path: Path, monke
     """What docs/predict.md speaks of: a model folder and photographs below the working directory."""
     shutil.copytree(model_folder, tmp_path / "data" / "06_models" / "sample_brick")
     (tmp_path / "photographs").mkdir()
-    for name, picture in zip("ab", noise, strict=False):
-        Image.fromarray(picture).save(tmp_path / "photographs" / f"{name}.png")
+    for name, image in zip("ab", noise, strict=False):
+        Image.fromarray(image).save(tmp_path / "photographs" / f"{name}.png")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from almrr_pipeline.errors import AlmrrError
+from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.inference.export import export_onnx, export_torch
-from almrr_pipeline.inference.mirrored import MirroredMaps
+from almrr_pipeline.inference.tta import FlipAveraged
 from almrr_pipeline.model.almrr import ALMRR
 from almrr_pipeline.model.backbone import build_backbone
 
@@ -82,7 +82,7 @@ def test_weights_are_inside_the_one_file(onnx_file: Path) -> None:
 
 
 def test_torch_export_gives_the_models_maps(model: ALMRR, tmp_path: Path) -> None:
-    export_torch(model.fold(), tmp_path / "model.pt2")  # folded before or not: both are taken
+    export_torch(model.fuse(), tmp_path / "model.pt2")  # fused before or not: both are taken
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt2"]
     program = torch.export.load(tmp_path / "model.pt2").module()
     for batch in (1, 3):
@@ -93,10 +93,10 @@ def test_torch_export_gives_the_models_maps(model: ALMRR, tmp_path: Path) -> Non
 
 def test_both_formats_take_the_mean_over_mirror_images(model: ALMRR, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
-    export_onnx(model, tmp_path / "model.onnx", mirrored=True)
-    export_torch(model, tmp_path / "model.pt2", mirrored=True)
+    export_onnx(model, tmp_path / "model.onnx", flips=True)
+    export_torch(model, tmp_path / "model.pt2", flips=True)
     images = draw_images(3)
-    expected = map_with_torch(MirroredMaps(model), images)
+    expected = map_with_torch(FlipAveraged(model), images)
     assert np.abs(expected - map_with_torch(model, images)).max() > 0.01
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     (given,) = session.run(["anomaly_map"], {"images": images.numpy()})

@@ -19,7 +19,7 @@ from mlflow.pyfunc import PyFuncModel
 from mlflow.pyfunc.scoring_server import invocations
 from PIL import Image
 
-from almrr_pipeline.errors import AlmrrError
+from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.inference.mlflow_model import _REQUIREMENTS, ServedModel, log_model
 from almrr_pipeline.inference.predictor import Predictor
 
@@ -52,7 +52,7 @@ class Without:
             return self.finder.find_spec(name, path, target)
 
 sys.meta_path = [Without(finder) for finder in sys.meta_path]
-import almrr_pipeline.inference.files, almrr_pipeline.inference.predictor
+import almrr_pipeline.inference.predict_files, almrr_pipeline.inference.predictor
 """
 """Imports what the served model imports, where nothing is to be had but the named distributions and what they need."""
 
@@ -112,9 +112,9 @@ def test_the_map_comes_on_demand(
 ) -> None:
     records = [{"image": base64.b64encode(contents[0]).decode()}]
     (row,) = _post(served, {"dataframe_records": records, "params": {"anomaly_map": True}})
-    grey = np.asarray(Image.open(io.BytesIO(base64.b64decode(row["anomaly_map"]))))
+    gray = np.asarray(Image.open(io.BytesIO(base64.b64decode(row["anomaly_map"]))))
     (expected,) = Predictor(model_folder)(noise_paths[:1])
-    np.testing.assert_allclose(grey / 65535, expected.anomaly_map, atol=1e-4)
+    np.testing.assert_allclose(gray / 65535, expected.anomaly_map, atol=1e-4)
 
 
 def test_the_signature_is_what_a_client_needs_to_know(logged: ModelInfo) -> None:
@@ -152,9 +152,9 @@ def test_a_missing_requirement_would_be_noticed() -> None:
     assert "No module named 'einops'" in _import_with(set(_REQUIREMENTS) - {"einops"}).stderr
 
 
-def test_a_row_that_is_no_picture_is_named(served: PyFuncModel, contents: list[bytes]) -> None:
+def test_a_row_that_is_no_image_is_named(served: PyFuncModel, contents: list[bytes]) -> None:
     with pytest.raises(AlmrrError, match="row 1 of the column 'image'"):
-        served.predict(pd.DataFrame({"image": [contents[0], b"no picture"]}))
+        served.predict(pd.DataFrame({"image": [contents[0], b"no image"]}))
 
 
 def test_without_threshold_the_verdict_is_null(uncalibrated_folder: Path, contents: list[bytes]) -> None:

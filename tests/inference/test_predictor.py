@@ -16,10 +16,10 @@ from skimage.transform import resize
 from torch import Tensor, nn
 
 from almrr_pipeline.config import Tiling
-from almrr_pipeline.errors import AlmrrError
-from almrr_pipeline.images import ImageArray, resize_image
+from almrr_pipeline.common.errors import AlmrrError
+from almrr_pipeline.common.images import ImageArray, resize_image
 from almrr_pipeline.inference.predictor import Predictor, image_score, predict_maps, resolve_device
-from almrr_pipeline.inference.settings import InferenceSettings
+from almrr_pipeline.inference.inference_config import InferenceConfig
 from almrr_pipeline.model.almrr import ALMRR
 
 WHOLE = Tiling()
@@ -34,12 +34,12 @@ def _maps(model: nn.Module, images: list, **changes: object) -> list[np.ndarray]
 # --- maps ---
 
 
-def test_without_tiling_the_map_is_that_of_the_resized_picture(brightness: nn.Module, noise: list[ImageArray]) -> None:
+def test_without_tiling_the_map_is_that_of_the_resized_image(brightness: nn.Module, noise: list[ImageArray]) -> None:
     for image, found in zip(noise, _maps(brightness, noise), strict=True):
         np.testing.assert_allclose(found, resize_image(image, (32, 48))[..., 0] / 255, atol=1e-6)
 
 
-def test_with_tiling_the_map_has_the_pictures_own_resolution(brightness: nn.Module, noise: list[ImageArray]) -> None:
+def test_with_tiling_the_map_has_the_images_own_resolution(brightness: nn.Module, noise: list[ImageArray]) -> None:
     for image, found in zip(noise, _maps(brightness, noise, tiling=TILES), strict=True):
         np.testing.assert_allclose(found, image[..., 0] / 255, atol=1e-6)
 
@@ -52,7 +52,7 @@ def test_tiling_scales_first(brightness: nn.Module, noise: list[ImageArray]) -> 
 
 
 @pytest.mark.parametrize("tiling", [WHOLE, TILES, Tiling(enabled=True, scale=0.3)], ids=["whole", "tiles", "scaled"])
-def test_at_image_maps_have_the_pictures_own_size(
+def test_at_image_maps_have_the_images_own_size(
     brightness: nn.Module, noise: list[ImageArray], tiling: Tiling
 ) -> None:
     found = _maps(brightness, noise, tiling=tiling, at="image")
@@ -61,7 +61,7 @@ def test_at_image_maps_have_the_pictures_own_size(
     assert all(anomaly_map.min() >= 0 and anomaly_map.max() <= 1 for anomaly_map in found)
 
 
-def test_a_map_is_enlarged_bilinearly_with_pixel_centres_aligned(brightness: nn.Module) -> None:
+def test_a_map_is_enlarged_bilinearly_with_pixel_centers_aligned(brightness: nn.Module) -> None:
     image = np.random.default_rng(0).integers(0, 256, size=(64, 96, 3), dtype=np.uint8)
     small = resize_image(image, (32, 48))[..., 0] / 255
     (found,) = _maps(brightness, [image], at="image")
@@ -73,7 +73,7 @@ def test_the_maximum_never_rises_when_a_map_is_resized(brightness: nn.Module, no
     assert all(own.max() <= network.max() for network, own in pairs)
 
 
-def test_tiles_of_different_pictures_share_batches(brightness: nn.Module) -> None:
+def test_tiles_of_different_images_share_batches(brightness: nn.Module) -> None:
     images = [np.zeros((32, 80, 3), dtype=np.uint8)] * 3  # two tiles each
     _maps(brightness, images, tiling=TILES, batch_size=4)
     assert brightness.batches == [4, 2]
@@ -86,7 +86,7 @@ def test_paths_and_arrays_give_the_same(
         np.testing.assert_array_equal(from_path, from_array)
 
 
-def test_pictures_are_drawn_only_a_little_ahead(brightness: nn.Module) -> None:
+def test_images_are_drawn_only_a_little_ahead(brightness: nn.Module) -> None:
     drawn = []
 
     def draw() -> Iterator[ImageArray]:
@@ -122,7 +122,7 @@ def test_inference_mode_does_not_leak_out(brightness: nn.Module, noise: list[Ima
         assert not torch.is_inference_mode_enabled()
 
 
-def test_no_pictures_give_no_maps(brightness: nn.Module) -> None:
+def test_no_images_give_no_maps(brightness: nn.Module) -> None:
     assert _maps(brightness, []) == []
 
 
@@ -155,7 +155,7 @@ def test_a_batch_holds_at_least_one(brightness: nn.Module, noise: list[ImageArra
 
 
 @pytest.mark.parametrize(
-    "picture",
+    "image",
     [
         np.zeros((40, 40, 3), dtype=np.float32),
         np.zeros((40, 40), dtype=np.uint8),
@@ -163,25 +163,25 @@ def test_a_batch_holds_at_least_one(brightness: nn.Module, noise: list[ImageArra
         np.zeros((3, 40, 40), dtype=np.uint8),
         np.zeros((0, 40, 3), dtype=np.uint8),
     ],
-    ids=["float", "grey", "alpha", "channels first", "empty"],
+    ids=["float", "gray", "alpha", "channels first", "empty"],
 )
-def test_arrays_that_are_no_pictures_are_refused(brightness: nn.Module, picture: np.ndarray) -> None:
+def test_arrays_that_are_no_images_are_refused(brightness: nn.Module, image: np.ndarray) -> None:
     fine = np.zeros((40, 40, 3), dtype=np.uint8)
-    with pytest.raises(AlmrrError, match=r"Picture 1 .*uint8 with shape \(rows, columns, 3\)"):
-        _maps(brightness, [fine, picture])
+    with pytest.raises(AlmrrError, match=r"Image 1 .*uint8 with shape \(rows, columns, 3\)"):
+        _maps(brightness, [fine, image])
 
 
-def test_one_picture_must_stand_in_a_list(brightness: nn.Module) -> None:
+def test_one_image_must_stand_in_a_list(brightness: nn.Module) -> None:
     for lone in (np.zeros((40, 40, 3), dtype=np.uint8), Path("a.png"), "a.png"):
         with pytest.raises(AlmrrError, match="put it into a list"):
             _maps(brightness, lone)  # type: ignore[arg-type]
 
 
-def test_an_unreadable_picture_is_named_in_its_turn(
+def test_an_unreadable_image_is_named_in_its_turn(
     brightness: nn.Module, noise_paths: list[Path], tmp_path: Path
 ) -> None:
     text = tmp_path / "text.png"
-    text.write_text("no picture")
+    text.write_text("no image")
     maps = predict_maps(
         brightness, [noise_paths[0], text], image_size=(32, 32), tiling=WHOLE, batch_size=1, device="cpu", at="network"
     )
@@ -247,7 +247,7 @@ def predictor(model_folder: Path) -> Predictor:
     return Predictor(model_folder, device="cpu")
 
 
-def test_predictions_have_the_pictures_sizes_and_follow_the_definition(
+def test_predictions_have_the_images_sizes_and_follow_the_definition(
     predictor: Predictor, model_folder: Path, noise: list[ImageArray]
 ) -> None:
     model = ALMRR.load(model_folder)
@@ -294,27 +294,27 @@ def test_without_threshold_the_verdict_stays_open(uncalibrated_folder: Path, noi
     assert Predictor(uncalibrated_folder, device="cpu")(noise[:1])[0].is_anomalous is None
 
 
-def test_errors_take_the_place_of_unreadable_pictures(
+def test_errors_take_the_place_of_unreadable_images(
     predictor: Predictor, noise_paths: list[Path], tmp_path: Path
 ) -> None:
     missing = tmp_path / "missing.png"
-    pictures = [missing, noise_paths[0], missing, missing, noise_paths[1], missing]
-    outcomes = list(predictor.try_stream(pictures))
+    images = [missing, noise_paths[0], missing, missing, noise_paths[1], missing]
+    outcomes = list(predictor.try_stream(images))
     assert [isinstance(outcome, AlmrrError) for outcome in outcomes] == [True, False, True, True, False, True]
     assert "missing.png" in str(outcomes[0])
     with pytest.raises(AlmrrError, match=r"missing\.png"):
-        predictor(pictures)
+        predictor(images)
 
 
 def test_settings_of_another_model_are_refused(tmp_path: Path, model_folder: Path) -> None:
     for file in model_folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    InferenceSettings(category="x", image_size=(256, 256)).save(tmp_path)
+    InferenceConfig(category="x", image_size=(256, 256)).save(tmp_path)
     with pytest.raises(AlmrrError, match="belong to different models"):
         Predictor(tmp_path, device="cpu")
 
 
-def test_pictures_of_one_pixel_and_of_one_row(predictor: Predictor, tiling_model_folder: Path) -> None:
+def test_images_of_one_pixel_and_of_one_row(predictor: Predictor, tiling_model_folder: Path) -> None:
     small = [np.full((1, 1, 3), 7, dtype=np.uint8), np.full((1, 200, 3), 7, dtype=np.uint8)]
     for model in (predictor, Predictor(tiling_model_folder, device="cpu")):
         assert [found.anomaly_map.shape for found in model(small)] == [(1, 1), (1, 200)]
@@ -332,7 +332,7 @@ def test_cuda_agrees_with_the_cpu(model_folder: Path, noise: list[ImageArray]) -
 
 def test_inference_needs_neither_mlflow_nor_kedro() -> None:
     code = (
-        "import sys, almrr_pipeline.inference.predictor, almrr_pipeline.inference.files, "
+        "import sys, almrr_pipeline.inference.predictor, almrr_pipeline.inference.predict_files, "
         "almrr_pipeline.inference.calibration, almrr_pipeline.inference.describe; "
         "print(sorted({'mlflow', 'kedro', 'dvc'} & set(sys.modules)))"
     )
@@ -341,6 +341,6 @@ def test_inference_needs_neither_mlflow_nor_kedro() -> None:
 
 @pytest.mark.parametrize("suffix", ["tif", "jpg", "bmp"])
 def test_other_formats_are_read(predictor: Predictor, tmp_path: Path, suffix: str) -> None:
-    path = tmp_path / f"grey.{suffix}"
+    path = tmp_path / f"gray.{suffix}"
     Image.fromarray(np.full((30, 50), 90, dtype=np.uint8)).save(path)
     assert predictor([path])[0].anomaly_map.shape == (30, 50)

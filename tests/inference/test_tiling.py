@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from almrr_pipeline.images import ImageArray
+from almrr_pipeline.common.images import ImageArray
 from almrr_pipeline.inference.tiling import AnomalyMap, Axis, Blend, TileGrid
 
 LENGTHS = st.integers(1, 120)
@@ -30,7 +30,7 @@ def _blend(grid: TileGrid, image: ImageArray, model: Callable[[ImageArray], Anom
 
 @settings(deadline=None)
 @given(LENGTHS, TILES, OVERLAPS)
-def test_tiles_cover_the_picture_and_stay_inside(length: int, tile: int, overlap: float) -> None:
+def test_tiles_cover_the_image_and_stay_inside(length: int, tile: int, overlap: float) -> None:
     starts = Axis(length, tile, overlap).starts
     assert starts[0] == 0
     assert starts[-1] == max(length, tile) - tile
@@ -40,7 +40,7 @@ def test_tiles_cover_the_picture_and_stay_inside(length: int, tile: int, overlap
 
 @settings(deadline=None)
 @given(LENGTHS, TILES, OVERLAPS)
-def test_neighbours_share_at_least_the_overlap(length: int, tile: int, overlap: float) -> None:
+def test_neighbors_share_at_least_the_overlap(length: int, tile: int, overlap: float) -> None:
     starts = Axis(length, tile, overlap).starts
     least = min(np.ceil(tile * overlap), tile - 1)
     assert all(before + tile - after >= least for before, after in pairwise(starts))
@@ -117,7 +117,7 @@ def test_tiles_have_one_size(grid: TileGrid) -> None:
     assert {tile.shape for tile in tiles} == {(*grid.tile, 3)}
 
 
-def test_tiles_of_a_large_picture_hold_its_own_pixels_alone() -> None:
+def test_tiles_of_a_large_image_hold_its_own_pixels_alone() -> None:
     grid = TileGrid((50, 70), tile=(32, 32))
     image = np.arange(50 * 70, dtype=np.uint16).reshape(50, 70, 1)
     seen = np.concatenate([tile.ravel() for tile in grid.cut(image)])  # type: ignore[arg-type]
@@ -125,7 +125,7 @@ def test_tiles_of_a_large_picture_hold_its_own_pixels_alone() -> None:
     assert all(np.shares_memory(tile, image) for tile in grid.cut(image))  # type: ignore[arg-type]
 
 
-def test_a_small_picture_is_padded_by_reflection() -> None:
+def test_a_small_image_is_padded_by_reflection() -> None:
     image = np.array([[[10], [20], [30]]], dtype=np.uint8).repeat(3, axis=2)
     (tile,) = TileGrid((1, 3), tile=(2, 7)).cut(image)
     assert tile[..., 0].tolist() == [[30, 20, 10, 20, 30, 20, 10]] * 2
@@ -139,7 +139,7 @@ def test_the_blend_holds_back_until_the_last_tile() -> None:
         blend.result()
 
 
-def test_a_picture_of_another_size_is_refused() -> None:
+def test_an_image_of_another_size_is_refused() -> None:
     with pytest.raises(ValueError, match=r"\(40, 64\)"):
         list(TileGrid((40, 64), tile=(32, 32)).cut(np.zeros((64, 40, 3), dtype=np.uint8)))
 

@@ -47,14 +47,14 @@ def build_model() -> BuildModel:
 
 @pytest.fixture(scope="session")
 def images() -> Tensor:
-    """Two pictures of the small size with coarse and fine structure, (2, 3, 128, 160)."""
+    """Two images of the small size with coarse and fine structure, (2, 3, 128, 160)."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
         return draw_images(2, (128, 160))
 
 
 def draw_images(count: int, size: tuple[int, int]) -> Tensor:
-    """Coarse blots of colour with a little noise."""
+    """Coarse blots of color with a little noise."""
     blots = F.interpolate(torch.rand(count, 3, 6, 7), size=size, mode="bicubic")
     return (blots + 0.2 * torch.rand(count, 3, *size) - 0.1).clamp(0.0, 1.0)
 

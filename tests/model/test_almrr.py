@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from almrr_pipeline.errors import AlmrrError
+from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.model.almrr import ALMRR, ChannelProjection
 
 SIZE = (128, 160)
 
 
-def test_the_map_is_a_probability_at_the_size_of_the_picture(build_model, images: Tensor) -> None:
+def test_the_map_is_a_probability_at_the_size_of_the_image(build_model, images: Tensor) -> None:
     anomaly_map = build_model()(images).detach()
     assert anomaly_map.shape == (2, *SIZE)
     assert float(anomaly_map.min()) >= 0.0
@@ -42,12 +42,12 @@ def test_rectangles_and_grids_that_are_no_multiple_of_32(build_model, size: tupl
     assert build_model(image_size=size)(torch.rand(1, 3, *size)).shape == (1, *size)
 
 
-def test_a_picture_does_not_feel_its_neighbours(build_model, images: Tensor) -> None:
+def test_an_image_does_not_feel_its_neighbors(build_model, images: Tensor) -> None:
     model, images = build_model().double(), images.double()
     torch.testing.assert_close(model(images)[1:], model(images[1:]), rtol=0, atol=1e-9)
 
 
-def test_pictures_without_an_anomaly_have_the_same_features_in_both_branches(build_model) -> None:
+def test_images_without_an_anomaly_have_the_same_features_in_both_branches(build_model) -> None:
     model = build_model().train()
     normal, other = torch.rand(2, 3, *SIZE), torch.rand(1, 3, *SIZE)
     target, features = model._embed_both(normal, torch.cat([normal[:1], other]))
@@ -56,7 +56,7 @@ def test_pictures_without_an_anomaly_have_the_same_features_in_both_branches(bui
     torch.testing.assert_close(features[1:], model.embed(other))
 
 
-def test_training_forward_sends_each_picture_down_its_branch(build_model, images: Tensor) -> None:
+def test_training_forward_sends_each_image_down_its_branch(build_model, images: Tensor) -> None:
     model, normal, augmented = build_model().double(), images.double(), 1.0 - images.double()
     out = model.training_forward(normal, augmented)
     torch.testing.assert_close(out.target, model.embed(normal))
@@ -94,7 +94,7 @@ def test_the_backbone_takes_no_part_in_training(build_model) -> None:
     assert all(parameter.grad is not None for parameter in trained)
 
 
-def test_standardised_features_have_mean_0_and_deviation_1(build_model) -> None:
+def test_standardised_features_have_mean_0_and_std_1(build_model) -> None:
     model = build_model(standardize=True)
     batches = [torch.rand(count, 3, *SIZE) * scale for count, scale in ((2, 1.0), (1, 0.3), (3, 0.7))]
     raw = [model.regional_features(model.backbone(images)) for images in batches]
@@ -102,13 +102,13 @@ def test_standardised_features_have_mean_0_and_deviation_1(build_model) -> None:
     model.fit_standardization(batches)
     np.testing.assert_allclose(model.feature_mean.numpy(), values.mean(1), rtol=1e-5, atol=1e-6)
     floor = 0.01 * float(values.std(1).mean())
-    np.testing.assert_allclose(model.feature_deviation.numpy(), np.maximum(values.std(1), floor), rtol=1e-4)
-    standardised = torch.cat([model.embed(images) for images in batches]).transpose(0, 1).flatten(1)
-    assert float(standardised.mean(1).abs().max()) < 1e-3
-    assert float((standardised.std(1) - 1).abs().median()) < 1e-3
+    np.testing.assert_allclose(model.feature_std.numpy(), np.maximum(values.std(1), floor), rtol=1e-4)
+    standardized = torch.cat([model.embed(images) for images in batches]).transpose(0, 1).flatten(1)
+    assert float(standardized.mean(1).abs().max()) < 1e-3
+    assert float((standardized.std(1) - 1).abs().median()) < 1e-3
 
 
-def test_a_channel_silent_on_normal_pictures_is_not_blown_up(build_model) -> None:
+def test_a_channel_silent_on_normal_images_is_not_blown_up(build_model) -> None:
     model = build_model(standardize=True)
     images = torch.rand(2, 3, *SIZE)
     dead = model.backbone.channels[0] + 1
@@ -117,14 +117,14 @@ def test_a_channel_silent_on_normal_pictures_is_not_blown_up(build_model) -> Non
         norm.weight[1] = 0.0
         norm.bias[1] = -100.0
     model.fit_standardization([images])
-    deviation = model.feature_deviation
-    assert float(deviation[dead]) == pytest.approx(0.01 * float(deviation.mean()), rel=0.02)
+    std = model.feature_std
+    assert float(std[dead]) == pytest.approx(0.01 * float(std.mean()), rel=0.02)
 
 
 def test_standardising_is_refused_where_it_has_no_sense(build_model) -> None:
-    with pytest.raises(AlmrrError, match="does not standardise"):
+    with pytest.raises(AlmrrError, match="does not standardize"):
         build_model().fit_standardization([torch.rand(1, 3, *SIZE)])
-    with pytest.raises(AlmrrError, match="no normal picture"):
+    with pytest.raises(AlmrrError, match="no normal image"):
         build_model(standardize=True).fit_standardization([])
 
 
@@ -170,9 +170,9 @@ BAD_IMAGES = [
 
 
 @pytest.mark.parametrize(("images", "message"), BAD_IMAGES)
-@pytest.mark.parametrize("folded", [False, True])
-def test_bad_images_are_refused_with_what_to_do(build_model, images: Tensor, message: str, folded: bool) -> None:
-    model = build_model().fold() if folded else build_model()
+@pytest.mark.parametrize("fused", [False, True])
+def test_bad_images_are_refused_with_what_to_do(build_model, images: Tensor, message: str, fused: bool) -> None:
+    model = build_model().fuse() if fused else build_model()
     with pytest.raises(AlmrrError, match=message):
         model(images)
 
@@ -183,7 +183,7 @@ def test_a_size_that_does_not_fit_is_refused(build_model, size: tuple[int, int])
         build_model(image_size=size)
 
 
-def test_bad_training_pictures_are_refused(build_model) -> None:
+def test_bad_training_images_are_refused(build_model) -> None:
     model, good = build_model(), torch.rand(1, 3, *SIZE)
     with pytest.raises(AlmrrError, match="Divide 8-bit values"):
         model.training_forward(good, (good * 255).to(torch.uint8))

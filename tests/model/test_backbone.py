@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F  # noqa: N812
 
-from almrr_pipeline.errors import AlmrrError
+from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.model.backbone import Backbone, build_backbone, read_weights
 
 CAFFE_WEIGHTS = "weights/resnet50_imagenet_stride_in_1x1_to_layer3_fp16.pth"
@@ -48,14 +48,14 @@ def test_expansion_features_follow_an_activation() -> None:
     assert all(float(x.min()) == 0.0 for x in maps)
 
 
-def test_pictures_are_normalised_as_the_network_was_trained(backbone: Backbone) -> None:
+def test_images_are_normalised_as_the_network_was_trained(backbone: Backbone) -> None:
     images = torch.rand(1, 3, 128, 128)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    normalised = torch.stack([(images[0, c] - mean[c]) / std[c] for c in range(3)])[None]
+    normalized = torch.stack([(images[0, c] - mean[c]) / std[c] for c in range(3)])[None]
     torch.testing.assert_close(build_backbone("resnet18", weights=None).mean.flatten(), mean)
     own = (backbone.mean, backbone.std)
     backbone.mean, backbone.std = mean.view(1, 3, 1, 1), std.view(1, 3, 1, 1)
-    torch.testing.assert_close(backbone(images), list(backbone.network(normalised)))
+    torch.testing.assert_close(backbone(images), list(backbone.network(normalized)))
     backbone.mean, backbone.std = own
 
 

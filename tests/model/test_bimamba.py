@@ -111,7 +111,7 @@ def test_initial_values_are_those_of_mamba() -> None:
     assert [block.drop_path.drop_prob for block in encoder.blocks] == pytest.approx([0, 0.1, 0.2, 0.3])
 
 
-def test_drop_path_leaves_out_whole_pictures_in_training_alone() -> None:
+def test_drop_path_leaves_out_whole_images_in_training_alone() -> None:
     block, tokens = MambaBlock(BidirectionalMamba(8, state=2), dim=8, drop_path=0.5), draw_tokens(64, 3, 8)
     with torch.no_grad():
         change = (block(tokens) - tokens).abs().amax((1, 2))

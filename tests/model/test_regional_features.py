@@ -1,4 +1,4 @@
-"""Regional features against resizing to the picture's size and pooling, written out in loops."""
+"""Regional features against resizing to the image's size and pooling, written out in loops."""
 
 from __future__ import annotations
 

@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 
 from almrr_pipeline.config import Parameters, parse_parameters
-from almrr_pipeline.evaluation.scores import evaluate
+from almrr_pipeline.evaluation.evaluate import evaluate
 from almrr_pipeline.evaluation.summary import summarize
 from almrr_pipeline.evaluation.thresholds import conformal_threshold
 from almrr_pipeline.reporting.examples import Overlay
-from almrr_pipeline.reporting.html import CategoryReport, Report
+from almrr_pipeline.reporting.page import CategoryReport, Report
 
 
 @pytest.fixture
@@ -36,14 +36,14 @@ def history() -> pd.DataFrame:
 
 @pytest.fixture(scope="session")
 def full() -> tuple[Any, pd.DataFrame]:
-    """Evaluation and scores of 12 normal and 12 defective pictures, all metrics defined."""
-    return _evaluate(normals=12, held_out=19)
+    """Evaluation and scores of 12 normal and 12 defective images, all metrics defined."""
+    return _evaluate(normals=12, validation=19)
 
 
 @pytest.fixture(scope="session")
 def bare() -> tuple[Any, pd.DataFrame]:
-    """Evaluation and scores of 6 defective pictures: no image metrics, no threshold."""
-    return _evaluate(normals=0, held_out=0)
+    """Evaluation and scores of 6 defective images: no image metrics, no threshold."""
+    return _evaluate(normals=0, validation=0)
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def report(
     Image.fromarray(np.full((40, 120, 3), 90, np.uint8)).save(stream, "PNG")
     overlays = [Overlay("best", "a.png · hole", stream.getvalue()), Overlay("worst", "b.png", stream.getvalue())]
     categories = [
-        _report_category("sample_brick", full, history, overlays=overlays, training_images=171, held_out_images=19),
+        _report_category("sample_brick", full, history, overlays=overlays, training_images=171, validation_images=19),
         _report_category("nanotwice", bare, history, source="NanoTWICE; cite Carrera et al., 2017."),
     ]
     summary = summarize({category.category: category.metrics for category in categories})
@@ -84,7 +84,7 @@ def _report_category(
     )
 
 
-def _evaluate(*, normals: int, held_out: int) -> tuple[Any, pd.DataFrame]:
+def _evaluate(*, normals: int, validation: int) -> tuple[Any, pd.DataFrame]:
     generator = np.random.default_rng(0)
     defects = ["good"] * normals + ["hole", "thread"] * 6
     maps = generator.random((len(defects), 16, 16), dtype=np.float32) * 0.6
@@ -92,7 +92,7 @@ def _evaluate(*, normals: int, held_out: int) -> tuple[Any, pd.DataFrame]:
     masks[normals:, 4:8, 5:9] = True
     maps[masks] += 0.35
     labels, scores = np.arange(len(defects)) >= normals, maps.mean(axis=(1, 2), dtype=np.float64)
-    threshold = conformal_threshold(generator.normal(scores.min(), 0.01, held_out), 0.05)
+    threshold = conformal_threshold(generator.normal(scores.min(), 0.01, validation), 0.05)
     evaluation = evaluate(
         maps,
         masks,

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from almrr_pipeline.errors import AlmrrError
+from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.reporting.examples import (
     Overlay,
     caption_example,
@@ -88,7 +88,7 @@ def test_examples_survive_a_csv_file(scores: pd.DataFrame) -> None:
     seed=st.integers(0, 9),
 )
 @settings(max_examples=30, deadline=None)
-def test_no_picture_is_an_example_twice(labels: list[str], count: int, seed: int) -> None:
+def test_no_image_is_an_example_twice(labels: list[str], count: int, seed: int) -> None:
     values = np.random.default_rng(seed).random(len(labels))
     frame = table(
         image=[f"{k}.png" for k in range(len(labels))],
@@ -119,7 +119,7 @@ def test_examples_name_a_missing_column() -> None:
         ("normal", "False", "passed"),
     ],
 )
-def test_caption_says_what_became_of_the_picture(label: str, verdict: object, word: str) -> None:
+def test_caption_says_what_became_of_the_image(label: str, verdict: object, word: str) -> None:
     row = pd.Series({"image": "a/b/x.png", "label": label, "defect": "hole", "score": 0.25, "is_anomalous": verdict})
     assert caption_example(row) == f"x.png · hole · score 0.250 · {word}"
 
@@ -141,8 +141,8 @@ def test_examples_are_drawn_written_and_read(scores: pd.DataFrame, tmp_path: Pat
     read = read_examples(tmp_path)
     assert asked == ["d8.png", "d7.png", "d4.png", "n2.png", "d0.png", "n0.png"]
     assert [(o.kind, o.caption) for o in read] == [(o.kind, o.caption) for o in drawn]
-    assert [o.picture.read_bytes() for o in read] == [o.picture for o in drawn]
-    assert all(Image.open(o.picture).format == "WEBP" for o in read)
+    assert [o.image.read_bytes() for o in read] == [o.image for o in drawn]
+    assert all(Image.open(o.image).format == "WEBP" for o in read)
 
 
 def test_no_examples_are_written_and_read_too(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the pictures must show: the right tiles, outlines that surround, colours in order."""
+"""What the images must show: the right tiles, outlines that surround, colors in order."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage
 
-from almrr_pipeline.errors import AlmrrError
+from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.reporting.overlays import (
-    FOUND_COLOUR,
+    FOUND_COLOR,
     HEAT_TABLE,
-    TRUTH_COLOUR,
-    colour_map,
+    TRUTH_COLOR,
+    color_map,
     draw_overlay,
     draw_panel,
-    encode_picture,
+    encode_image,
     outline,
 )
 
@@ -39,13 +39,13 @@ def square() -> np.ndarray:
 
 
 def tile(panel: np.ndarray, column: int) -> np.ndarray:
-    """One of the four pictures of a panel whose image has the tile's size."""
+    """One of the four images of a panel whose image has the tile's size."""
     left = 6 + column * (272 + 6)
     return panel[6 : 6 + 272, left : left + 272]
 
 
-def coloured(picture: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
-    return np.asarray((picture == colour).all(axis=-1))
+def colored(image: np.ndarray, color: tuple[int, int, int]) -> np.ndarray:
+    return np.asarray((image == color).all(axis=-1))
 
 
 def test_heat_lightness_rises_evenly() -> None:
@@ -65,11 +65,11 @@ def test_heat_table_is_inferno() -> None:
     assert np.abs(HEAT_TABLE - expected).max() <= 1.5
 
 
-def test_colour_map_has_a_fixed_scale_and_clips() -> None:
-    colours = colour_map(np.array([[-3.0, 0.0, 1.0, 7.0, np.nan]]))
-    assert (colours[0, [0, 1, 4]] == HEAT_TABLE[0]).all()
-    assert (colours[0, [2, 3]] == HEAT_TABLE[255]).all()
-    assert (colour_map(np.full((2, 2), 0.2)) != HEAT_TABLE[255]).any()
+def test_color_map_has_a_fixed_scale_and_clips() -> None:
+    colors = color_map(np.array([[-3.0, 0.0, 1.0, 7.0, np.nan]]))
+    assert (colors[0, [0, 1, 4]] == HEAT_TABLE[0]).all()
+    assert (colors[0, [2, 3]] == HEAT_TABLE[255]).all()
+    assert (color_map(np.full((2, 2), 0.2)) != HEAT_TABLE[255]).any()
 
 
 @given(
@@ -94,8 +94,8 @@ def test_outline_of_nothing_is_nothing() -> None:
 
 @pytest.mark.parametrize(("rows", "columns"), [(272, 272), (100, 40), (700, 1024), (3, 900)])
 def test_panel_has_four_tiles_whatever_the_shape(rows: int, columns: int) -> None:
-    picture = np.zeros((rows, columns, 3), np.uint8)
-    panel = draw_panel(picture, np.zeros((rows, columns), bool), np.zeros((64, 64), np.float32), threshold=0.5)
+    image = np.zeros((rows, columns, 3), np.uint8)
+    panel = draw_panel(image, np.zeros((rows, columns), bool), np.zeros((64, 64), np.float32), threshold=0.5)
     height = max(1, round(rows * 272 / max(rows, columns)))
     assert panel.dtype == np.uint8
     assert panel.shape == (height + 2 * 6 + 26, PANEL_WIDTH, 3)
@@ -105,18 +105,18 @@ def test_panel_shows_image_truth_heat_and_outlines(image: np.ndarray, square: np
     heat = np.where(np.roll(square, 30, axis=0), 0.9, 0.1).astype(np.float32)
     panel = draw_panel(image, square, heat, threshold=0.5)
     assert (tile(panel, 0) == image).all()
-    assert (coloured(tile(panel, 1), (255, 255, 255)) == square).all()
-    assert (tile(panel, 2) == colour_map(heat)).all()
-    assert (coloured(tile(panel, 3), FOUND_COLOUR) == outline(heat > 0.5, width=2)).all()
-    truth = coloured(tile(panel, 3), TRUTH_COLOUR)
+    assert (colored(tile(panel, 1), (255, 255, 255)) == square).all()
+    assert (tile(panel, 2) == color_map(heat)).all()
+    assert (colored(tile(panel, 3), FOUND_COLOR) == outline(heat > 0.5, width=2)).all()
+    truth = colored(tile(panel, 3), TRUTH_COLOR)
     assert truth.any()
     assert not (truth & ~outline(square, width=1)).any()
 
 
 def test_panel_draws_the_ground_truth_alone_without_a_threshold(image: np.ndarray, square: np.ndarray) -> None:
     panel = tile(draw_panel(image, square, square.astype(np.float32), threshold=None), 3)
-    assert (coloured(panel, TRUTH_COLOUR) == outline(square, width=1)).all()
-    assert not coloured(panel, FOUND_COLOUR).any()
+    assert (colored(panel, TRUTH_COLOR) == outline(square, width=1)).all()
+    assert not colored(panel, FOUND_COLOR).any()
 
 
 def test_panel_tells_a_missing_mask_from_an_empty_one(image: np.ndarray) -> None:
@@ -127,16 +127,16 @@ def test_panel_tells_a_missing_mask_from_an_empty_one(image: np.ndarray) -> None
     assert (absent != empty).any()
 
 
-def test_panel_brings_map_and_mask_to_the_picture(image: np.ndarray) -> None:
+def test_panel_brings_map_and_mask_to_the_image(image: np.ndarray) -> None:
     mask, heat = np.zeros((8, 8), bool), np.zeros((16, 16), np.float32)
     mask[:4], heat[:8] = True, 1.0
     panel = draw_panel(image, mask, heat, threshold=0.5)
-    assert (coloured(tile(panel, 1), (255, 255, 255)) == (np.arange(272) < 136)[:, None]).all()
-    found = np.flatnonzero(coloured(tile(panel, 3), FOUND_COLOUR)[:, 100])
+    assert (colored(tile(panel, 1), (255, 255, 255)) == (np.arange(272) < 136)[:, None]).all()
+    found = np.flatnonzero(colored(tile(panel, 3), FOUND_COLOR)[:, 100])
     assert abs(found.min() - 136) <= 1
 
 
-def test_panel_centres_a_picture_that_is_taller_than_wide() -> None:
+def test_panel_centers_an_image_that_is_taller_than_wide() -> None:
     panel = draw_panel(np.full((272, 72, 3), 255, np.uint8), None, np.zeros((8, 8), np.float32), threshold=None)
     white = np.flatnonzero((tile(panel, 0) == 255).all(axis=(0, 2)))
     assert (white.min(), white.max()) == (100, 171)
@@ -157,10 +157,10 @@ def test_drawing_refuses_shapes_it_cannot_draw(image: np.ndarray) -> None:
         draw_overlay(image, np.zeros((1, 8, 8), np.float32), threshold=None, score=0.0, is_anomalous=None)
 
 
-def test_overlay_keeps_the_picture_where_nothing_is_anomalous() -> None:
-    picture = np.random.default_rng(0).integers(0, 255, (400, 500, 3), dtype=np.uint8)
-    overlay = draw_overlay(picture, np.zeros((32, 32), np.float32), threshold=0.5, score=0.1, is_anomalous=False)
-    assert (overlay[:400] == picture).all()
+def test_overlay_keeps_the_image_where_nothing_is_anomalous() -> None:
+    image = np.random.default_rng(0).integers(0, 255, (400, 500, 3), dtype=np.uint8)
+    overlay = draw_overlay(image, np.zeros((32, 32), np.float32), threshold=0.5, score=0.1, is_anomalous=False)
+    assert (overlay[:400] == image).all()
     assert overlay.shape[0] > 400
     assert overlay.shape[1] == 500
 
@@ -168,8 +168,8 @@ def test_overlay_keeps_the_picture_where_nothing_is_anomalous() -> None:
 def test_overlay_outlines_and_warms_the_defect(image: np.ndarray, square: np.ndarray) -> None:
     overlay = draw_overlay(image, square.astype(np.float32), threshold=0.5, score=0.9, is_anomalous=True)
     drawn = overlay[: 272 * 2 : 2, ::2]
-    assert coloured(drawn, FOUND_COLOUR).any()
-    expected = 0.4 * 128 + 0.6 * HEAT_TABLE[255].astype(float)  # heat at its strongest lets 40 % of the picture through
+    assert colored(drawn, FOUND_COLOR).any()
+    expected = 0.4 * 128 + 0.6 * HEAT_TABLE[255].astype(float)  # heat at its strongest lets 40 % of the image through
     assert np.abs(drawn[105:145, 65:135] - expected).max() <= 0.5
 
 
@@ -182,17 +182,17 @@ def test_overlay_states_its_three_verdicts_differently(image: np.ndarray) -> Non
     assert len(set(strips)) == 3
 
 
-def test_overlay_enlarges_a_narrow_picture() -> None:
+def test_overlay_enlarges_a_narrow_image() -> None:
     overlay = draw_overlay(
         np.zeros((50, 100, 3), np.uint8), np.zeros((8, 8), np.float32), threshold=0.5, score=1.0, is_anomalous=True
     )
     assert overlay.shape[1] == 400
 
 
-def test_encoding_keeps_size_and_colours_and_repeats_itself(image: np.ndarray, square: np.ndarray) -> None:
+def test_encoding_keeps_size_and_colors_and_repeats_itself(image: np.ndarray, square: np.ndarray) -> None:
     panel = draw_panel(image, square, square.astype(np.float32), threshold=0.5)
-    encoded = encode_picture(panel)
+    encoded = encode_image(panel)
     decoded = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB")).astype(int)
     assert decoded.shape == panel.shape
     assert np.abs(decoded - panel).mean() < 4
-    assert encoded == encode_picture(panel)
+    assert encoded == encode_image(panel)

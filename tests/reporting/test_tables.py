@@ -131,7 +131,7 @@ def test_counts_say_which_masks_are_missing() -> None:
     assert table.notes == ["of these, 4 with an empty mask"]
 
 
-def test_seeds_show_mean_and_deviation_of_repeated_runs_alone() -> None:
+def test_seeds_show_mean_and_std_of_repeated_runs_alone() -> None:
     runs = {"mt_seed0": {"pixel_ap": 0.5}, "mt_seed1": {"pixel_ap": 0.7}, "brick": {"pixel_ap": 0.9}}
     table = tabulate_seeds(summarize_seeds(runs))
     assert [row.head for row in table.rows] == ["mt"]

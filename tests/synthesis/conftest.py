@@ -9,10 +9,10 @@ from PIL import Image
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """A small data set on disk, all pictures different and of different sizes.
+def images(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A small data set on disk, all images different and of different sizes.
 
-    root: its folder. training, held_out, test: paths of grey normal pictures. textures: paths of coloured ones.
+    root: its folder. training, held_out, test: paths of gray normal images. textures: paths of colored ones.
     """
     root = tmp_path_factory.mktemp("data")
     generator = np.random.default_rng(0)
@@ -31,7 +31,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     return SimpleNamespace(
         root=root,
         training=write("train", 4, 1),
-        held_out=write("held", 2, 1),
+        validation=write("held", 2, 1),
         test=write("test", 3, 1),
         textures=write("textures", 3, 3),
     )

@@ -28,12 +28,12 @@ def test_blend_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("opacity", "expected"), [(0.0, 200), (1.0, 100)])
-def test_opacity_goes_from_anomaly_to_normal_picture(opacity: float, expected: int) -> None:
+def test_opacity_goes_from_anomaly_to_normal_image(opacity: float, expected: int) -> None:
     normal, anomaly = np.full((3, 3, 3), 100, np.uint8), np.full((3, 3, 3), 200, np.uint8)
     assert (blend_anomaly(normal, anomaly, np.ones((3, 3), bool), opacity=opacity) == expected).all()
 
 
-def test_the_normal_picture_is_not_changed() -> None:
+def test_the_normal_image_is_not_changed() -> None:
     normal = np.full((3, 3, 3), 100, np.uint8)
     blend_anomaly(normal, normal + 50, np.ones((3, 3), bool), opacity=0.0)
     assert (normal == 100).all()

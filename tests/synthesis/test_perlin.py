@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from almrr_pipeline.errors import AlmrrError
+from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.synthesis.perlin import perlin_mask, perlin_noise
 
 
@@ -104,7 +104,7 @@ def test_no_mask_is_empty_though_single_cells_often_have_nothing_above_the_thres
     assert all(perlin_mask((64, 64), grid_exponents=(0, 0), generator=generator).any() for _ in range(40))
 
 
-def test_masks_cover_about_a_twentieth_of_a_picture_in_the_papers_setting() -> None:
+def test_masks_cover_about_a_twentieth_of_an_image_in_the_papers_setting() -> None:
     generator = np.random.default_rng(0)
     shares = [perlin_mask((128, 128), generator=generator).mean() for _ in range(300)]
     assert 0.04 < np.median(shares) < 0.07

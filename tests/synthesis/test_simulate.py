@@ -9,19 +9,19 @@ import numpy.typing as npt
 import pytest
 from numpy.lib.format import open_memmap
 
-from almrr_pipeline.images import read_image, resize_image
+from almrr_pipeline.common.images import read_image, resize_image
 from almrr_pipeline.synthesis.simulate import (
     AnomalyRecipe,
     CropTask,
     ResizeTask,
     Stream,
     make_generator,
-    scale_picture,
+    scale_image,
     simulate_sample,
     write_crops,
     write_resized,
 )
-from almrr_pipeline.synthesis.textures import has_colour
+from almrr_pipeline.synthesis.textures import has_color
 
 RECIPE = AnomalyRecipe(anomaly_free=0.5, grid_exponents=(0, 5), threshold=0.5, opacity=(0.0, 0.8), operations=3, seed=5)
 Arrays = tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]
@@ -29,12 +29,12 @@ Arrays = tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]
 
 @pytest.fixture(scope="module")
 def arrays() -> Arrays:
-    """Normal pictures and anomaly sources."""
+    """Normal images and textures."""
     generator = np.random.default_rng(0)
     return generator.integers(90, 160, (5, 64, 48, 3), np.uint8), generator.integers(0, 256, (7, 64, 48, 3), np.uint8)
 
 
-def test_sample_without_anomaly_is_its_normal_picture(arrays: Arrays) -> None:
+def test_sample_without_anomaly_is_its_normal_image(arrays: Arrays) -> None:
     normals, textures = arrays
     empty = 0
     for number in range(60):
@@ -54,26 +54,26 @@ def test_share_of_samples_without_anomaly_is_kept_exactly_at_its_ends(
 
 
 @pytest.mark.parametrize("match", [True, False])
-def test_an_anomaly_in_a_grey_picture_is_grey_if_colours_are_to_match(arrays: Arrays, match: bool) -> None:
-    grey = np.repeat(arrays[0][..., :1], 3, axis=-1)
-    recipe = AnomalyRecipe(0.0, (0, 3), 0.5, (0.0, 0.0), 0, 1, match_colour=match)
-    samples = [simulate_sample(k, normals=grey, textures=arrays[1], recipe=recipe)[0] for k in range(10)]
-    assert any(has_colour(sample) for sample in samples) != match
+def test_an_anomaly_in_a_gray_image_is_gray_if_colors_are_to_match(arrays: Arrays, match: bool) -> None:
+    gray = np.repeat(arrays[0][..., :1], 3, axis=-1)
+    recipe = AnomalyRecipe(0.0, (0, 3), 0.5, (0.0, 0.0), 0, 1, match_color=match)
+    samples = [simulate_sample(k, normals=gray, textures=arrays[1], recipe=recipe)[0] for k in range(10)]
+    assert any(has_color(sample) for sample in samples) != match
 
 
-def test_an_anomaly_in_a_coloured_picture_keeps_its_colour(arrays: Arrays) -> None:
-    recipes = [AnomalyRecipe(0.0, (0, 3), 0.5, (0.0, 0.8), 3, 1, match_colour=match) for match in (True, False)]
+def test_an_anomaly_in_a_colored_image_keeps_its_color(arrays: Arrays) -> None:
+    recipes = [AnomalyRecipe(0.0, (0, 3), 0.5, (0.0, 0.8), 3, 1, match_color=match) for match in (True, False)]
     kept, matched = (simulate_sample(4, normals=arrays[0], textures=arrays[1], recipe=recipe)[0] for recipe in recipes)
     np.testing.assert_array_equal(kept, matched)
 
 
-def test_another_exposure_of_the_picture_needs_no_texture(arrays: Arrays) -> None:
+def test_another_exposure_of_the_image_needs_no_texture(arrays: Arrays) -> None:
     recipe = replace(RECIPE, anomaly_free=0.0, opacity=(0.0, 0.0), materials={"exposure": 1.0})
     normals = arrays[0]
     none = np.zeros((0, *normals.shape[1:]), np.uint8)
     for number in range(20):
         augmented, mask, source = simulate_sample(number, normals=normals, textures=none, recipe=recipe)
-        before, after = (picture[mask].astype(float) for picture in (normals[source], augmented))
+        before, after = (image[mask].astype(float) for image in (normals[source], augmented))
         # One curve for all values: equal ones stay equal, and their order stays.
         order = np.argsort(before, axis=None, kind="stable")
         assert (np.diff(after.ravel()[order]) >= 0).all()
@@ -118,7 +118,7 @@ def test_anomaly_is_seen_where_the_mask_is(arrays: Arrays) -> None:
     assert np.mean(changed) > 0.95
 
 
-def test_all_pictures_are_used(arrays: Arrays) -> None:
+def test_all_images_are_used(arrays: Arrays) -> None:
     sources = {simulate_sample(k, normals=arrays[0], textures=arrays[1], recipe=RECIPE)[2] for k in range(60)}
     assert sources == set(range(5))
 
@@ -128,23 +128,23 @@ def test_streams_and_numbers_and_seeds_draw_different_values() -> None:
     assert len({make_generator(*each).random() for each in streams}) == len(streams)
 
 
-def test_resized_pictures_are_those_of_the_one_resize_function(tmp_path: Path, pictures: SimpleNamespace) -> None:
+def test_resized_images_are_those_of_the_one_resize_function(tmp_path: Path, images: SimpleNamespace) -> None:
     target = tmp_path / "normals.npy"
     open_memmap(target, mode="w+", dtype=np.uint8, shape=(5, 32, 16, 3))
-    assert write_resized(ResizeTask(tuple(pictures.training), target, start=1)) == 4
+    assert write_resized(ResizeTask(tuple(images.training), target, start=1)) == 4
     written = np.load(target)
     assert not written[0].any()
-    for row, path in enumerate(pictures.training, start=1):
+    for row, path in enumerate(images.training, start=1):
         np.testing.assert_array_equal(written[row], resize_image(read_image(path), (32, 16)))
 
 
-def test_crops_are_cut_out_of_the_scaled_picture_and_differ(tmp_path: Path, pictures: SimpleNamespace) -> None:
+def test_crops_are_cut_out_of_the_scaled_image_and_differ(tmp_path: Path, images: SimpleNamespace) -> None:
     target = tmp_path / "normals.npy"
     open_memmap(target, mode="w+", dtype=np.uint8, shape=(9, 32, 16, 3))
-    path = pictures.training[0]
+    path = images.training[0]
     write_crops(CropTask(path, target, (0, 3, 6), 1.5, 7, Stream.TRAINING_CROPS))
     written = np.load(target)
-    scaled = scale_picture(read_image(path), scale=1.5, at_least=(32, 16))
+    scaled = scale_image(read_image(path), scale=1.5, at_least=(32, 16))
     assert scaled.shape == (90, 135, 3)
     windows = np.lib.stride_tricks.sliding_window_view(scaled[..., 0], (32, 16))
     places = [np.argwhere((windows == written[row, ..., 0]).all(axis=(2, 3))) for row in (0, 3, 6)]
@@ -153,8 +153,8 @@ def test_crops_are_cut_out_of_the_scaled_picture_and_differ(tmp_path: Path, pict
     assert not written[[1, 2, 4, 5, 7, 8]].any()
 
 
-def test_picture_smaller_than_a_crop_is_reflected_around() -> None:
-    picture = np.arange(4, dtype=np.uint8)[None, :, None].repeat(6, 0).repeat(3, 2)
-    padded = scale_picture(picture, scale=1.0, at_least=(6, 7))
+def test_image_smaller_than_a_crop_is_reflected_around() -> None:
+    image = np.arange(4, dtype=np.uint8)[None, :, None].repeat(6, 0).repeat(3, 2)
+    padded = scale_image(image, scale=1.0, at_least=(6, 7))
     assert padded[0, :, 0].tolist() == [1, 0, 1, 2, 3, 2, 1]
     np.testing.assert_array_equal(padded, padded[:1].repeat(6, 0))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from almrr_pipeline.images import ImageArray
+from almrr_pipeline.common.images import ImageArray
 from almrr_pipeline.synthesis import textures
 from almrr_pipeline.synthesis.textures import OPERATIONS, Operation, alter_texture
 
@@ -13,7 +13,7 @@ GENERATOR_SEED = 11
 
 @pytest.fixture
 def texture() -> ImageArray:
-    """Colours of all kinds, every value of each channel present."""
+    """Colors of all kinds, every value of each channel present."""
     values = np.random.default_rng(0).integers(0, 256, (32, 40, 3), dtype=np.uint8)
     values[..., 0].flat[:256] = values[..., 1].flat[:256] = values[..., 2].flat[:256] = np.arange(256)
     return values
@@ -56,7 +56,7 @@ def test_brightness_multiplies_then_adds(texture: ImageArray) -> None:
     np.testing.assert_array_equal(apply(textures.adjust_brightness, texture), expected)
 
 
-def test_sharpness_leaves_a_uniform_picture_alone_and_changes_an_edge() -> None:
+def test_sharpness_leaves_a_uniform_image_alone_and_changes_an_edge() -> None:
     uniform = np.full((9, 9, 3), 77, dtype=np.uint8)
     np.testing.assert_array_equal(apply(textures.adjust_sharpness, uniform), uniform)
     edge = uniform.copy()
@@ -101,8 +101,8 @@ def test_equalize_makes_a_skewed_histogram_flat() -> None:
 
 
 def test_rotation_keeps_the_middle_and_fills_the_corners_with_black() -> None:
-    picture = np.full((41, 41, 3), 180, dtype=np.uint8)
-    turned = apply(textures.rotate, picture)
+    image = np.full((41, 41, 3), 180, dtype=np.uint8)
+    turned = apply(textures.rotate, image)
     assert (turned[15:26, 15:26] == 180).all()
     assert (turned[0, 0] == 0).all()
 

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from almrr_pipeline.errors import AlmrrError
+from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.synthesis.workers import count_processes, spread_over
 
 

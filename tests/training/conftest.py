@@ -15,17 +15,17 @@ import pytest
 import torch
 
 from almrr_pipeline.model.almrr import ALMRR
-from almrr_pipeline.training.fit import fit
+from almrr_pipeline.training.train import fit
 
 sys.path.insert(0, str(Path(__file__).parent))  # for tiny_training, which the test modules import too
-from tiny_training import ArrayPool, build_model, build_pool
+from tiny_training import ArraySyntheticSet, build_model, build_synthetic_set
 
 Train = Callable[..., pd.DataFrame]
 
 
 @pytest.fixture
-def pool() -> ArrayPool:
-    return build_pool()
+def synthetic_set() -> ArraySyntheticSet:
+    return build_synthetic_set()
 
 
 @pytest.fixture

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_training import DEATHS, SETTINGS, TOGETHER, build_model, build_pool
+from tiny_training import DEATHS, SETTINGS, TOGETHER, build_model, build_synthetic_set
 
 from almrr_pipeline.training import checkpoints
-from almrr_pipeline.training.fit import fit
+from almrr_pipeline.training.train import fit
 
 
 def train_and_die(scratch: Path, *, row: int = 0, checkpoint: int = 0, by: str = "SIGKILL") -> None:
@@ -33,7 +33,7 @@ def train_and_die(scratch: Path, *, row: int = 0, checkpoint: int = 0, by: str =
 
     if checkpoint:
         die_in_the_middle_of_writing(checkpoint)
-    fit(build_model(standardize=True), build_pool(), scratch=scratch, on_metrics=die_at_the_row, **SETTINGS)
+    fit(build_model(standardize=True), build_synthetic_set(), scratch=scratch, on_metrics=die_at_the_row, **SETTINGS)
 
 
 def die_in_the_middle_of_writing(which: int) -> None:
@@ -61,7 +61,7 @@ def train_together(folder: Path, *, rank: int, port: int) -> None:
     try:
         history = fit(
             model,
-            build_pool(),
+            build_synthetic_set(),
             scratch=folder / "scratch",
             on_metrics=lambda step, _: reported.append(step),
             **settings,
@@ -85,7 +85,7 @@ def train_together_until_asked(folder: Path, *, rank: int, port: int) -> None:
 
     model.frm.register_forward_hook(ask)
     settings = {**SETTINGS, **TOGETHER, "steps": 6, "checkpoint_every": 100, "devices": 2}
-    fit(model, build_pool(), scratch=folder / "asked", **settings)
+    fit(model, build_synthetic_set(), scratch=folder / "asked", **settings)
 
 
 def appear_started_by_torchrun(*, rank: int, port: int) -> None:

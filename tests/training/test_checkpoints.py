@@ -21,7 +21,7 @@ def save(folder: CheckpointFolder, step: int, key: str = "key") -> Path:
 
 
 def test_a_fingerprint_follows_values_and_contents(tmp_path: Path) -> None:
-    file = tmp_path / "pool.json"
+    file = tmp_path / "synthetic_set.json"
     file.write_text("one")
     before = fingerprint({"seed": 0, "rate": 0.1}, [file])
     assert before == fingerprint({"rate": 0.1, "seed": 0}, [file])
@@ -34,8 +34,8 @@ def test_a_fingerprint_follows_values_and_contents(tmp_path: Path) -> None:
 def test_a_fingerprint_does_not_follow_the_place(tmp_path: Path) -> None:
     for name in ("here", "there"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "pool.json").write_text("same")
-    assert fingerprint({}, [tmp_path / "here/pool.json"]) == fingerprint({}, [tmp_path / "there/pool.json"])
+        (tmp_path / name / "synthetic_set.json").write_text("same")
+    assert fingerprint({}, [tmp_path / "here/synthetic_set.json"]) == fingerprint({}, [tmp_path / "there/synthetic_set.json"])
 
 
 def test_source_files_are_those_of_model_and_training() -> None:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from almrr_pipeline.errors import AlmrrError
+from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.training.guards import check_finite, explained_compilation, explained_memory
 
 

@@ -1,4 +1,4 @@
-"""A tiny ALMRR and a tiny pool: a training step takes a fraction of a second on one core."""
+"""A tiny ALMRR and a tiny synthetic set: a training step takes a fraction of a second on one core."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SETTINGS: dict[str, Any] = {
     "devices": 1,
     "checkpoint_every": 3,
     "log_every": 2,
-    "selection": "held_out",
+    "selection": "validation",
 }
 """Of the trainings that are interrupted."""
 
@@ -41,24 +41,24 @@ TOGETHER = {"batch_size": 4, "checkpoint_every": 1, "steps": 2, "log_every": 1, 
 
 
 @dataclass
-class ArrayPool:
-    """A pool of arrays: grey noise with bright squares as anomalies, every second sample without one."""
+class ArraySyntheticSet:
+    """A synthetic set of arrays: gray noise with bright squares as anomalies, every second sample without one."""
 
     normals: np.ndarray
     augmented: np.ndarray
     masks: np.ndarray
     source: np.ndarray
-    held_normals: np.ndarray
-    held_augmented: np.ndarray
-    held_masks: np.ndarray
-    held_source: np.ndarray
+    validation_normals: np.ndarray
+    validation_augmented: np.ndarray
+    validation_masks: np.ndarray
+    validation_normal_index: np.ndarray
     description: dict[str, Any] = field(default_factory=dict)
 
 
 def draw_samples(
     count: int, normals: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Augmented pictures, masks and the index of each one's normal picture."""
+    """Augmented images, masks and the index of each one's normal image."""
     source = np.arange(count) % len(normals)
     masks = np.zeros((count, *normals.shape[1:3]), dtype=bool)
     for k in range(0, count, 2):
@@ -68,14 +68,14 @@ def draw_samples(
     return augmented, masks, source
 
 
-def build_pool(samples: int = 10, normals: int = 3, held_out: int = 2) -> ArrayPool:
+def build_synthetic_set(samples: int = 10, normals: int = 3, validation: int = 2) -> ArraySyntheticSet:
     rng = np.random.default_rng(5)
-    pictures = rng.integers(60, 140, size=(normals + held_out, SIDE, SIDE, 3), dtype=np.uint8)
-    kept, held = pictures[:normals], pictures[normals:]
-    held_samples = (held, held[..., 0] > 255, np.zeros(0, dtype=np.int64))
-    if held_out:
-        held_samples = draw_samples(2 * held_out, held, rng)
-    return ArrayPool(kept, *draw_samples(samples, kept, rng), held, *held_samples)
+    images = rng.integers(60, 140, size=(normals + validation, SIDE, SIDE, 3), dtype=np.uint8)
+    kept, held = images[:normals], images[normals:]
+    validation_samples = (held, held[..., 0] > 255, np.zeros(0, dtype=np.int64))
+    if validation:
+        validation_samples = draw_samples(2 * validation, held, rng)
+    return ArraySyntheticSet(kept, *draw_samples(samples, kept, rng), held, *validation_samples)
 
 
 def build_model(**changes: Any) -> ALMRR:

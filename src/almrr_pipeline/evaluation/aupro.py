@@ -13,7 +13,7 @@ import scipy.ndimage
 
 from almrr_pipeline.evaluation.curves import Curve, Floats, shift
 
-_EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=np.int64)
+_EIGHT_NEIGHBORS = np.ones((3, 3), dtype=np.int64)
 
 
 def label_regions(mask: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.int32], int]:
@@ -22,9 +22,9 @@ def label_regions(mask: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.int32], i
     Returns:
         int32 (H, W), 0 where normal and 1 to n in the regions; and n.
     """
-    labelled = np.zeros(mask.shape, dtype=np.int32)
-    count = int(scipy.ndimage.label(mask, structure=_EIGHT_NEIGHBOURS, output=labelled))
-    return labelled, count
+    labeled = np.zeros(mask.shape, dtype=np.int32)
+    count = int(scipy.ndimage.label(mask, structure=_EIGHT_NEIGHBORS, output=labeled))
+    return labeled, count
 
 
 def aupro(curve: Curve, limit: float) -> Floats:

@@ -52,7 +52,7 @@ class Curve:
 def trace_curve(
     scores: npt.NDArray[np.floating], labels: npt.NDArray[np.bool_], weights: npt.NDArray[np.int64] | None = None
 ) -> Curve:
-    """Build the curve of few units, such as pictures.
+    """Build the curve of few units, such as images.
 
     Args:
         scores: finite, larger is more anomalous, shape (n,).

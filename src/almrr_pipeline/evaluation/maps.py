@@ -10,14 +10,14 @@ import numpy.typing as npt
 import pandas as pd
 
 from almrr_pipeline.evaluation.curves import average_precision, trace_curve
-from almrr_pipeline.images import MaskArray, read_mask, resize_mask
+from almrr_pipeline.common.images import MaskArray, read_mask, resize_mask
 
 AnomalyMap = npt.NDArray[np.float32]
 """Probability of a defect per pixel, float32 in [0, 1], shape (H, W)."""
 
 
 class AnomalyMaps:
-    """The maps of a list of pictures, in its order: one .npy file each, since sizes may differ."""
+    """The maps of a list of images, in its order: one .npy file each, since sizes may differ."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         """Take the files as they are; each is read when it is asked for."""
@@ -58,24 +58,24 @@ class AnomalyMaps:
 
 
 class GroundTruth:
-    """The masks of a list of pictures, each at the size of its anomaly map; None where a picture has no mask."""
+    """The masks of a list of images, each at the size of its anomaly map; None where an image has no mask."""
 
     def __init__(self, masks: Sequence[Path | None], maps: AnomalyMaps) -> None:
         """Pair masks with maps.
 
         Args:
-            masks: one path per picture; None for a normal picture, or where the ground truth is not known.
-            maps: the anomaly maps of the same pictures, for their sizes.
+            masks: one path per image; None for a normal image, or where the ground truth is not known.
+            maps: the anomaly maps of the same images, for their sizes.
         """
         self._masks = list(masks)
         self._maps = maps
 
     def __len__(self) -> int:
-        """Number of pictures."""
+        """Number of images."""
         return len(self._masks)
 
     def __getitem__(self, index: int) -> MaskArray | None:
-        """Read one mask, resized with the nearest neighbour; bool, shape (H, W)."""
+        """Read one mask, resized with the nearest neighbor; bool, shape (H, W)."""
         path = self._masks[index]
         return None if path is None else resize_mask(read_mask(path), self._maps.size(index))
 
@@ -83,23 +83,23 @@ class GroundTruth:
 def tabulate_scores(
     rows: pd.DataFrame, maps: AnomalyMaps, truth: GroundTruth, *, scores: Sequence[float], threshold: float | None
 ) -> pd.DataFrame:
-    """List each picture's score and verdict.
+    """List each image's score and verdict.
 
     Args:
-        rows: the manifest's rows of the pictures: image, label, defect.
+        rows: the manifest's rows of the images: image, label, defect.
         maps: their anomaly maps.
         truth: their masks.
         scores: their image scores.
-        threshold: the score above which a picture is called anomalous; None leaves the verdict empty.
+        threshold: the score above which an image is called anomalous; None leaves the verdict empty.
 
     Returns:
-        image, label, defect, score, is_anomalous, and pixel_ap: the average precision of the picture's own pixels,
+        image, label, defect, score, is_anomalous, and pixel_ap: the average precision of the image's own pixels,
         empty where no pixel is known to be defective.
     """
     table = rows[["image", "label", "defect"]].reset_index(drop=True).assign(score=list(scores))
     verdicts = pd.Series([None] * len(table), dtype="boolean") if threshold is None else table["score"] > threshold
-    localised = pd.Series([_pixel_ap(maps, truth, index) for index in range(len(table))], dtype="float64")
-    return table.assign(is_anomalous=verdicts, pixel_ap=localised)
+    localized = pd.Series([_pixel_ap(maps, truth, index) for index in range(len(table))], dtype="float64")
+    return table.assign(is_anomalous=verdicts, pixel_ap=localized)
 
 
 def _pixel_ap(maps: AnomalyMaps, truth: GroundTruth, index: int) -> float | None:

@@ -1,4 +1,4 @@
-"""Which figures are read off a curve of pictures and off one of pixels, and why there may be none."""
+"""Which figures are read off a curve of images and off one of pixels, and why there may be none."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Measured:
 
 
 def measure_images(scores: Floats, labels: Bools) -> Measured:
-    """Metrics of pictures by their scores; undefined unless there are both normal and defective ones.
+    """Metrics of images by their scores; undefined unless there are both normal and defective ones.
 
     Args:
         scores: shape (n,).
@@ -75,9 +75,9 @@ def measure_pixels(
     """Metrics of pixels; undefined unless there are both normal and defective ones.
 
     Args:
-        defective: defective pixels of the pictures in question.
+        defective: defective pixels of the images in question.
         levels: falling levels at which the normal pixels were counted.
-        normal: normal pixels of the pictures in question, at those levels.
+        normal: normal pixels of the images in question, at those levels.
         limits: false positive rates up to which the overlap curve is integrated.
         absence: the reason to give where no pixel is defective.
     """

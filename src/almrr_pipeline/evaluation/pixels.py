@@ -1,9 +1,9 @@
 """Pixels of many anomaly maps, counted exactly without holding the maps.
 
-Maps are read one at a time: defective pictures' twice, normal ones' once. The first reading keeps the defective
+Maps are read one at a time: defective images' twice, normal ones' once. The first reading keeps the defective
 pixels, which are few. The second counts, at each level a defective pixel has, the normal pixels that reach it, in
 sorted chunks. Memory grows with the defective pixels, about 150 bytes for each at the highest point, and with the
-pictures, about 100 KiB for each; the chunks take 0.3 GiB.
+images, about 100 KiB for each; the chunks take 0.3 GiB.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from almrr_pipeline.errors import AlmrrError
+from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.evaluation.aupro import label_regions
 from almrr_pipeline.evaluation.curves import Curve, Floats
 
@@ -28,7 +28,7 @@ MapArray = npt.NDArray[np.float32]
 _CHUNK = 1 << 25
 """Normal pixels that are merged before they are counted; 128 MiB."""
 _EDGE_LEVELS = 2048
-"""Levels at which each picture's pixels are counted for resampling."""
+"""Levels at which each image's pixels are counted for resampling."""
 
 
 class Indexed(Protocol[T_co]):
@@ -41,13 +41,13 @@ class Indexed(Protocol[T_co]):
 
 @dataclass(frozen=True)
 class PixelSource:
-    """Anomaly maps with their ground truth, read and checked one picture at a time.
+    """Anomaly maps with their ground truth, read and checked one image at a time.
 
     Attributes:
-        maps: float (H, W) each, finite; sizes may differ from picture to picture.
-        masks: bool (H, W) each, True where defective. None for a normal picture means that nothing is defective; None
-            for a defective picture, or in place of all masks, means that its ground truth is unknown.
-        labels: True where the picture is defective, shape (n,).
+        maps: float (H, W) each, finite; sizes may differ from image to image.
+        masks: bool (H, W) each, True where defective. None for a normal image means that nothing is defective; None
+            for a defective image, or in place of all masks, means that its ground truth is unknown.
+        labels: True where the image is defective, shape (n,).
     """
 
     maps: Indexed[MapArray]
@@ -55,28 +55,28 @@ class PixelSource:
     labels: Bools
 
     def read_map(self, index: int) -> MapArray:
-        """Anomaly map of one picture, float32 (H, W).
+        """Anomaly map of one image, float32 (H, W).
 
         Raises:
-            AlmrrError: it is not a picture's map, or a value is not finite.
+            AlmrrError: it is not an image's map, or a value is not finite.
         """
         values = np.asarray(self.maps[index], dtype=np.float32)
         if values.ndim != 2 or values.size == 0:
             raise AlmrrError(
-                f"The anomaly map of test picture {index} has the shape {values.shape}; it must be (rows, columns)."
+                f"The anomaly map of test image {index} has the shape {values.shape}; it must be (rows, columns)."
             )
         if not np.isfinite(values).all():
             raise AlmrrError(
-                f"The anomaly map of test picture {index} has values that are not finite; "
+                f"The anomaly map of test image {index} has values that are not finite; "
                 "the model's weights are broken, train again."
             )
         return values + np.float32(0.0)  # turns -0 into 0, which compares equal but sorts apart by its bits
 
     def read_mask(self, index: int) -> Bools | None:
-        """Ground truth of one picture, bool (H, W); None if nothing is known to be defective in it.
+        """Ground truth of one image, bool (H, W); None if nothing is known to be defective in it.
 
         Raises:
-            AlmrrError: a normal picture's mask has defective pixels.
+            AlmrrError: a normal image's mask has defective pixels.
         """
         mask = None if self.masks is None else self.masks[index]
         if mask is None:
@@ -84,12 +84,12 @@ class PixelSource:
         mask = np.asarray(mask, dtype=bool)
         if mask.any() and not self.labels[index]:
             raise AlmrrError(
-                f"Test picture {index} is labelled normal, but its mask has defective pixels; correct one of them."
+                f"Test image {index} is labeled normal, but its mask has defective pixels; correct one of them."
             )
         return mask
 
     def read(self, index: int) -> tuple[MapArray, Bools]:
-        """Anomaly map and ground truth of one picture.
+        """Anomaly map and ground truth of one image.
 
         Raises:
             AlmrrError: their shapes differ, or as `read_map` and `read_mask`.
@@ -99,7 +99,7 @@ class PixelSource:
             return values, np.zeros(values.shape, dtype=bool)
         if mask.shape != values.shape:
             raise AlmrrError(
-                f"Test picture {index}: the anomaly map is {values.shape} and the mask {mask.shape}; "
+                f"Test image {index}: the anomaly map is {values.shape} and the mask {mask.shape}; "
                 "resize the mask to the map."
             )
         return values, mask
@@ -113,24 +113,24 @@ class DefectivePixels:
         score: float32, shape (P,).
         region: index of the region a pixel belongs to, shape (P,).
         area: pixels of each region, shape (R,).
-        picture: index of the picture each region lies in, shape (R,).
+        image: index of the image each region lies in, shape (R,).
     """
 
     score: npt.NDArray[np.float32]
     region: npt.NDArray[np.uint32]
     area: npt.NDArray[np.int64]
-    picture: npt.NDArray[np.int64]
+    image: npt.NDArray[np.int64]
 
     @cached_property
     def weight(self) -> Floats:
         """What each pixel adds to the found share of its region, summed over the regions: 1 / area, shape (P,)."""
         return 1.0 / self.area[self.region]
 
-    def of_pictures(self, chosen: Bools) -> DefectivePixels:
-        """Keep the pixels of the pictures whose index is True in `chosen`; regions keep their numbers."""
-        kept = chosen[self.picture]
+    def of_images(self, chosen: Bools) -> DefectivePixels:
+        """Keep the pixels of the images whose index is True in `chosen`; regions keep their numbers."""
+        kept = chosen[self.image]
         pixels = kept[self.region]
-        return DefectivePixels(self.score[pixels], self.region[pixels], np.where(kept, self.area, 0), self.picture)
+        return DefectivePixels(self.score[pixels], self.region[pixels], np.where(kept, self.area, 0), self.image)
 
     def last_of_level(self) -> npt.NDArray[np.intp]:
         """Position of the last pixel of each distinct score, by falling score, shape (K,)."""
@@ -138,15 +138,15 @@ class DefectivePixels:
 
 
 def gather_defective(source: PixelSource) -> tuple[DefectivePixels, Bools]:
-    """Read the pictures that have a mask with defective pixels and keep those pixels' scores and regions.
+    """Read the images that have a mask with defective pixels and keep those pixels' scores and regions.
 
     Returns:
-        The defective pixels; and for each picture whether its ground truth is known, shape (n,).
+        The defective pixels; and for each image whether its ground truth is known, shape (n,).
     """
     known = ~source.labels
     keys: list[npt.NDArray[np.uint64]] = []
     areas: list[npt.NDArray[np.int64]] = []
-    pictures: list[npt.NDArray[np.int64]] = []
+    images: list[npt.NDArray[np.int64]] = []
     regions = 0
     for index in np.flatnonzero(source.labels):
         mask = source.read_mask(int(index))
@@ -154,17 +154,17 @@ def gather_defective(source: PixelSource) -> tuple[DefectivePixels, Bools]:
         if mask is None or not mask.any():
             continue
         values, mask = source.read(int(index))
-        labelled, count = label_regions(mask)
-        inside = labelled[mask] - 1
+        labeled, count = label_regions(mask)
+        inside = labeled[mask] - 1
         keys.append(_pack(values[mask], inside + regions))
         areas.append(np.bincount(inside, minlength=count))
-        pictures.append(np.full(count, index, dtype=np.int64))
+        images.append(np.full(count, index, dtype=np.int64))
         regions += count
     packed = np.concatenate(keys) if keys else np.zeros(0, np.uint64)
     del keys
     packed.sort()
     score, region = _unpack(packed[::-1])
-    return DefectivePixels(score, region, _joined(areas), _joined(pictures)), known
+    return DefectivePixels(score, region, _joined(areas), _joined(images)), known
 
 
 class NormalCounter:
@@ -215,8 +215,8 @@ class NormalCounts:
 
 
 @dataclass
-class PictureCounts:
-    """What resampling needs of each picture: its pixels counted at E falling edges, all float64.
+class ImageCounts:
+    """What resampling needs of each image: its pixels counted at E falling edges, all float64.
 
     Attributes:
         edge: falling score levels, shape (E,).
@@ -231,24 +231,24 @@ class PictureCounts:
     peak: Floats
 
     @classmethod
-    def empty(cls, edge: npt.NDArray[np.float32], pictures: int) -> PictureCounts:
+    def empty(cls, edge: npt.NDArray[np.float32], images: int) -> ImageCounts:
         """Nothing counted yet."""
-        return cls(edge, np.zeros((pictures, len(edge))), np.zeros(pictures), np.zeros(pictures))
+        return cls(edge, np.zeros((images, len(edge))), np.zeros(images), np.zeros(images))
 
     def record(self, index: int, peak: float, ranked: npt.NDArray[np.float32]) -> None:
-        """Fill in one picture from the rising scores of its normal pixels."""
+        """Fill in one image from the rising scores of its normal pixels."""
         self.peak[index] = peak
         self.normals[index] = len(ranked)
         self.normal[index] = len(ranked) - np.searchsorted(ranked, self.edge[::-1])[::-1]
 
     def reaching(self, edge: np.float32) -> Floats:
-        """Normal pixels of each picture that reach one of the edges, shape (n,)."""
+        """Normal pixels of each image that reach one of the edges, shape (n,)."""
         rising = self.edge[::-1]
         return self.normal[:, len(rising) - 1 - int(np.searchsorted(rising, edge))]
 
 
 def choose_edges(defective: DefectivePixels, threshold: float | None) -> npt.NDArray[np.float32]:
-    """Levels for per-picture counts: evenly by defective pixels and by overlap, each with the value just above it.
+    """Levels for per-image counts: evenly by defective pixels and by overlap, each with the value just above it.
 
     With no more than 2048 distinct defective scores these are all of them, and counts at the edges lose nothing.
     Otherwise a step between edges holds at most 1/1023 of the defective pixels and as much of the overlap, unless more
@@ -288,15 +288,15 @@ def count_normal(
     source: PixelSource,
     groups: Sequence[npt.NDArray[np.intp]],
     levels: npt.NDArray[np.float32],
-    pictures: PictureCounts,
+    images: ImageCounts,
 ) -> Iterator[NormalCounts]:
-    """Count the normal pixels of one group of pictures after the other at the defective pixels' levels.
+    """Count the normal pixels of one group of images after the other at the defective pixels' levels.
 
     Args:
         source: maps and masks.
-        groups: picture indices of each group.
+        groups: image indices of each group.
         levels: falling, shape (K,).
-        pictures: filled in for each picture on the way.
+        images: filled in for each image on the way.
 
     Yields:
         The counts of each group.
@@ -306,7 +306,7 @@ def count_normal(
         for index in group:
             values, mask = source.read(int(index))
             ranked = np.sort(values[~mask])
-            pictures.record(int(index), float(values.max()), ranked)
+            images.record(int(index), float(values.max()), ranked)
             counter.add(ranked)
         yield counter.counts()
 
@@ -315,7 +315,7 @@ def trace_pixels(defective: DefectivePixels, levels: npt.NDArray[np.float32], no
     """Build the curve of defective pixels against normal ones.
 
     Args:
-        defective: all, or those of some pictures.
+        defective: all, or those of some images.
         levels: falling levels at which the normal pixels were counted; every defective score is one of them.
         normal: the counts at those levels.
     """

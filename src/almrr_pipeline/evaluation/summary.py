@@ -1,4 +1,4 @@
-"""Means over categories, and means with deviations over seeds, of metrics.json files."""
+"""Means over categories, and means with stds over seeds, of metrics.json files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def summarize_seeds(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[
             are called X_seed*.
 
     Returns:
-        By category, by metric: `mean` (None if no run defines it), `deviation` (None with fewer than two), and `seeds`,
+        By category, by metric: `mean` (None if no run defines it), `std` (None with fewer than two), and `seeds`,
         the runs that define it.
     """
     runs: dict[str, dict[str, Mapping[str, Any]]] = {}
@@ -67,6 +67,6 @@ def _defined(metrics: Mapping[str, Mapping[str, Any]], name: str) -> list[float]
 def _spread(values: list[float]) -> dict[str, float | int | None]:
     return {
         "mean": float(np.mean(values)) if values else None,
-        "deviation": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+        "std": float(np.std(values, ddof=1)) if len(values) > 1 else None,
         "seeds": len(values),
     }

@@ -1,8 +1,8 @@
-"""Decision thresholds with a guaranteed false-alarm rate, from normal pictures that nothing was trained on.
+"""Decision thresholds with a guaranteed false-alarm rate, from normal images that nothing was trained on.
 
 Split conformal prediction (Vovk, Gammerman and Shafer, "Algorithmic Learning in a Random World", 2005; Lei et al., JASA
-2018): if the n held-out scores and the score of a new normal picture are exchangeable, the new one is larger than the
-k-th smallest of the n with a probability of at most 1 - k / (n + 1), whatever the scores' distribution. No test picture
+2018): if the n held-out scores and the score of a new normal image are exchangeable, the new one is larger than the
+k-th smallest of the n with a probability of at most 1 - k / (n + 1), whatever the scores' distribution. No test image
 takes part.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.stats
 
-from almrr_pipeline.errors import AlmrrError
+from almrr_pipeline.common.errors import AlmrrError
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,10 @@ class Threshold:
     """A level above which a decision is made: `score > value`.
 
     Attributes:
-        value: the level; None if there was no picture to take it from.
+        value: the level; None if there was no image to take it from.
         rate: the false-alarm rate that was asked for, in (0, 1).
-        normals: held-out normal pictures it was taken from.
-        guaranteed_rate: the rate that these pictures can guarantee; larger than `rate` if they are too few; None if
+        normals: validation images it was taken from.
+        guaranteed_rate: the rate that these images can guarantee; larger than `rate` if they are too few; None if
             they guarantee none.
         guarantee: what the threshold promises, as a sentence.
         undefined: why there is no value; None if there is one.
@@ -53,27 +53,27 @@ class Proportion:
 
 @dataclass(frozen=True)
 class Rates:
-    """What a threshold did on labelled pictures."""
+    """What a threshold did on labeled images."""
 
     false_alarms: Proportion
-    """Normal pictures above the threshold."""
+    """Normal images above the threshold."""
     detections: Proportion
-    """Defective pictures above the threshold."""
+    """Defective images above the threshold."""
 
 
 def conformal_threshold(
     scores: npt.ArrayLike, rate: float, *, event: str = "is called defective though it is normal"
 ) -> Threshold:
-    """Take the threshold from held-out normal pictures: the ceil((n + 1)(1 - rate))-th smallest score.
+    """Take the threshold from validation images: the ceil((n + 1)(1 - rate))-th smallest score.
 
     Where n is too small for that rank to exist, no finite threshold keeps the rate: the largest score is taken, and the
-    rate that n pictures can guarantee, 1 / (n + 1), is said.
+    rate that n images can guarantee, 1 / (n + 1), is said.
 
-    For outlines the scores are the maxima of the anomaly maps: pixels of different pictures are not exchangeable,
-    pictures are, so that what is promised is that a normal picture shows no outline at all.
+    For outlines the scores are the maxima of the anomaly maps: pixels of different images are not exchangeable,
+    images are, so that what is promised is that a normal image shows no outline at all.
 
     Args:
-        scores: finite scores of the held-out normal pictures, shape (n,); n may be 0.
+        scores: finite scores of the validation images, shape (n,); n may be 0.
         rate: the false-alarm rate to keep, in (0, 1).
         event: what a false alarm is, for the sentence.
 
@@ -85,11 +85,11 @@ def conformal_threshold(
         raise AlmrrError(f"The false-alarm rate is {rate}; choose one between 0 and 1, such as 0.05.")
     if not np.isfinite(ranked).all():
         raise AlmrrError(
-            "A score of a held-out normal picture is not finite; the model's weights are broken, train again."
+            "A score of a held-out normal image is not finite; the model's weights are broken, train again."
         )
     count = len(ranked)
     if count == 0:
-        reason = "no normal picture was held out (data.calibration is 0, or there was one training picture)"
+        reason = "no normal image was held out (data.calibration is 0, or there was one training image)"
         return Threshold(None, rate, 0, None, f"Nothing is guaranteed: {reason}.", reason)
     exceeding = int((count + 1) * Fraction(str(rate)))  # n + 1 minus the rank; as a fraction, 20 x 0.05 is 1 exactly
     rank = min(count + 1 - exceeding, count)
@@ -98,22 +98,22 @@ def conformal_threshold(
 
 
 def withdraw_guarantee(threshold: Threshold) -> Threshold:
-    """The same level without a promise: the model was chosen on the very pictures that it was taken from.
+    """The same level without a promise: the model was chosen on the very images that it was taken from.
 
-    Their scores and that of a new normal picture are then no longer exchangeable, which is what the promise rests on.
+    Their scores and that of a new normal image are then no longer exchangeable, which is what the promise rests on.
     """
     if threshold.value is None:
         return threshold
-    pictures = "picture" if threshold.normals == 1 else "pictures"
+    images = "image" if threshold.normals == 1 else "images"
     guarantee = (
-        f"Nothing is guaranteed: the weights were chosen on the {threshold.normals} held-out normal {pictures} that "
+        f"Nothing is guaranteed: the weights were chosen on the {threshold.normals} held-out normal {images} that "
         "the threshold was taken from (train.selection is held_out)."
     )
     return replace(threshold, guaranteed_rate=None, guarantee=guarantee)
 
 
 def rates_at(scores: npt.ArrayLike, labels: npt.ArrayLike, threshold: float) -> Rates:
-    """Count what the decision `score > threshold` gives on labelled pictures.
+    """Count what the decision `score > threshold` gives on labeled images.
 
     Args:
         scores: shape (n,).
@@ -134,10 +134,10 @@ def proportion(hits: npt.NDArray[np.bool_]) -> Proportion:
 
 
 def _promise(normals: int, rate: float, guaranteed: float, event: str) -> str:
-    pictures = "picture" if normals == 1 else "pictures"
+    images = "image" if normals == 1 else "images"
     promise = (
-        f"A new picture from the same process {event} with a probability of at most {guaranteed:.2%}, "
-        f"averaged over the choice of the {normals} held-out normal {pictures}"
+        f"A new image from the same process {event} with a probability of at most {guaranteed:.2%}, "
+        f"averaged over the choice of the {normals} held-out normal {images}"
     )
     if guaranteed <= rate:
         return promise + "."

@@ -9,10 +9,10 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from almrr_pipeline.config import Tiling
-from almrr_pipeline.errors import AlmrrError
+from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.evaluation.thresholds import Threshold
-from almrr_pipeline.inference.settings import InferenceSettings
-from almrr_pipeline.model.persistence import read_config
+from almrr_pipeline.inference.inference_config import InferenceConfig
+from almrr_pipeline.model.weights_io import read_config
 
 _PARTS = {
     "backbone": "backbone (frozen)",
@@ -30,14 +30,14 @@ def describe_model(folder: Path) -> str:
     Raises:
         AlmrrError: `folder` is no model folder, or one of its files cannot be read.
     """
-    settings = InferenceSettings.load(folder)
+    settings = InferenceConfig.load(folder)
     backbone = read_config(folder)["backbone"]
     rows, columns = settings.image_size
     lines = [
         f"ALMRR model of {settings.category}",
         f"backbone          {backbone['name']}",
         f"input             {rows} x {columns} pixels, {_describe_tiling(settings.tiling)}",
-        f"anomaly map       {_describe_mirrors(settings.mirrored)}",
+        f"anomaly map       {_describe_mirrors(settings.flips)}",
         f"image score       largest mean over {settings.smoothing} x {settings.smoothing} pixels of the map",
     ]
     for kind in ("image", "pixel"):
@@ -70,12 +70,12 @@ def count_parameters(folder: Path) -> dict[str, int]:
 
 def _describe_tiling(tiling: Tiling) -> str:
     if not tiling.enabled:
-        return "pictures are resized to it"
-    return f"pictures are scaled by {tiling.scale:g} and cut into tiles that overlap by {tiling.overlap:.0%} or more"
+        return "images are resized to it"
+    return f"images are scaled by {tiling.scale:g} and cut into tiles that overlap by {tiling.overlap:.0%} or more"
 
 
-def _describe_mirrors(mirrored: bool) -> str:
-    return "mean over the picture and its three mirror images" if mirrored else "of the picture as it is"
+def _describe_mirrors(flips: bool) -> str:
+    return "mean over the image and its three mirror images" if flips else "of the image as it is"
 
 
 def _describe_threshold(threshold: Threshold | None) -> str:

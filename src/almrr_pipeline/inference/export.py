@@ -1,4 +1,4 @@
-"""One file that maps anomalies without this package: the folded model as ONNX, or as a program of torch.export.
+"""One file that maps anomalies without this package: the fused model as ONNX, or as a program of torch.export.
 
 Input "images": RGB, float32 in [0, 1], shape (batch, 3, H, W), any batch, the model's own H and W.
 Output "anomaly_map": float32 in [0, 1], shape (batch, H, W).
@@ -15,24 +15,24 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from almrr_pipeline.errors import AlmrrError
-from almrr_pipeline.inference.mirrored import mirror_maps
+from almrr_pipeline.common.errors import AlmrrError
+from almrr_pipeline.inference.tta import average_flips
 from almrr_pipeline.model.almrr import ALMRR
-from almrr_pipeline.model.folding import FoldedALMRR
-from almrr_pipeline.model.persistence import write_beside
+from almrr_pipeline.inference.fuse import FusedALMRR
+from almrr_pipeline.model.weights_io import write_beside
 
 INPUT, OUTPUT = "images", "anomaly_map"
 _EXAMPLES = 2
-"""Pictures in the batch that is traced; a batch of one would be taken as fixed."""
+"""Images in the batch that is traced; a batch of one would be taken as fixed."""
 
 
-def export_onnx(model: ALMRR | FoldedALMRR, path: Path, *, mirrored: bool = False) -> None:
-    """Write the model, folded, as ONNX, with the weights inside the file.
+def export_onnx(model: ALMRR | FusedALMRR, path: Path, *, flips: bool = False) -> None:
+    """Write the model, fused, as ONNX, with the weights inside the file.
 
     Args:
         model: what is written.
         path: the file.
-        mirrored: write the mean over mirror images, as `almrr_pipeline.inference.mirrored` takes it.
+        mirrored: write the mean over mirror images, as `almrr_pipeline.inference.tta` takes it.
 
     Raises:
         AlmrrError: the file cannot be written there, or the packages that write ONNX are not installed.
@@ -45,7 +45,7 @@ def export_onnx(model: ALMRR | FoldedALMRR, path: Path, *, mirrored: bool = Fals
         raise AlmrrError(
             f"ONNX needs a package that is not here ({error}): pip install 'almrr-pipeline[onnx]'."
         ) from error
-    graph, images = mirror_maps(_Graph(model), mirrored), _example(model)
+    graph, images = average_flips(_Graph(model), flips), _example(model)
     program = torch.onnx.export(
         graph,
         (images,),
@@ -60,19 +60,19 @@ def export_onnx(model: ALMRR | FoldedALMRR, path: Path, *, mirrored: bool = Fals
         program.save(partial, external_data=False)
 
 
-def export_torch(model: ALMRR | FoldedALMRR, path: Path, *, mirrored: bool = False) -> None:
-    """Write the model, folded, as a program: `torch.export.load(path).module()(images)` gives the maps.
+def export_torch(model: ALMRR | FusedALMRR, path: Path, *, flips: bool = False) -> None:
+    """Write the model, fused, as a program: `torch.export.load(path).module()(images)` gives the maps.
 
     Args:
         model: what is written.
         path: the file.
-        mirrored: write the mean over mirror images, as `almrr_pipeline.inference.mirrored` takes it.
+        mirrored: write the mean over mirror images, as `almrr_pipeline.inference.tta` takes it.
 
     Raises:
         AlmrrError: the file cannot be written there.
     """
     _check_target(path)
-    graph, images = mirror_maps(_Graph(model), mirrored), _example(model)
+    graph, images = average_flips(_Graph(model), flips), _example(model)
     shapes = {INPUT: {0: torch.export.Dim("batch")}}
     program = torch.export.export(graph, (images,), dynamic_shapes=shapes, strict=False)
     with write_beside(path) as partial:
@@ -80,19 +80,19 @@ def export_torch(model: ALMRR | FoldedALMRR, path: Path, *, mirrored: bool = Fal
 
 
 class _Graph(nn.Module):
-    """What a graph holds of a model: folded, on the CPU, the scan in its parallel form, the input unchecked."""
+    """What a graph holds of a model: fused, on the CPU, the scan in its parallel form, the input unchecked."""
 
-    def __init__(self, model: ALMRR | FoldedALMRR) -> None:
+    def __init__(self, model: ALMRR | FusedALMRR) -> None:
         super().__init__()
-        self.folded = (model.fold() if isinstance(model, ALMRR) else copy.deepcopy(model)).cpu()
-        self.folded.encoder.set_scan_backend("parallel")
+        self.fused = (model.fuse() if isinstance(model, ALMRR) else copy.deepcopy(model)).cpu()
+        self.fused.encoder.set_scan_backend("parallel")
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.folded.compute(images)
+        return self.fused.compute(images)
 
 
-def _example(model: ALMRR | FoldedALMRR) -> Tensor:
+def _example(model: ALMRR | FusedALMRR) -> Tensor:
     return torch.full((_EXAMPLES, 3, *model.image_size), 0.5)
 
 

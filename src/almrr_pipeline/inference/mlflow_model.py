@@ -1,4 +1,4 @@
-"""A model folder as an MLflow model that `mlflow models serve` serves: encoded pictures in, scores and verdicts out.
+"""A model folder as an MLflow model that `mlflow models serve` serves: encoded images in, scores and verdicts out.
 
 The one module here that imports MLflow. MLflow runs this file itself when it loads the model ("models from code"), so
 nothing is pickled; the artifact is the model folder, and the package's source travels along.
@@ -28,11 +28,11 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from PIL import Image
 
 import almrr_pipeline
-from almrr_pipeline.errors import AlmrrError
-from almrr_pipeline.images import ImageArray, decode_image
-from almrr_pipeline.inference.files import to_sixteen_bits
+from almrr_pipeline.common.errors import AlmrrError
+from almrr_pipeline.common.images import ImageArray, decode_image
+from almrr_pipeline.inference.predict_files import to_sixteen_bits
 from almrr_pipeline.inference.predictor import Prediction, Predictor
-from almrr_pipeline.inference.settings import InferenceSettings
+from almrr_pipeline.inference.inference_config import InferenceConfig
 
 _ARTIFACT = "model_folder"
 _REQUIREMENTS = (
@@ -63,7 +63,7 @@ SIGNATURE = ModelSignature(
     ),
     params=ParamSchema([ParamSpec("anomaly_map", DataType.boolean, False)]),
 )
-"""One row a picture: the bytes of its file (base64 in JSON) in; score, verdict and, if asked for, its map out."""
+"""One row an image: the bytes of its file (base64 in JSON) in; score, verdict and, if asked for, its map out."""
 
 
 class ServedModel(PythonModel):
@@ -78,19 +78,19 @@ class ServedModel(PythonModel):
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
-        """Predict pictures.
+        """Predict images.
 
         Args:
             context: unused; the model was loaded by `load_context`.
-            model_input: column `image`, the bytes of a picture file in any format that Pillow reads.
-            params: `anomaly_map`: whether to return each picture's map too, as the base64 of a 16-bit grey PNG of the
-                picture's size, where 65535 stands for 1.
+            model_input: column `image`, the bytes of an image file in any format that Pillow reads.
+            params: `anomaly_map`: whether to return each image's map too, as the base64 of a 16-bit gray PNG of the
+                image's size, where 65535 stands for 1.
 
         Returns:
             Columns score, in [0, 1]; is_anomalous, None where there is no threshold; anomaly_map, if asked for.
 
         Raises:
-            AlmrrError: a row is no picture; says which.
+            AlmrrError: a row is no image; says which.
         """
         with_maps = bool((params or {}).get("anomaly_map", False))
         # The server calls from many threads; in turn, so that only one batch at a time takes memory.
@@ -113,7 +113,7 @@ def log_model(folder: Path, *, name: str, registered_name: str | None = None, al
     """
     if alias and not registered_name:
         raise AlmrrError(f"The alias {alias!r} belongs to a registered model; give registered_name too.")
-    settings = InferenceSettings.load(folder)
+    settings = InferenceConfig.load(folder)
     logged: ModelInfo = mlflow.pyfunc.log_model(
         name=name,
         python_model=str(Path(__file__)),
@@ -147,7 +147,7 @@ def _to_row(prediction: Prediction, *, with_map: bool) -> dict[str, Any]:
 
 
 def _example(size: tuple[int, int]) -> pd.DataFrame:
-    """A picture of one grey, of the network's size."""
+    """An image of one gray, of the network's size."""
     encoded = io.BytesIO()
     Image.fromarray(np.full((*size, 3), 128, dtype=np.uint8)).save(encoded, format="PNG")
     return pd.DataFrame({"image": [encoded.getvalue()]})

@@ -1,4 +1,4 @@
-"""From pictures to anomaly maps, scores and verdicts, in bounded memory, whatever the pictures' number and size."""
+"""From images to anomaly maps, scores and verdicts, in bounded memory, whatever the images' number and size."""
 
 from __future__ import annotations
 
@@ -19,37 +19,37 @@ from scipy.ndimage import uniform_filter
 from torch import nn
 
 from almrr_pipeline.config import Tiling
-from almrr_pipeline.errors import AlmrrError
-from almrr_pipeline.images import ImageArray, read_image, resize_image
-from almrr_pipeline.inference.mirrored import mirror_maps
-from almrr_pipeline.inference.settings import InferenceSettings
+from almrr_pipeline.common.errors import AlmrrError
+from almrr_pipeline.common.images import ImageArray, read_image, resize_image
+from almrr_pipeline.inference.tta import average_flips
+from almrr_pipeline.inference.inference_config import InferenceConfig
 from almrr_pipeline.inference.streams import map_ahead, take_batches
 from almrr_pipeline.inference.tiling import AnomalyMap, Blend, TileGrid
 from almrr_pipeline.model.almrr import ALMRR
 
 logger = logging.getLogger(__name__)
 
-Picture: TypeAlias = str | os.PathLike[str] | ImageArray
-"""The path of a picture, or its pixels as uint8 RGB of shape (H, W, 3)."""
+ImageInput: TypeAlias = str | os.PathLike[str] | ImageArray
+"""The path of an image, or its pixels as uint8 RGB of shape (H, W, 3)."""
 
-_LARGE_PICTURES_AHEAD = 2
-"""Pictures decoded ahead in tiling mode, where one alone fills batches."""
+_LARGE_IMAGES_AHEAD = 2
+"""Images decoded ahead in tiling mode, where one alone fills batches."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says about one picture."""
+    """What the model says about one image."""
 
     anomaly_map: AnomalyMap
-    """float32 in [0, 1], of the picture's own size (H, W)."""
+    """float32 in [0, 1], of the image's own size (H, W)."""
     score: float
-    """Anomaly score of the picture, in [0, 1]; see `image_score`."""
+    """Anomaly score of the image, in [0, 1]; see `image_score`."""
     is_anomalous: bool | None
     """Whether the score lies above the image threshold; None where there is no threshold."""
 
 
 class Predictor:
-    """A trained model, folded for inference, that takes pictures of any size and number."""
+    """A trained model, fused for inference, that takes images of any size and number."""
 
     def __init__(
         self,
@@ -66,32 +66,32 @@ class Predictor:
         Args:
             folder: holds model.safetensors, config.json and inference.json.
             device: auto (CUDA where there is one, else the CPU), or a name of torch's such as cpu, cuda:1 or mps.
-            batch_size: pictures, or tiles, that go through the network together.
-            scan_backend: implementation of the selective scan; see `almrr_pipeline.model.scan`.
+            batch_size: images, or tiles, that go through the network together.
+            scan_backend: implementation of the selective scan; see `almrr_pipeline.model.kernels.scan`.
             image_threshold: in place of the model's own.
             pixel_threshold: in place of the model's own.
 
         Raises:
             AlmrrError: the folder holds no model, or the device or the backend is not there.
         """
-        self.settings = InferenceSettings.load(folder)
+        self.settings = InferenceConfig.load(folder)
         self.device = resolve_device(device)
         self.batch_size = batch_size
         stored = self.settings.thresholds
         self.image_threshold = stored.image.value if stored and image_threshold is None else image_threshold
-        """What a picture's score has to exceed to be anomalous; None leaves the verdict open."""
+        """What an image's score has to exceed to be anomalous; None leaves the verdict open."""
         self.pixel_threshold = stored.pixel.value if stored and pixel_threshold is None else pixel_threshold
         """What a map's value has to exceed to lie inside an outline; None draws none."""
         model = ALMRR.load(folder, scan_backend=scan_backend)
         if model.image_size != self.settings.image_size:
             raise AlmrrError(
-                f"{folder}: config.json is of a model for pictures of {model.image_size}, inference.json says "
+                f"{folder}: config.json is of a model for images of {model.image_size}, inference.json says "
                 f"{self.settings.image_size}; they belong to different models. Train again."
             )
-        # Folded on the CPU: it composes in float64, which MPS lacks, and compares results, which TF32 would blur.
-        self._model = mirror_maps(model.fold(), self.settings.mirrored).to(self.device)
+        # Fused on the CPU: it composes in float64, which MPS lacks, and compares results, which TF32 would blur.
+        self._model = average_flips(model.fuse(), self.settings.flips).to(self.device)
 
-    def __call__(self, images: Iterable[Picture]) -> list[Prediction]:
+    def __call__(self, images: Iterable[ImageInput]) -> list[Prediction]:
         """Predict all of `images`; the maps of all of them are held at once, so prefer `stream` for very many.
 
         Raises:
@@ -99,22 +99,22 @@ class Predictor:
         """
         return list(self.stream(images))
 
-    def stream(self, images: Iterable[Picture]) -> Iterator[Prediction]:
-        """Predict pictures as they come, in their order; the next ones are decoded meanwhile.
+    def stream(self, images: Iterable[ImageInput]) -> Iterator[Prediction]:
+        """Predict images as they come, in their order; the next ones are decoded meanwhile.
 
         Args:
             images: paths, or uint8 RGB arrays of shape (H, W, 3); sizes may differ.
 
         Raises:
-            AlmrrError: a picture cannot be read, or an array is no picture; names which.
+            AlmrrError: an image cannot be read, or an array is no image; names which.
         """
         for outcome in self.try_stream(images):
             if isinstance(outcome, AlmrrError):
                 raise outcome
             yield outcome
 
-    def try_stream(self, images: Iterable[Picture]) -> Iterator[Prediction | AlmrrError]:
-        """As `stream`, but in a picture's place comes the error that keeps it from being read, and the others go on."""
+    def try_stream(self, images: Iterable[ImageInput]) -> Iterator[Prediction | AlmrrError]:
+        """As `stream`, but in an image's place comes the error that keeps it from being read, and the others go on."""
         outcomes = _stream_maps(
             self._model,
             images,
@@ -125,7 +125,7 @@ class Predictor:
         )
         return (outcome if isinstance(outcome, AlmrrError) else self._judge(outcome) for outcome in outcomes)
 
-    def maps(self, images: Iterable[Picture], *, at: Literal["network", "image"]) -> Iterator[AnomalyMap]:
+    def maps(self, images: Iterable[ImageInput], *, at: Literal["network", "image"]) -> Iterator[AnomalyMap]:
         """Maps alone, as `predict_maps` gives them for this model."""
         return predict_maps(
             self._model,
@@ -137,7 +137,7 @@ class Predictor:
             at=at,
         )
 
-    def _judge(self, mapped: _MappedPicture) -> Prediction:
+    def _judge(self, mapped: _MappedImage) -> Prediction:
         score = image_score(mapped.anomaly_map, self.settings.smoothing)
         return Prediction(
             anomaly_map=_resize_map(mapped.anomaly_map, mapped.size),
@@ -148,7 +148,7 @@ class Predictor:
 
 def predict_maps(
     model: nn.Module,
-    images: Iterable[Picture],
+    images: Iterable[ImageInput],
     *,
     image_size: tuple[int, int],
     tiling: Tiling,
@@ -156,9 +156,9 @@ def predict_maps(
     device: torch.device | str,
     at: Literal["network", "image"],
 ) -> Iterator[AnomalyMap]:
-    """Compute the anomaly maps of pictures as they come, in their order.
+    """Compute the anomaly maps of images as they come, in their order.
 
-    Without tiling a picture is resized to `image_size` (the paper's way). With tiling it is resized by
+    Without tiling an image is resized to `image_size` (the paper's way). With tiling it is resized by
     `tiling.scale`, cut into overlapping tiles of `image_size`, and the tiles' maps are blended; see
     `almrr_pipeline.inference.tiling`.
 
@@ -166,16 +166,16 @@ def predict_maps(
         model: in eval mode and on `device`; takes float32 in [0, 1] of shape (B, 3, H, W), returns (B, H, W).
         images: paths, or uint8 RGB arrays of shape (H, W, 3); sizes may differ.
         image_size: rows and columns of the network's input.
-        tiling: whether and how pictures are cut.
-        batch_size: pictures, or tiles, that go through the model together; tiles of different pictures share a batch.
+        tiling: whether and how images are cut.
+        batch_size: images, or tiles, that go through the model together; tiles of different images share a batch.
         device: where the model is.
-        at: "network" gives maps of the resized or scaled picture's size, "image" of the picture's own.
+        at: "network" gives maps of the resized or scaled image's size, "image" of the image's own.
 
     Yields:
         float32 in [0, 1], shape (h, w).
 
     Raises:
-        AlmrrError: a picture cannot be read or is no picture, or the model's output is not finite.
+        AlmrrError: an image cannot be read or is no image, or the model's output is not finite.
     """
     outcomes = _stream_maps(
         model, images, image_size=image_size, tiling=tiling, batch_size=batch_size, device=torch.device(device)
@@ -187,9 +187,9 @@ def predict_maps(
 
 
 def image_score(anomaly_map: AnomalyMap, smoothing: int) -> float:
-    """Score a picture: the largest mean over windows of `smoothing` x `smoothing` pixels of its map.
+    """Score an image: the largest mean over windows of `smoothing` x `smoothing` pixels of its map.
 
-    There is a window around every pixel; at the border the mean is taken over the pixels that lie inside the picture.
+    There is a window around every pixel; at the border the mean is taken over the pixels that lie inside the image.
     A window of even side reaches one pixel further up and left.
 
     Args:
@@ -226,24 +226,24 @@ def resolve_device(name: str) -> torch.device:
 
 
 @dataclass(frozen=True)
-class _PreparedPicture:
-    """A picture at the network's scale, and the size it had."""
+class _PreparedImage:
+    """An image at the network's scale, and the size it had."""
 
     pixels: ImageArray
     size: tuple[int, int]
 
 
 @dataclass(frozen=True)
-class _MappedPicture:
-    """A picture's map at the network's scale, and the size the picture had."""
+class _MappedImage:
+    """An image's map at the network's scale, and the size the image had."""
 
     anomaly_map: AnomalyMap
     size: tuple[int, int]
 
 
 @dataclass(frozen=True)
-class _PendingPicture:
-    """A picture of which not all tiles have been through the network."""
+class _PendingImage:
+    """An image of which not all tiles have been through the network."""
 
     blend: Blend
     size: tuple[int, int]
@@ -251,24 +251,24 @@ class _PendingPicture:
 
 def _stream_maps(
     model: nn.Module,
-    images: Iterable[Picture],
+    images: Iterable[ImageInput],
     *,
     image_size: tuple[int, int],
     tiling: Tiling,
     batch_size: int,
     device: torch.device,
-) -> Iterator[_MappedPicture | AlmrrError]:
-    """Decode ahead, cut, predict in batches that span pictures, blend; an unreadable picture becomes its error."""
+) -> Iterator[_MappedImage | AlmrrError]:
+    """Decode ahead, cut, predict in batches that span images, blend; an unreadable image becomes its error."""
     if isinstance(images, str | os.PathLike) or (isinstance(images, np.ndarray) and images.ndim == 3):
-        raise AlmrrError("One picture was given where several are expected; put it into a list.")
+        raise AlmrrError("One image was given where several are expected; put it into a list.")
     if batch_size < 1:
         raise AlmrrError(f"The batch size is {batch_size}; it has to be 1 or more.")
     if model.training:
         raise ValueError("the model is in training mode, where its maps are random; call model.eval() first")
     prepare = partial(_try_prepare, image_size=image_size, tiling=tiling)
-    ahead = _LARGE_PICTURES_AHEAD if tiling.enabled else 2 * batch_size
+    ahead = _LARGE_IMAGES_AHEAD if tiling.enabled else 2 * batch_size
     prepared = map_ahead(prepare, enumerate(images), ahead=ahead)
-    waiting: deque[_PendingPicture | AlmrrError] = deque()
+    waiting: deque[_PendingImage | AlmrrError] = deque()
     tiles = _cut_tiles(prepared, waiting, tile=image_size, overlap=tiling.overlap)
     for batch in take_batches(tiles, batch_size):
         maps = _predict_batch(model, np.stack([tile for tile, _ in batch]), device)
@@ -279,9 +279,9 @@ def _stream_maps(
 
 
 def _try_prepare(
-    numbered: tuple[int, Picture], *, image_size: tuple[int, int], tiling: Tiling
-) -> _PreparedPicture | AlmrrError:
-    """Decode and scale one picture; what is wrong with it comes back as a value, to be told in its turn."""
+    numbered: tuple[int, ImageInput], *, image_size: tuple[int, int], tiling: Tiling
+) -> _PreparedImage | AlmrrError:
+    """Decode and scale one image; what is wrong with it comes back as a value, to be told in its turn."""
     try:
         pixels = _decode(*numbered)
     except AlmrrError as error:
@@ -289,45 +289,45 @@ def _try_prepare(
     size = (pixels.shape[0], pixels.shape[1])
     scaled = [max(1, round(length * tiling.scale)) for length in size]
     target = (scaled[0], scaled[1]) if tiling.enabled else image_size
-    return _PreparedPicture(resize_image(pixels, target), size)
+    return _PreparedImage(resize_image(pixels, target), size)
 
 
-def _decode(position: int, picture: Picture) -> ImageArray:
-    if not isinstance(picture, np.ndarray):
-        return read_image(Path(picture))
-    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or picture.size == 0:
+def _decode(position: int, image: ImageInput) -> ImageArray:
+    if not isinstance(image, np.ndarray):
+        return read_image(Path(image))
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
         raise AlmrrError(
-            f"Picture {position} (counted from 0) is an array of {picture.dtype} with shape {picture.shape}; "
+            f"ImageInput {position} (counted from 0) is an array of {image.dtype} with shape {image.shape}; "
             "expected RGB values in [0, 255] as uint8 with shape (rows, columns, 3)."
         )
-    return picture
+    return image
 
 
 def _cut_tiles(
-    prepared: Iterable[_PreparedPicture | AlmrrError],
-    waiting: deque[_PendingPicture | AlmrrError],
+    prepared: Iterable[_PreparedImage | AlmrrError],
+    waiting: deque[_PendingImage | AlmrrError],
     *,
     tile: tuple[int, int],
     overlap: float,
 ) -> Iterator[tuple[ImageArray, Blend]]:
-    """Yield every tile with the blend it belongs to, and put each picture, in order, on the queue of those waiting."""
-    for picture in prepared:
-        if isinstance(picture, AlmrrError):
-            waiting.append(picture)
+    """Yield every tile with the blend it belongs to, and put each image, in order, on the queue of those waiting."""
+    for image in prepared:
+        if isinstance(image, AlmrrError):
+            waiting.append(image)
             continue
-        rows, columns = picture.pixels.shape[:2]
+        rows, columns = image.pixels.shape[:2]
         grid = TileGrid((rows, columns), tile=tile, overlap=overlap)
         blend = Blend(grid)
-        waiting.append(_PendingPicture(blend, picture.size))
-        for pixels in grid.cut(picture.pixels):
+        waiting.append(_PendingImage(blend, image.size))
+        for pixels in grid.cut(image.pixels):
             yield pixels, blend
 
 
-def _take_finished(waiting: deque[_PendingPicture | AlmrrError]) -> Iterator[_MappedPicture | AlmrrError]:
+def _take_finished(waiting: deque[_PendingImage | AlmrrError]) -> Iterator[_MappedImage | AlmrrError]:
     """Take from the front of the queue what is finished."""
     while waiting and (isinstance(waiting[0], AlmrrError) or waiting[0].blend.complete):
         head = waiting.popleft()
-        yield head if isinstance(head, AlmrrError) else _MappedPicture(head.blend.result(), head.size)
+        yield head if isinstance(head, AlmrrError) else _MappedImage(head.blend.result(), head.size)
 
 
 @torch.inference_mode()
@@ -349,7 +349,7 @@ def _predict_batch(model: nn.Module, tiles: npt.NDArray[np.uint8], device: torch
 
 
 def _resize_map(anomaly_map: AnomalyMap, size: tuple[int, int]) -> AnomalyMap:
-    """Resize to `size` = (rows, columns) as pictures are resized: bilinear, antialiased, pixel centres aligned."""
+    """Resize to `size` = (rows, columns) as images are resized: bilinear, antialiased, pixel centers aligned."""
     if anomaly_map.shape == size:
         return anomaly_map
     resized: AnomalyMap = np.array(Image.fromarray(anomaly_map).resize(size[::-1], Image.Resampling.BILINEAR))

@@ -1,11 +1,11 @@
 """Overlapping tiles of one size, and the map that is blended from what a network says about each.
 
-Every tile lies inside the picture, at even distances, so that a picture of at least a tile's size needs no padding. A
+Every tile lies inside the image, at even distances, so that an image of at least a tile's size needs no padding. A
 smaller one is padded to a tile by reflection, half before and half after; the padding is cut off the blended map
 again.
 
 Along each axis a tile's weight rises from its edge over what it shares with the tile before and falls over what it
-shares with the next, as sin^2 and cos^2 (a raised cosine); toward the picture's border it stays at 1. The weights are
+shares with the next, as sin^2 and cos^2 (a raised cosine); toward the image's border it stays at 1. The weights are
 divided by their sum, which makes them a partition of unity: agreeing tiles blend into exactly what they agree on, and
 a tile's edge, where a network has seen least around a pixel, counts for nothing. Without overlap the tiles simply
 stand side by side.
@@ -21,7 +21,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from almrr_pipeline.images import ImageArray
+from almrr_pipeline.common.images import ImageArray
 
 AnomalyMap = npt.NDArray[np.float32]
 """Anomaly map, float32 in [0, 1], shape (H, W)."""
@@ -29,10 +29,10 @@ AnomalyMap = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Axis:
-    """Where tiles lie along one axis of a picture, in pixels of the padded picture."""
+    """Where tiles lie along one axis of an image, in pixels of the padded image."""
 
     length: int
-    """Pixels of the picture along this axis."""
+    """Pixels of the image along this axis."""
     tile: int
     """Pixels of a tile along this axis."""
     overlap: float
@@ -72,10 +72,10 @@ class Axis:
 
 @dataclass(frozen=True)
 class TileGrid:
-    """The tiles of a picture of `size` pixels, row by row from the top left."""
+    """The tiles of an image of `size` pixels, row by row from the top left."""
 
     size: tuple[int, int]
-    """Rows and columns of the picture."""
+    """Rows and columns of the image."""
     tile: tuple[int, int]
     """Rows and columns of a tile."""
     overlap: float = 0.25
@@ -97,7 +97,7 @@ class TileGrid:
         return len(rows.starts) * len(columns.starts)
 
     def places(self) -> Iterator[tuple[tuple[slice, slice], npt.NDArray[np.float64]]]:
-        """Where each tile lies in the padded picture, and the weights of its pixels, shape `tile`."""
+        """Where each tile lies in the padded image, and the weights of its pixels, shape `tile`."""
         rows, columns = self.axes
         for row, row_weights in zip(rows.starts, rows.weights, strict=True):
             for column, column_weights in zip(columns.starts, columns.weights, strict=True):
@@ -105,9 +105,9 @@ class TileGrid:
                 yield place, np.outer(row_weights, column_weights)
 
     def cut(self, image: ImageArray) -> Iterator[ImageArray]:
-        """Cut a picture of this grid's size, uint8 (rows, columns, 3), into its tiles, (tile rows, tile columns, 3)."""
+        """Cut an image of this grid's size, uint8 (rows, columns, 3), into its tiles, (tile rows, tile columns, 3)."""
         if image.shape[:2] != self.size:
-            raise ValueError(f"this grid is for pictures of {self.size} pixels; got {image.shape[:2]}")
+            raise ValueError(f"this grid is for images of {self.size} pixels; got {image.shape[:2]}")
         rows, columns = self.axes
         padding = (rows.padding, columns.padding, (0, 0))
         padded = np.pad(image, padding, mode="reflect") if any(map(any, padding)) else image
@@ -116,9 +116,9 @@ class TileGrid:
 
 
 class Blend:
-    """Takes the maps of a grid's tiles, in the order of `TileGrid.cut`, and becomes the map of the whole picture.
+    """Takes the maps of a grid's tiles, in the order of `TileGrid.cut`, and becomes the map of the whole image.
 
-    It holds one map of the picture's size and no tile. It sums in float64, so that rounding to float32 at the end makes
+    It holds one map of the image's size and no tile. It sums in float64, so that rounding to float32 at the end makes
     agreement of the tiles exact, and nothing leaves [0, 1].
     """
 
@@ -140,7 +140,7 @@ class Blend:
         self._missing -= 1
 
     def result(self) -> AnomalyMap:
-        """The picture's map, float32, shape `size` of the grid, padding cut off.
+        """The image's map, float32, shape `size` of the grid, padding cut off.
 
         Raises:
             ValueError: tiles are still missing.
@@ -152,5 +152,5 @@ class Blend:
 
 
 def _rise(pixels: int) -> npt.NDArray[np.float64]:
-    """sin^2 from 0 to 1 over so many pixels, taken at their centres: it and its mirror image sum to 1."""
+    """sin^2 from 0 to 1 over so many pixels, taken at their centers: it and its mirror image sum to 1."""
     return np.sin(np.pi / 2 * (np.arange(pixels) + 0.5) / pixels) ** 2

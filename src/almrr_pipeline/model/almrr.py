@@ -11,19 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from almrr_pipeline.errors import AlmrrError
+from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.model.backbone import Backbone, build_backbone
-from almrr_pipeline.model.folding import FoldedALMRR
+from almrr_pipeline.inference.fuse import FusedALMRR
 from almrr_pipeline.model.inputs import check_image_size, check_images, check_shape
-from almrr_pipeline.model.persistence import CONFIG_FILE, read_config, read_tensors, write_model
-from almrr_pipeline.model.reconstruction import MFRM
-from almrr_pipeline.model.refinement import FRM
+from almrr_pipeline.model.weights_io import CONFIG_FILE, read_config, read_tensors, write_model
+from almrr_pipeline.model.mfrm import MFRM
+from almrr_pipeline.model.frm import FRM
 from almrr_pipeline.model.regional_features import RegionalFeatures
-from almrr_pipeline.model.scan.reference import without_autocast
+from almrr_pipeline.model.kernels.scan.reference import without_autocast
 
 RefinementInput = Literal["mean", "projection"]
-SMALLEST_DEVIATION = 0.01
-"""Floor of a channel's deviation, over the mean of all: one silent on normal pictures must not drown the others."""
+MIN_STD = 0.01
+"""Floor of a channel's std, over the mean of all: one silent on normal images must not drown the others."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class TrainingOutput:
     """What the loss needs.
 
     Attributes:
-        target: phi, the features of the normal pictures, (B, C, h, w).
-        reconstruction: F_hat, the repaired features of the augmented pictures, (B, C, h, w).
-        logits: (B, 2, H, W) at the size of the picture, channel 1 for defective. They are logarithms of probabilities,
+        target: phi, the features of the normal images, (B, C, h, w).
+        reconstruction: F_hat, the repaired features of the augmented images, (B, C, h, w).
+        logits: (B, 2, H, W) at the size of the image, channel 1 for defective. They are logarithms of probabilities,
             which are logits too: their softmax is the paper's map, softmax first and resized after.
     """
 
@@ -43,11 +43,11 @@ class TrainingOutput:
 
 
 class ALMRR(nn.Module):
-    """Features of a picture, their reconstruction as if nothing were wrong, and a map of where the two disagree.
+    """Features of an image, their reconstruction as if nothing were wrong, and a map of where the two disagree.
 
     Args:
         backbone: the frozen feature extractor.
-        image_size: rows and columns of the pictures, multiples of 16, at least 128.
+        image_size: rows and columns of the images, multiples of 16, at least 128.
         latent: channels between the 1x1 convolutions of the MFRM.
         dim: width of a token.
         depth: bidirectional Mamba blocks.
@@ -61,7 +61,7 @@ class ALMRR(nn.Module):
         refinement_input: "mean", the paper's channel means of F_hat and F; or "projection", a learned linear map of
             their channels, one for both.
         refinement_channels: outputs of that projection.
-        standardize: whether features are standardised channel by channel, after `fit_standardization`.
+        standardize: whether features are standardized channel by channel, after `fit_standardization`.
         scan_backend: implementation of the selective scan; not saved with the weights.
 
     Raises:
@@ -69,7 +69,7 @@ class ALMRR(nn.Module):
     """
 
     feature_mean: Tensor
-    feature_deviation: Tensor
+    feature_std: Tensor
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ class ALMRR(nn.Module):
         self.backbone = backbone
         self.regional_features = RegionalFeatures(self.image_size)
         self.register_buffer("feature_mean", torch.zeros(channels))
-        self.register_buffer("feature_deviation", torch.ones(channels))
+        self.register_buffer("feature_std", torch.ones(channels))
         self.mfrm = MFRM(
             channels=channels,
             grid=self.regional_features.grid,
@@ -152,11 +152,11 @@ class ALMRR(nn.Module):
         return self.upsample(logits.softmax(dim=1))[:, 1]  # (B, H, W)
 
     def training_forward(self, normal: Tensor, augmented: Tensor) -> TrainingOutput:
-        """Run both branches of the paper's figure: phi from the normal pictures, F from the augmented ones.
+        """Run both branches of the paper's figure: phi from the normal images, F from the augmented ones.
 
         Args:
             normal: RGB, float in [0, 1], shape (B, 3, H, W).
-            augmented: the same pictures with simulated anomalies.
+            augmented: the same images with simulated anomalies.
 
         Raises:
             AlmrrError: shapes or types do not fit. (Values are not looked at: a GPU would have to wait at every step.)
@@ -174,7 +174,7 @@ class ALMRR(nn.Module):
     def _embed_both(self, normal: Tensor, augmented: Tensor) -> tuple[Tensor, Tensor]:
         """Both phi and F (B, C, h, w) in one call of the backbone.
 
-        On a CPU, pictures without an anomaly, half of the pool, are embedded once; a GPU would have to wait to be told
+        On a CPU, images without an anomaly, half of the pool, are embedded once; a GPU would have to wait to be told
         which those are.
         """
         if normal.device.type != "cpu" or torch.compiler.is_compiling():
@@ -189,15 +189,15 @@ class ALMRR(nn.Module):
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
-        """Stage 2: regional features (B, C, h, w) of the frozen backbone, standardised if asked for; no gradient."""
+        """Stage 2: regional features (B, C, h, w) of the frozen backbone, standardized if asked for; no gradient."""
         if images.device.type == "cpu":
-            # Convolutions, resizing and normalisation are all faster on a CPU with the channels innermost; from here on
+            # Convolutions, resizing and normalization are all faster on a CPU with the channels innermost; from here on
             # every tensor follows this format. On a GPU it is the caller's choice.
             images = images.contiguous(memory_format=torch.channels_last)
         features: Tensor = self.regional_features(self.backbone(images))
         if self.standardize:
-            mean, deviation = self.feature_mean.to(features.dtype), self.feature_deviation.to(features.dtype)
-            features = (features - mean[:, None, None]) / deviation[:, None, None]
+            mean, std = self.feature_mean.to(features.dtype), self.feature_std.to(features.dtype)
+            features = (features - mean[:, None, None]) / std[:, None, None]
         return features
 
     def reconstruct(self, features: Tensor) -> Tensor:
@@ -210,56 +210,56 @@ class ALMRR(nn.Module):
         return self.frm(stacked)  # type: ignore[no-any-return]
 
     def upsample(self, x: Tensor) -> Tensor:
-        """Resize (B, c, h, w) to the size of the picture, (B, c, H, W)."""
+        """Resize (B, c, h, w) to the size of the image, (B, c, H, W)."""
         return F.interpolate(x, size=self.image_size, mode="bilinear", align_corners=True)
 
     @torch.no_grad()
     def fit_standardization(self, batches: Iterable[Tensor]) -> None:
-        """Set the mean and deviation of every feature channel over normal pictures; changes the model in place.
+        """Set the mean and std of every feature channel over normal images; changes the model in place.
 
         Args:
             batches: RGB, float in [0, 1], shape (B, 3, H, W) each.
 
         Raises:
-            AlmrrError: the model does not standardise, there are no pictures, or they do not fit.
+            AlmrrError: the model does not standardize, there are no images, or they do not fit.
         """
         if not self.standardize:
-            raise AlmrrError("This model does not standardise its features; build it with standardize=True.")
+            raise AlmrrError("This model does not standardize its features; build it with standardize=True.")
         own = self.feature_mean.device
         device = torch.device("cpu") if own.type == "mps" else own  # MPS knows no float64
         count, mean = 0, torch.zeros(len(self.feature_mean), dtype=torch.float64, device=device)
         squares = torch.zeros_like(mean)  # sum of squared distances from the mean
         self.feature_mean.zero_()
-        self.feature_deviation.fill_(1.0)
+        self.feature_std.fill_(1.0)
         for images in batches:
             check_images(images, self.image_size)
             features = self.embed(images).to(device)  # (B, C, h, w)
             added = features.shape[0] * features.shape[2] * features.shape[3]
             own_mean = features.mean((0, 2, 3), dtype=torch.float64)  # (C,)
             distances = features - own_mean.to(features.dtype)[:, None, None]
-            # Chan's update: one pass over the pictures, and no difference of large sums.
+            # Chan's update: one pass over the images, and no difference of large sums.
             shift = own_mean - mean
             squares += distances.square().sum((0, 2, 3), dtype=torch.float64)
             squares += shift.square() * (count * added / (count + added))
             mean += shift * (added / (count + added))
             count += added
         if count == 0:
-            raise AlmrrError("There is no normal picture to standardise the features with.")
-        deviation = (squares / count).sqrt()
+            raise AlmrrError("There is no normal image to standardize the features with.")
+        std = (squares / count).sqrt()
         self.feature_mean.copy_(mean)
-        self.feature_deviation.copy_(deviation.clamp_min(SMALLEST_DEVIATION * float(deviation.mean())))
+        self.feature_std.copy_(std.clamp_min(MIN_STD * float(std.mean())))
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters of MFRM, FRM and the projection, if there is one; the backbone has none to train."""
         return (parameter for parameter in self.parameters() if parameter.requires_grad)
 
-    def fold(self) -> FoldedALMRR:
-        """The same map, for inference alone, in about half the work; see `almrr_pipeline.model.folding`.
+    def fuse(self) -> FusedALMRR:
+        """The same map, for inference alone, in about half the work; see `almrr_pipeline.inference.fuse`.
 
         Equal to `forward` in evaluation mode within 1e-4 in float32. It does not follow later changes of this model.
         """
         with without_autocast(self.mfrm.position):  # what is composed is compared; half precision would blur that
-            return FoldedALMRR(self)
+            return FusedALMRR(self)
 
     def save(self, folder: Path) -> None:
         """Write model.safetensors (backbone included) and config.json into an existing folder.

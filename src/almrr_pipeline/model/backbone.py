@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from almrr_pipeline.errors import AlmrrError
+from almrr_pipeline.common.errors import AlmrrError
 
 STRIDES = (4, 8, 16)
-"""Pixels of the picture per cell of each feature map: stages 1 to 3 of a ResNet."""
+"""Pixels of the image per cell of each feature map: stages 1 to 3 of a ResNet."""
 FeatureLocation = Literal["bottleneck", "expansion"]
 _logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class Backbone(nn.Module):
 
     Attributes:
         channels: channels of the three maps.
-        mean, std: the normalisation of RGB in [0, 1] that the network was trained with, shape (1, 3, 1, 1).
+        mean, std: the normalization of RGB in [0, 1] that the network was trained with, shape (1, 3, 1, 1).
         hyperparameters: the arguments that `build_backbone` needs, besides the weights, to build it again.
     """
 
@@ -50,7 +50,7 @@ class Backbone(nn.Module):
         self.network = network
         self.channels = channels
         self.hyperparameters = dict(hyperparameters)
-        # The normalisation belongs to the network, not to the data: a port of DRAEM that blended anomalies after it
+        # The normalization belongs to the network, not to the data: a port of DRAEM that blended anomalies after it
         # lost most of its accuracy.
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)

@@ -5,7 +5,7 @@
                     +- conv, SiLU -> x and dt projections -> scan, gate  (last token to first) -+
 
 The branches share the projections in and out and the gate's input; each has its own convolution, projections and state
-space. Channels stay innermost from end to end; nothing is transposed or flipped. Initialisation follows
+space. Channels stay innermost from end to end; nothing is transposed or flipped. Initialization follows
 state-spaces/mamba (Apache-2.0).
 """
 
@@ -20,7 +20,7 @@ from timm.layers.drop import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from almrr_pipeline.model.scan import causal_conv, selective_scan
+from almrr_pipeline.model.kernels.scan import causal_conv, selective_scan
 
 _STEPS = (1e-3, 0.1)
 _SMALLEST_STEP = 1e-4
@@ -87,7 +87,7 @@ class BidirectionalMamba(nn.Module):
         expand: d = expand * dim channels inside.
         conv: width of the depthwise causal convolutions.
         dt_rank: rank of the projection to step sizes; `auto` is dim / 16, rounded up.
-        scan_backend: `auto` or a backend of `almrr_pipeline.model.scan`; may be changed at any time.
+        scan_backend: `auto` or a backend of `almrr_pipeline.model.kernels.scan`; may be changed at any time.
     """
 
     def __init__(
@@ -141,8 +141,8 @@ class MambaEncoder(nn.Module):
         state: states per channel.
         expand: width inside a block over `dim`.
         conv: width of the depthwise causal convolutions.
-        drop_path: probability of leaving out the last block for a picture; rises linearly from 0 at the first.
-        scan_backend: `auto` or a backend of `almrr_pipeline.model.scan`.
+        drop_path: probability of leaving out the last block for an image; rises linearly from 0 at the first.
+        scan_backend: `auto` or a backend of `almrr_pipeline.model.kernels.scan`.
     """
 
     def __init__(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from almrr_pipeline.errors import AlmrrError
+from almrr_pipeline.common.errors import AlmrrError
 
 SIDE_MULTIPLE = 16
 """Of an image's sides: the deepest feature map has stride 16, and features (4) times patches (4) make 16 too."""
@@ -61,5 +61,5 @@ def check_images(images: Tensor, image_size: tuple[int, int]) -> None:
     if low < 0.0 or high > 1.0:
         raise AlmrrError(
             f"Images must lie in [0, 1]; these reach from {low:.4g} to {high:.4g}. Divide 8-bit values by 255; "
-            "the model normalises by itself."
+            "the model normalizes by itself."
         )

@@ -1,8 +1,8 @@
 """Regional features (stage 2 of the paper, second half; after DFR, arXiv 2012.07122).
 
-Each feature map is resized bilinearly to the size of the picture, mean-pooled over 4x4 pixels with stride 4, and joined
+Each feature map is resized bilinearly to the size of the image, mean-pooled over 4x4 pixels with stride 4, and joined
 to the others along the channels. Resizing and pooling are both linear and separable, so their composition is
-`out = R_rows X R_columns^T` with two small fixed matrices: nothing is ever blown up to the size of the picture.
+`out = R_rows X R_columns^T` with two small fixed matrices: nothing is ever blown up to the size of the image.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ POOL = 4
 
 
 class RegionalFeatures(nn.Module):
-    """Bring maps at strides 4, 8 and 16 to one grid of a quarter of the picture's size, and join them.
+    """Bring maps at strides 4, 8 and 16 to one grid of a quarter of the image's size, and join them.
 
     Args:
-        image_size: rows and columns of the picture, multiples of 16.
+        image_size: rows and columns of the image, multiples of 16.
 
     Attributes:
         grid: rows and columns of the result.

@@ -1,1 +1,1 @@
-"""Results as pictures and as one page: overlays, plots, the report."""
+"""Results as images and as one page: overlays, plots, the report."""

@@ -1,4 +1,4 @@
-"""Which pictures of a test set are shown, and how they lie on disk between drawing and page."""
+"""Which images of a test set are shown, and how they lie on disk between drawing and page."""
 
 from __future__ import annotations
 
@@ -10,45 +10,45 @@ from typing import Literal, get_args
 import numpy as np
 import pandas as pd
 
-from almrr_pipeline.errors import AlmrrError
+from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.evaluation.maps import AnomalyMap
-from almrr_pipeline.images import ImageArray, MaskArray
-from almrr_pipeline.reporting.overlays import draw_panel, encode_picture
+from almrr_pipeline.common.images import ImageArray, MaskArray
+from almrr_pipeline.reporting.overlays import draw_panel, encode_image
 
 ExampleKind = Literal["best", "typical", "worst"]
 Result = tuple[ImageArray, MaskArray | None, AnomalyMap]
-"""A picture, its ground truth if there is one, and its anomaly map."""
+"""An image, its ground truth if there is one, and its anomaly map."""
 
 _INDEX = "examples.csv"
 
 
 @dataclass(frozen=True)
 class Overlay:
-    """A drawn example: what it stands for, the line below it, and the picture, a file's path or its content."""
+    """A drawn example: what it stands for, the line below it, and the image, a file's path or its content."""
 
     kind: ExampleKind
     caption: str
-    picture: Path | bytes
+    image: Path | bytes
 
 
 def choose_examples(scores: pd.DataFrame, count: int) -> dict[ExampleKind, pd.DataFrame]:
-    """Choose the pictures that show what the model does well, usually, and badly.
+    """Choose the images that show what the model does well, usually, and badly.
 
-    How clearly a defect was found is its share of defective pictures with a lower score, averaged with the same share
+    How clearly a defect was found is its share of defective images with a lower score, averaged with the same share
     for `pixel_ap` where that is known.
 
-    - best: defective pictures found most clearly.
+    - best: defective images found most clearly.
     - worst: missed defects, least clear first, and false alarms, highest score first, in turn; where there are fewer
-      errors than places, the pictures that came nearest to one.
-    - typical: defective pictures around the median, and one normal picture of median score if there is room for two.
+      errors than places, the images that came nearest to one.
+    - typical: defective images around the median, and one normal image of median score if there is room for two.
 
-    No picture is chosen twice; of few pictures, each kind has its share. Equal pictures are taken in the order of their
+    No image is chosen twice; of few images, each kind has its share. Equal images are taken in the order of their
     names, whatever the order of the rows.
 
     Args:
-        scores: a row a picture: image, label (normal | defective), score; is_anomalous and pixel_ap may be missing or
+        scores: a row an image: image, label (normal | defective), score; is_anomalous and pixel_ap may be missing or
             empty. Other columns are kept.
-        count: pictures of each kind.
+        count: images of each kind.
 
     Returns:
         Kind to the chosen rows, in the order in which they are to be shown.
@@ -59,7 +59,7 @@ def choose_examples(scores: pd.DataFrame, count: int) -> dict[ExampleKind, pd.Da
     missing = {"image", "label", "score"} - set(scores.columns)
     if missing:
         raise AlmrrError(f"The scores lack the column(s) {', '.join(sorted(missing))}; evaluate the category again.")
-    ranked = _rank_pictures(scores)
+    ranked = _rank_images(scores)
     best = ranked[ranked.defective & ~ranked.wrong].sort_values("clarity", ascending=False, kind="stable")
     best = best.head(min(count, _share(int(ranked.defective.sum()))))
     rest = ranked.drop(index=best.index)
@@ -70,15 +70,15 @@ def choose_examples(scores: pd.DataFrame, count: int) -> dict[ExampleKind, pd.Da
 
 
 def caption_example(row: pd.Series) -> str:
-    """Say in one line what a picture is and what became of it: file name, defect, score, verdict."""
+    """Say in one line what an image is and what became of it: file name, defect, score, verdict."""
     defective, verdict = row["label"] == "defective", _read_verdict(row.get("is_anomalous"))
     outcomes = {(True, True): "found", (True, False): "missed", (False, True): "false alarm", (False, False): "passed"}
     parts = [str(row["image"]).rsplit("/", 1)[-1], str(row.get("defect", row["label"])), f"score {row['score']:.3f}"]
     if verdict is not None:
         parts.append(outcomes[defective, verdict])
-    localised = row.get("pixel_ap")
-    if localised is not None and not pd.isna(localised):
-        parts.append(f"pixel AP {localised:.2f}")
+    localized = row.get("pixel_ap")
+    if localized is not None and not pd.isna(localized):
+        parts.append(f"pixel AP {localized:.2f}")
     return " · ".join(parts)
 
 
@@ -89,7 +89,7 @@ def draw_examples(
 
     Args:
         scores: as `choose_examples` takes them.
-        count: pictures of each kind.
+        count: images of each kind.
         load: called with a value of the column `image`.
         threshold: pixel threshold of the outlines; None draws none.
 
@@ -100,22 +100,22 @@ def draw_examples(
         for _, row in rows.iterrows():
             image, mask, anomaly_map = load(row["image"])
             panel = draw_panel(image, mask, anomaly_map, threshold=threshold)
-            yield Overlay(kind, caption_example(row), encode_picture(panel))
+            yield Overlay(kind, caption_example(row), encode_image(panel))
 
 
 def write_examples(overlays: Iterable[Overlay], folder: Path) -> None:
-    """Write drawn examples into an existing, empty folder: a picture each, and the index `read_examples` follows."""
+    """Write drawn examples into an existing, empty folder: an image each, and the index `read_examples` follows."""
     rows = []
     for number, overlay in enumerate(overlays, start=1):
         name = f"{number:02d}_{overlay.kind}.webp"
-        content = overlay.picture if isinstance(overlay.picture, bytes) else overlay.picture.read_bytes()
+        content = overlay.image if isinstance(overlay.image, bytes) else overlay.image.read_bytes()
         (folder / name).write_bytes(content)
         rows.append({"file": name, "kind": overlay.kind, "caption": overlay.caption})
     pd.DataFrame(rows, columns=["file", "kind", "caption"]).to_csv(folder / _INDEX, index=False)
 
 
 def read_examples(folder: Path) -> list[Overlay]:
-    """List what `write_examples` wrote; the pictures stay on disk until they are shown.
+    """List what `write_examples` wrote; the images stay on disk until they are shown.
 
     Raises:
         AlmrrError: the index is missing or names an unknown kind.
@@ -139,12 +139,12 @@ def _read_verdict(value: object) -> bool | None:
     return value == "True" if isinstance(value, str) else bool(value)
 
 
-def _share(pictures: int) -> int:
-    """A third of the pictures, rounded up: what one kind may take when there are few."""
-    return -(-pictures // 3)
+def _share(images: int) -> int:
+    """A third of the images, rounded up: what one kind may take when there are few."""
+    return -(-images // 3)
 
 
-def _rank_pictures(scores: pd.DataFrame) -> pd.DataFrame:
+def _rank_images(scores: pd.DataFrame) -> pd.DataFrame:
     """Sort by name and add how clearly each defect was found and whether the verdict was wrong."""
     ranked = scores.sort_values("image", kind="stable").reset_index(drop=True)
     ranked["defective"] = ranked["label"] == "defective"
@@ -160,7 +160,7 @@ def _rank_pictures(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def _take_worst(ranked: pd.DataFrame, count: int) -> pd.DataFrame:
-    """Errors first, then the nearest to one; defective and normal pictures in turn within each."""
+    """Errors first, then the nearest to one; defective and normal images in turn within each."""
     defective = ranked[ranked.defective].sort_values("clarity", kind="stable")
     normal = ranked[~ranked.defective].sort_values("score", ascending=False, kind="stable")
     order = pd.concat([side.assign(turn=side.groupby("wrong").cumcount()) for side in (defective, normal)])
@@ -169,7 +169,7 @@ def _take_worst(ranked: pd.DataFrame, count: int) -> pd.DataFrame:
 
 
 def _take_typical(ranked: pd.DataFrame, taken: pd.Index, count: int) -> pd.DataFrame:
-    """Pictures around the median: defective ones, and a normal one if there is room for two."""
+    """Images around the median: defective ones, and a normal one if there is room for two."""
     defective, normal = ranked[ranked.defective], ranked[~ranked.defective]
     normals = count if defective.empty else int(count >= 2 and not normal.empty)
     located = _nearest_median(defective, "clarity", taken, count - normals)

@@ -1,4 +1,4 @@
-"""Pictures of results: panels for the report, overlays for `almrr predict`.
+"""Images of results: panels for the report, overlays for `almrr predict`.
 
 Drawn with numpy and Pillow alone: a panel takes some ten milliseconds, so that a whole test set can be drawn.
 """
@@ -14,35 +14,35 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-from almrr_pipeline.errors import AlmrrError
+from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.evaluation.maps import AnomalyMap
-from almrr_pipeline.images import ImageArray, MaskArray, resize_image, resize_mask
+from almrr_pipeline.common.images import ImageArray, MaskArray, resize_image, resize_mask
 
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 
-# Every fifth colour of the map "inferno" by Stefan van der Walt and Nathaniel Smith (matplotlib, CC0): its lightness
-# rises evenly from black to pale yellow, so that equal steps of the anomaly map look equal, in grey print too.
+# Every fifth color of the map "inferno" by Stefan van der Walt and Nathaniel Smith (matplotlib, CC0): its lightness
+# rises evenly from black to pale yellow, so that equal steps of the anomaly map look equal, in gray print too.
 _INFERNO = """
 000004 02020c 050417 0a0722 10092d 160b39 1e0c45 260c51 2f0a5b 380962 400a67 490b6a 510e6c
 59106e 61136e 69166e 71196e 781c6d 801f6c 88226a 902568 982766 a02a63 a82e5f b0315b b73557
 bf3952 c63d4d cc4248 d34743 d94d3d df5337 e45a31 e9612b ed6925 f1711f f47918 f78212 f98b0b
 fa9407 fb9d07 fca60c fcb014 fbba1f fac42a f8cd37 f6d746 f4e156 f2ea69 f2f27d f5f992 fcffa4
 """
-_ANCHORS = np.array([list(bytes.fromhex(colour)) for colour in _INFERNO.split()], dtype=np.float64)
+_ANCHORS = np.array([list(bytes.fromhex(color)) for color in _INFERNO.split()], dtype=np.float64)
 _LEVELS = 256
 
-# Yellow and blue-violet stay apart for every kind of colour vision, and both from grey, brown and green textures.
-FOUND_COLOUR: Colour = (255, 212, 0)
+# Yellow and blue-violet stay apart for every kind of color vision, and both from gray, brown and green textures.
+FOUND_COLOR: Color = (255, 212, 0)
 """Outline of what lies above the threshold."""
-TRUTH_COLOUR: Colour = (64, 196, 255)
+TRUTH_COLOR: Color = (64, 196, 255)
 """Outline of the ground truth."""
-_SHADE: Colour = (12, 14, 18)
-_BACKGROUND: Colour = (18, 20, 25)
-_EMPTY: Colour = (34, 37, 44)
-_TEXT: Colour = (214, 218, 226)
-_QUIET: Colour = (138, 145, 158)
-_ALARM: Colour = (255, 116, 92)
-_CLEAR: Colour = (112, 214, 150)
+_SHADE: Color = (12, 14, 18)
+_BACKGROUND: Color = (18, 20, 25)
+_EMPTY: Color = (34, 37, 44)
+_TEXT: Color = (214, 218, 226)
+_QUIET: Color = (138, 145, 158)
+_ALARM: Color = (255, 116, 92)
+_CLEAR: Color = (112, 214, 150)
 
 _TILE = 272
 """Edge of the square box that a panel's tile is fitted into, in pixels."""
@@ -50,7 +50,7 @@ _GAP = 6
 _FOOT = 26
 _FONT_SIZE = 13
 _SMALLEST_OVERLAY = 360
-"""A picture narrower than this is enlarged in draw_overlay, so that its caption can be read."""
+"""An image narrower than this is enlarged in draw_overlay, so that its caption can be read."""
 _HEAT_OPACITY = 0.6
 
 
@@ -61,14 +61,14 @@ def _interpolate_anchors() -> ImageArray:
 
 
 HEAT_TABLE: ImageArray = _interpolate_anchors()
-"""Colours of the values 0, 1/255, ..., 1: uint8 RGB, shape (256, 3)."""
+"""Colors of the values 0, 1/255, ..., 1: uint8 RGB, shape (256, 3)."""
 
 
-def colour_map(anomaly_map: npt.NDArray[np.floating]) -> ImageArray:
-    """Colour an anomaly map on the fixed scale 0 (black) to 1 (pale yellow).
+def color_map(anomaly_map: npt.NDArray[np.floating]) -> ImageArray:
+    """Color an anomaly map on the fixed scale 0 (black) to 1 (pale yellow).
 
     Args:
-        anomaly_map: values in [0, 1], shape (H, W); values outside take the colour of the nearer end, NaN that of 0.
+        anomaly_map: values in [0, 1], shape (H, W); values outside take the color of the nearer end, NaN that of 0.
 
     Returns:
         uint8 RGB, shape (H, W, 3).
@@ -86,8 +86,8 @@ def draw_panel(
 
     Args:
         image: uint8 RGB, shape (H, W, 3).
-        mask: ground truth of the picture, bool (H', W'), resized to the picture; None where there is none.
-        anomaly_map: float32 in [0, 1], any shape, resized to the picture.
+        mask: ground truth of the image, bool (H', W'), resized to the image; None where there is none.
+        anomaly_map: float32 in [0, 1], any shape, resized to the image.
         threshold: pixel threshold, drawn on the scale of the heat map too; None draws the ground truth's outline alone.
 
     Returns:
@@ -98,9 +98,9 @@ def draw_panel(
     """
     _check_shapes(image, mask, anomaly_map)
     size = _fit(image.shape[:2], _TILE)
-    picture, heat = resize_image(image, size), _resize_map(anomaly_map, size)
+    image, heat = resize_image(image, size), _resize_map(anomaly_map, size)
     truth = None if mask is None else resize_mask(mask, size)
-    tiles = [picture, _draw_truth(truth, size), colour_map(heat), _draw_outlines(picture, truth, heat, threshold)]
+    tiles = [image, _draw_truth(truth, size), color_map(heat), _draw_outlines(image, truth, heat, threshold)]
     canvas = Image.new("RGB", (4 * _TILE + 5 * _GAP, size[0] + 2 * _GAP + _FOOT), _BACKGROUND)
     for column, tile in enumerate(tiles):
         left = _GAP + column * (_TILE + _GAP)
@@ -113,17 +113,17 @@ def draw_panel(
 def draw_overlay(
     image: ImageArray, anomaly_map: AnomalyMap, *, threshold: float | None, score: float, is_anomalous: bool | None
 ) -> ImageArray:
-    """Draw the result for one picture: heat where the map is high, an outline at the threshold, the verdict below.
+    """Draw the result for one image: heat where the map is high, an outline at the threshold, the verdict below.
 
     Args:
         image: uint8 RGB, shape (H, W, 3).
-        anomaly_map: float32 in [0, 1], any shape, resized to the picture.
+        anomaly_map: float32 in [0, 1], any shape, resized to the image.
         threshold: pixel threshold of the outline; None draws none.
-        score: anomaly score of the whole picture.
+        score: anomaly score of the whole image.
         is_anomalous: the verdict; None where the model has no threshold.
 
     Returns:
-        uint8 RGB, of the picture's size with a strip added below; narrow pictures are enlarged by a whole factor.
+        uint8 RGB, of the image's size with a strip added below; narrow images are enlarged by a whole factor.
 
     Raises:
         AlmrrError: an argument has the wrong number of axes.
@@ -131,16 +131,16 @@ def draw_overlay(
     _check_shapes(image, None, anomaly_map)
     factor = -(-_SMALLEST_OVERLAY // image.shape[1])
     size = (image.shape[0] * factor, image.shape[1] * factor)
-    picture, heat = resize_image(image, size), _resize_map(anomaly_map, size)
+    image, heat = resize_image(image, size), _resize_map(anomaly_map, size)
     opacity = _HEAT_OPACITY * heat[..., None]
-    warm = np.rint((1.0 - opacity) * picture + opacity * colour_map(heat)).astype(np.uint8)
+    warm = np.rint((1.0 - opacity) * image + opacity * color_map(heat)).astype(np.uint8)
     return np.concatenate([_draw_outlines(warm, None, heat, threshold), _write_verdict(size[1], score, is_anomalous)])
 
 
-def encode_picture(picture: ImageArray, *, quality: int = 82) -> bytes:
-    """Compress a drawn picture as WebP, sharp at coloured lines; uint8 RGB (H, W, 3) in, the file's bytes out."""
+def encode_image(image: ImageArray, *, quality: int = 82) -> bytes:
+    """Compress a drawn image as WebP, sharp at colored lines; uint8 RGB (H, W, 3) in, the file's bytes out."""
     stream = io.BytesIO()
-    Image.fromarray(picture).save(stream, "WEBP", quality=quality, method=6, use_sharp_yuv=True)
+    Image.fromarray(image).save(stream, "WEBP", quality=quality, method=6, use_sharp_yuv=True)
     return stream.getvalue()
 
 
@@ -153,21 +153,21 @@ def outline(region: MaskArray, *, width: int) -> MaskArray:
 
 
 class _Foot(NamedTuple):
-    """A tile's label: its column, its words and their colour."""
+    """A tile's label: its column, its words and their color."""
 
     column: int
     text: str
-    colour: Colour
+    color: Color
 
 
 def _check_shapes(image: ImageArray, mask: MaskArray | None, anomaly_map: AnomalyMap) -> None:
     if image.ndim != 3 or image.shape[2] != 3 or anomaly_map.ndim != 2 or (mask is not None and mask.ndim != 2):
         shapes = f"{image.shape}, {None if mask is None else mask.shape}, {anomaly_map.shape}"
-        raise AlmrrError(f"A picture (H, W, 3), a mask (H, W) and a map (H, W) are needed to draw, not {shapes}.")
+        raise AlmrrError(f"An image (H, W, 3), a mask (H, W) and a map (H, W) are needed to draw, not {shapes}.")
 
 
 def _fit(shape: tuple[int, ...], edge: int) -> tuple[int, int]:
-    """Rows and columns of a picture that is scaled until its longer edge is `edge`."""
+    """Rows and columns of an image that is scaled until its longer edge is `edge`."""
     scale = edge / max(shape)
     return max(1, round(shape[0] * scale)), max(1, round(shape[1] * scale))
 
@@ -187,15 +187,15 @@ def _draw_truth(truth: MaskArray | None, size: tuple[int, int]) -> ImageArray:
 
 
 def _draw_outlines(
-    picture: ImageArray, truth: MaskArray | None, heat: AnomalyMap, threshold: float | None
+    image: ImageArray, truth: MaskArray | None, heat: AnomalyMap, threshold: float | None
 ) -> ImageArray:
     """Draw both outlines on a copy, each with a dark edge that parts it from bright textures."""
-    drawn = picture.copy()
+    drawn = image.copy()
     found = None if threshold is None else np.asarray(heat > threshold)
-    for region, colour, width in ((truth, TRUTH_COLOUR, 1), (found, FOUND_COLOUR, 2)):
+    for region, color, width in ((truth, TRUTH_COLOR, 1), (found, FOUND_COLOR, 2)):
         if region is not None:
             drawn[outline(region, width=width + 1)] = _SHADE
-            drawn[outline(region, width=width)] = colour
+            drawn[outline(region, width=width)] = color
     return drawn
 
 
@@ -209,13 +209,13 @@ def _write_feet(draw: ImageDraw.ImageDraw, top: int, truth: MaskArray | None, th
     feet = [_Foot(0, "image", _QUIET), _Foot(1, kind, _QUIET)]
     feet.append(_Foot(3, "no threshold" if threshold is None else f"above {threshold:.3g}", _QUIET))
     for foot in feet:
-        draw.text((_GAP + foot.column * (_TILE + _GAP), top + 8), foot.text, foot.colour, _font(_FONT_SIZE))
+        draw.text((_GAP + foot.column * (_TILE + _GAP), top + 8), foot.text, foot.color, _font(_FONT_SIZE))
     right = 4 * (_TILE + _GAP)
-    keys = [("found", FOUND_COLOUR)] * (threshold is not None) + [("truth", TRUTH_COLOUR)] * (truth is not None)
-    for word, colour in keys:
+    keys = [("found", FOUND_COLOR)] * (threshold is not None) + [("truth", TRUTH_COLOR)] * (truth is not None)
+    for word, color in keys:
         right -= round(draw.textlength(word, _font(_FONT_SIZE)))
         draw.text((right, top + 8), word, _TEXT, _font(_FONT_SIZE))
-        draw.line((right - 16, top + 17, right - 5, top + 17), colour, 2)
+        draw.line((right - 16, top + 17, right - 5, top + 17), color, 2)
         right -= 28
 
 
@@ -230,17 +230,17 @@ def _draw_scale(canvas: Image.Image, *, left: int, top: int, threshold: float | 
     draw.text((start + width + 6, top + 8), "1", _QUIET, font)
     if threshold is not None:
         at = start + round(min(max(threshold, 0.0), 1.0) * (width - 1))
-        draw.line((at, top + 9, at, top + 12 + height + 2), FOUND_COLOUR, 2)
+        draw.line((at, top + 9, at, top + 12 + height + 2), FOUND_COLOR, 2)
 
 
 def _write_verdict(width: int, score: float, is_anomalous: bool | None) -> ImageArray:
-    """Draw the strip below a picture: the verdict in words and colour, the score at the right."""
+    """Draw the strip below an image: the verdict in words and color, the score at the right."""
     size = max(_FONT_SIZE + 3, width // 40)
     words = {None: ("no threshold", _QUIET), True: ("defective", _ALARM), False: ("normal", _CLEAR)}
-    word, colour = words[is_anomalous]
+    word, color = words[is_anomalous]
     strip = Image.new("RGB", (width, 2 * size), _BACKGROUND)
     draw, font, middle = ImageDraw.Draw(strip), _font(size), size
-    draw.ellipse((size // 2, middle - size // 3, size // 2 + 2 * (size // 3), middle + size // 3), colour)
-    draw.text((size // 2 + size, middle), word, colour, font, anchor="lm")
+    draw.ellipse((size // 2, middle - size // 3, size // 2 + 2 * (size // 3), middle + size // 3), color)
+    draw.text((size // 2 + size, middle), word, color, font, anchor="lm")
     draw.text((width - size // 2, middle), f"score {score:.3f}", _TEXT, font, anchor="rm")
     return np.asarray(strip)

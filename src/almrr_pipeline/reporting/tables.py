@@ -73,7 +73,7 @@ class Table:
         return letters
 
     def groups(self) -> list[tuple[str, int]]:
-        """Groups of neighbouring columns with their widths, for the row above the heads."""
+        """Groups of neighboring columns with their widths, for the row above the heads."""
         groups: list[tuple[str, int]] = []
         for head in self.heads:
             if groups and groups[-1][0] == head.group:
@@ -125,11 +125,11 @@ def tabulate_results(metrics: Mapping[str, Metrics], summary: Spread, *, links: 
 
 
 def tabulate_defects(metrics: Metrics) -> Table:
-    """Metrics of each kind of defect against all normal test pictures."""
+    """Metrics of each defect type against all normal test images."""
     kinds: Mapping[str, Metrics] = metrics.get("defects", {})
     names = list_metrics(list(kinds.values()))
     table = Table(
-        "By kind of defect, against all normal test pictures", [Head("pictures"), *map(describe_metric, names)]
+        "By defect type, against all normal test images", [Head("images"), *map(describe_metric, names)]
     )
     for kind, values in kinds.items():
         count = Cell(format_count(values.get("counts", {}).get("defective_images")))
@@ -150,15 +150,15 @@ def tabulate_seeds(seeds: Mapping[str, Spread]) -> Table:
 
 
 def tabulate_counts(training: Mapping[str, tuple[int | None, int | None]], metrics: Mapping[str, Metrics]) -> Table:
-    """Pictures in each part of each category.
+    """Images in each part of each category.
 
     Args:
-        training: by category, normal pictures trained on and held out for the thresholds; None where not known.
+        training: by category, normal images trained on and held out for the thresholds; None where not known.
         metrics: content of metrics.json by category.
     """
-    heads = [Head("trained on", "normal pictures"), Head("held out", "normal pictures")]
-    heads += [Head("normal", "test pictures"), Head("defective", "test pictures"), Head("regions", "test pictures")]
-    table = Table("Pictures in each part", heads)
+    heads = [Head("trained on", "normal images"), Head("held out", "normal images")]
+    heads += [Head("normal", "test images"), Head("defective", "test images"), Head("regions", "test images")]
+    table = Table("Images in each part", heads)
     for category, values in metrics.items():
         counts = values.get("counts", {})
         parts = [*training[category], *(counts.get(k) for k in ("normal_images", "defective_images", "regions"))]
@@ -176,12 +176,12 @@ def tabulate_thresholds(metrics: Mapping[str, Metrics]) -> Table:
         Head("level"),
         Head("threshold"),
         Head("asked for", "false alarms", "The false-alarm rate that the threshold was to keep."),
-        Head("guaranteed", "false alarms", "The rate that the held-out normal pictures can guarantee."),
-        Head("on the test set", "false alarms", "Share of normal test pictures above the threshold."),
-        Head("pictures found", "defects on the test set", "Share of defective test pictures above the threshold."),
+        Head("guaranteed", "false alarms", "The rate that the validation images can guarantee."),
+        Head("on the test set", "false alarms", "Share of normal test images above the threshold."),
+        Head("images found", "defects on the test set", "Share of defective test images above the threshold."),
         Head("pixels found", "defects on the test set", "Share of defective pixels above the threshold."),
     ]
-    table = Table("Thresholds, from held-out normal pictures alone", heads)
+    table = Table("Thresholds, from validation images alone", heads)
     for category, values in metrics.items():
         for level in ("image", "pixel"):
             threshold = values.get("thresholds", {}).get(level)
@@ -217,11 +217,11 @@ def format_count(value: int | None) -> str:
 
 _AUPRO_MEANING = "Mean share of a defective region that is covered, averaged over false positive rates"
 _MEANINGS = {
-    "image_auroc": "Chance that a defective picture scores higher than a normal one; 0.5 is guessing.",
-    "image_ap": "Average precision when pictures are called defective in the order of their scores.",
+    "image_auroc": "Chance that a defective image scores higher than a normal one; 0.5 is guessing.",
+    "image_ap": "Average precision when images are called defective in the order of their scores.",
     "image_f1max": "Best F1 of any threshold on the image score, chosen with the labels: a bound, not a promise.",
     "pixel_auroc": "Chance that a defective pixel has a higher value than a normal one; 0.5 is guessing.",
-    "pixel_ap": "Average precision over all pixels of all test pictures; guessing gives the share of defective pixels.",
+    "pixel_ap": "Average precision over all pixels of all test images; guessing gives the share of defective pixels.",
     "pixel_f1max": "Best F1 of any threshold on the anomaly map, chosen with the masks: a bound, not a promise.",
 }
 
@@ -241,8 +241,8 @@ def _mean_cell(mean: Mapping[str, float | int | None]) -> Cell:
 
 
 def _spread_cell(spread: Mapping[str, float | int | None]) -> Cell:
-    value, deviation = spread.get("mean"), spread.get("deviation")
-    return Cell(format_metric(value), "" if deviation is None else f"± {deviation:.3f}")
+    value, std = spread.get("mean"), spread.get("std")
+    return Cell(format_metric(value), "" if std is None else f"± {std:.3f}")
 
 
 def _find_tops(metrics: Mapping[str, Metrics], names: Sequence[str]) -> dict[str, str]:
@@ -252,7 +252,7 @@ def _find_tops(metrics: Mapping[str, Metrics], names: Sequence[str]) -> dict[str
 
 
 def _say_absent(counts: Mapping[str, int]) -> str:
-    """Which defective test pictures take no part in the pixel metrics, and why; empty where all do."""
+    """Which defective test images take no part in the pixel metrics, and why; empty where all do."""
     without, empty = counts.get("defective_images_without_mask", 0), counts.get("defective_images_with_empty_mask", 0)
     parts = [f"{without} without a mask"] * bool(without) + [f"{empty} with an empty mask"] * bool(empty)
     return f"of these, {' and '.join(parts)}" if parts else ""
@@ -276,7 +276,7 @@ def _threshold_cells(table: Table, level: str, threshold: Metrics) -> list[Cell]
 def _proportion_cell(proportion: Metrics) -> Cell:
     """A counted share, with its 95 % interval in small print."""
     if proportion["rate"] is None:
-        return Cell(DASH, "no such picture")
+        return Cell(DASH, "no such image")
     low, high = 100 * proportion["low"], 100 * proportion["high"]
     counted = f"{proportion['count']} of {proportion['of']}"
     return Cell(f"{100 * proportion['rate']:.1f} %", f"{counted}, {low:.1f} to {high:.1f} %")

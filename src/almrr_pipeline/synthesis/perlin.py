@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from almrr_pipeline.errors import AlmrrError
+from almrr_pipeline.common.errors import AlmrrError
 
 Noise = npt.NDArray[np.float32]
 BinaryMask = npt.NDArray[np.bool_]
@@ -38,7 +38,7 @@ class _Axis(NamedTuple):
 
 
 def perlin_noise(shape: tuple[int, int], *, cells: tuple[int, int], generator: np.random.Generator) -> Noise:
-    """Draw a picture of Perlin noise.
+    """Draw an image of Perlin noise.
 
     Pixel p of an axis with n pixels and c cells lies at p c / n, so the first pixel lies on a node; n need not be a
     multiple of c. Noise is linear in the gradients and its weights are products of one factor per axis: gradients are
@@ -104,7 +104,7 @@ def perlin_mask(
 
 
 def _rotate(noise: Noise, degrees: float) -> Noise:
-    """Turn counter-clockwise about the centre, bilinear; what comes from outside is 0, as in DRAEM."""
+    """Turn counter-clockwise about the center, bilinear; what comes from outside is 0, as in DRAEM."""
     turned = Image.fromarray(noise).rotate(degrees, resample=Image.Resampling.BILINEAR, fillcolor=0.0)
     return np.asarray(turned)
 

@@ -1,7 +1,7 @@
 """Outlines of simulated anomalies besides the paper's Perlin noise: thin lines, and bands from edge to edge.
 
 Perlin noise above a threshold makes blobs. Cracks and scratches are lines of a pixel or a few, and a surface that was
-ground, coated or lit unevenly differs from one edge of the picture to the other; a network that has seen blobs alone
+ground, coated or lit unevenly differs from one edge of the image to the other; a network that has seen blobs alone
 misses both.
 """
 
@@ -13,15 +13,15 @@ from PIL import Image, ImageDraw
 from almrr_pipeline.synthesis.perlin import BinaryMask
 
 LINE_LENGTH = (0.08, 0.6)
-"""Of a line, as a share of the picture's shorter side."""
+"""Of a line, as a share of the image's shorter side."""
 WIDEST_LINE = 1 / 64
-"""As a share of the picture's shorter side; the thinnest line is a pixel wide."""
+"""As a share of the image's shorter side; the thinnest line is a pixel wide."""
 LINE_BEND = 0.25
 """Farthest that a line's middle lies off its ends' connection, as a share of its length."""
 BAND_SHARE = (0.05, 0.45)
-"""Of the picture, that a band covers: less than half, so that it is the band which is out of the ordinary."""
+"""Of the image, that a band covers: less than half, so that it is the band which is out of the ordinary."""
 BAND_WAVE = 0.04
-"""Largest amplitude of a band's edge, as a share of the picture's shorter side."""
+"""Largest amplitude of a band's edge, as a share of the image's shorter side."""
 _CURVE_POINTS = 48
 
 
@@ -35,7 +35,7 @@ def line_mask(shape: tuple[int, int], *, generator: np.random.Generator) -> Bina
         generator: draws place, direction, length, bend and width.
 
     Returns:
-        bool, shape `shape`; at least one pixel is True, as the line's middle lies inside the picture.
+        bool, shape `shape`; at least one pixel is True, as the line's middle lies inside the image.
     """
     side = min(shape)
     length = generator.uniform(*LINE_LENGTH) * side
@@ -52,11 +52,11 @@ def line_mask(shape: tuple[int, int], *, generator: np.random.Generator) -> Bina
 
 
 def band_mask(shape: tuple[int, int], *, generator: np.random.Generator) -> BinaryMask:
-    """Draw a band that reaches across the picture: one side of a wavy line, or what lies between two.
+    """Draw a band that reaches across the image: one side of a wavy line, or what lies between two.
 
     Args:
         shape: rows and columns, in pixels.
-        generator: draws direction, share of the picture, wave, and whether it has one edge or two.
+        generator: draws direction, share of the image, wave, and whether it has one edge or two.
 
     Returns:
         bool, shape `shape`; the share of True pixels lies in `BAND_SHARE`.
@@ -70,7 +70,7 @@ def band_mask(shape: tuple[int, int], *, generator: np.random.Generator) -> Bina
     position = across + generator.uniform(0.0, BAND_WAVE) * side * np.sin(2.0 * np.pi * along / wavelength + phase)
     share = generator.uniform(*BAND_SHARE)
     if generator.random() < 0.5:
-        centre = np.quantile(position, generator.uniform(0.5 * share, 1.0 - 0.5 * share))
-        position = -np.abs(position - centre)
+        center = np.quantile(position, generator.uniform(0.5 * share, 1.0 - 0.5 * share))
+        position = -np.abs(position - center)
     mask: BinaryMask = position > np.quantile(position, 1.0 - share)
     return mask

@@ -1,4 +1,4 @@
-"""The work of making a pool, cut into tasks that write a stretch of an array on disk each.
+"""The work of making a synthetic set, cut into tasks that write a stretch of an array on disk each.
 
 A task is a function of its arguments and of files: any process may do it, and what comes out is the same. Every sample
 and every crop has a random generator of its own, made of the seed, its number and its stream.
@@ -16,16 +16,16 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib.format import open_memmap
 
-from almrr_pipeline.images import ImageArray, read_image, resize_image
+from almrr_pipeline.common.images import ImageArray, read_image, resize_image
 from almrr_pipeline.synthesis.blend import blend_anomaly
 from almrr_pipeline.synthesis.perlin import BinaryMask, perlin_mask
 from almrr_pipeline.synthesis.shapes import band_mask, line_mask
-from almrr_pipeline.synthesis.textures import alter_texture, change_exposure, has_colour, remove_colour
+from almrr_pipeline.synthesis.textures import alter_texture, change_exposure, has_color, remove_color
 
 Material = Literal["texture", "exposure"]
-"""What fills an anomaly: an altered texture (the paper), or the picture itself as if exposed otherwise."""
+"""What fills an anomaly: an altered texture (the paper), or the image itself as if exposed otherwise."""
 Shape = Literal["perlin", "line", "band"]
-"""Outline of an anomaly: Perlin noise above a threshold (the paper), a thin line, a band across the picture."""
+"""Outline of an anomaly: Perlin noise above a threshold (the paper), a thin line, a band across the image."""
 _Kind = TypeVar("_Kind", bound=str)
 
 
@@ -33,14 +33,14 @@ class Stream(IntEnum):
     """What random numbers are drawn for; streams are independent of each other."""
 
     TRAINING = 0
-    HELD_OUT = 1
+    VALIDATION = 1
     TRAINING_CROPS = 2
-    HELD_OUT_CROPS = 3
+    VALIDATION_CROPS = 3
 
 
 @dataclass(frozen=True)
 class AnomalyRecipe:
-    """How anomalies are simulated; see `simulate_pool` for ranges."""
+    """How anomalies are simulated; see `synthesize` for ranges."""
 
     anomaly_free: float
     grid_exponents: tuple[int, int]
@@ -48,8 +48,8 @@ class AnomalyRecipe:
     opacity: tuple[float, float]
     operations: int
     seed: int
-    match_colour: bool = False
-    """On a normal picture without colour the anomaly source loses its own."""
+    match_color: bool = False
+    """On a normal image without color the texture loses its own."""
     materials: Mapping[Material, float] = field(default_factory=lambda: {"texture": 1.0})
     """How often an anomaly is made of what; relative to each other."""
     shapes: Mapping[Shape, float] = field(default_factory=lambda: {"perlin": 1.0})
@@ -58,7 +58,7 @@ class AnomalyRecipe:
 
 @dataclass(frozen=True)
 class SampleTask:
-    """Samples `start` to `stop` (not included) of one part of the pool."""
+    """Samples `start` to `stop` (not included) of one part of the synthetic set."""
 
     normals: Path
     textures: Path
@@ -73,18 +73,18 @@ class SampleTask:
 
 @dataclass(frozen=True)
 class ResizeTask:
-    """Pictures to be resized to the rows `start`, `start` + 1, ... of an array."""
+    """Images to be resized to the rows `start`, `start` + 1, ... of an array."""
 
-    pictures: tuple[Path, ...]
+    images: tuple[Path, ...]
     target: Path
     start: int
 
 
 @dataclass(frozen=True)
 class CropTask:
-    """Random crops of one picture, for the rows `rows` of an array."""
+    """Random crops of one image, for the rows `rows` of an array."""
 
-    picture: Path
+    image: Path
     target: Path
     rows: tuple[int, ...]
     scale: float
@@ -105,18 +105,18 @@ def simulate_sample(
     recipe: AnomalyRecipe,
     stream: Stream = Stream.TRAINING,
 ) -> tuple[ImageArray, BinaryMask, int]:
-    """Simulate one sample of the pool.
+    """Simulate one sample of the synthetic set.
 
     Args:
         number: which sample; with the recipe's seed and the stream it determines all that is drawn.
         normals: uint8 in [0, 255], shape (n, H, W, 3).
-        textures: anomaly sources of the same kind, shape (t, H, W, 3).
+        textures: textures of the same kind, shape (t, H, W, 3).
         recipe: what is drawn from which range.
         stream: training or held-out.
 
     Returns:
-        The augmented picture, uint8 (H, W, 3); its mask, bool (H, W), all False for a sample without anomaly; and
-        which normal picture it was made of.
+        The augmented image, uint8 (H, W, 3); its mask, bool (H, W), all False for a sample without anomaly; and
+        which normal image it was made of.
     """
     generator = make_generator(recipe.seed, number, stream)
     source = int(generator.integers(len(normals)))
@@ -130,8 +130,8 @@ def simulate_sample(
         anomaly = change_exposure(normal, generator=generator)
     else:
         anomaly = alter_texture(texture, count=recipe.operations, generator=generator)
-        if recipe.match_colour and not has_colour(normal):
-            anomaly = remove_colour(anomaly)
+        if recipe.match_color and not has_color(normal):
+            anomaly = remove_color(anomaly)
     opacity = generator.uniform(*recipe.opacity)
     return blend_anomaly(normal, anomaly, mask, opacity=opacity), mask, source
 
@@ -169,38 +169,38 @@ def write_samples(task: SampleTask) -> int:
 
 
 def write_resized(task: ResizeTask) -> int:
-    """Read pictures and write them at the array's size; returns how many."""
+    """Read images and write them at the array's size; returns how many."""
     target = open_memmap(task.target, mode="r+")
-    for row, picture in enumerate(task.pictures, start=task.start):
-        target[row] = resize_image(read_image(picture), target.shape[1:3])
-    return len(task.pictures)
+    for row, image in enumerate(task.images, start=task.start):
+        target[row] = resize_image(read_image(image), target.shape[1:3])
+    return len(task.images)
 
 
 def write_crops(task: CropTask) -> int:
-    """Read a picture, scale it and write random crops of the array's size; returns how many."""
+    """Read an image, scale it and write random crops of the array's size; returns how many."""
     target = open_memmap(task.target, mode="r+")
     size = (int(target.shape[1]), int(target.shape[2]))
-    picture = scale_picture(read_image(task.picture), scale=task.scale, at_least=size)
+    image = scale_image(read_image(task.image), scale=task.scale, at_least=size)
     for row in task.rows:
         generator = make_generator(task.seed, row, task.stream)
-        top, left = (int(generator.integers(picture.shape[axis] - size[axis] + 1)) for axis in (0, 1))
-        target[row] = picture[top : top + size[0], left : left + size[1]]
+        top, left = (int(generator.integers(image.shape[axis] - size[axis] + 1)) for axis in (0, 1))
+        target[row] = image[top : top + size[0], left : left + size[1]]
     return len(task.rows)
 
 
-def scale_picture(picture: ImageArray, *, scale: float, at_least: tuple[int, int]) -> ImageArray:
-    """Scale a picture; where it is then smaller than a crop, add its reflection around it, as prediction does.
+def scale_image(image: ImageArray, *, scale: float, at_least: tuple[int, int]) -> ImageArray:
+    """Scale an image; where it is then smaller than a crop, add its reflection around it, as prediction does.
 
     Args:
-        picture: uint8 in [0, 255], shape (H, W, 3).
+        image: uint8 in [0, 255], shape (H, W, 3).
         scale: factor of both sides.
         at_least: rows and columns of a crop.
 
     Returns:
         uint8 in [0, 255], at least of that size.
     """
-    rows, columns = (max(1, round(length * scale)) for length in picture.shape[:2])
-    scaled = resize_image(picture, (rows, columns))
+    rows, columns = (max(1, round(length * scale)) for length in image.shape[:2])
+    scaled = resize_image(image, (rows, columns))
     missing = (max(0, at_least[0] - rows), max(0, at_least[1] - columns))
     if not any(missing):
         return scaled

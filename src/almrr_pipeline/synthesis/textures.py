@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageEnhance, ImageOps
 
-from almrr_pipeline.images import ImageArray
+from almrr_pipeline.common.images import ImageArray
 
 EXPOSURE = (0.2, 0.8)
 """Least and largest logarithm of the factor between two exposures: a fifth, and a bit more than twofold."""
@@ -72,7 +72,7 @@ def equalize(texture: Image.Image, generator: np.random.Generator) -> Image.Imag
 
 
 def rotate(texture: Image.Image, generator: np.random.Generator) -> Image.Image:
-    """Turn by an angle in [-45, 45] degrees about the centre; what comes from outside is black."""
+    """Turn by an angle in [-45, 45] degrees about the center; what comes from outside is black."""
     return texture.rotate(generator.uniform(-45.0, 45.0), resample=Image.Resampling.BILINEAR)
 
 
@@ -102,20 +102,20 @@ def alter_texture(texture: ImageArray, *, count: int, generator: np.random.Gener
     Returns:
         uint8 in [0, 255], shape (H, W, 3).
     """
-    picture = Image.fromarray(texture)
+    image = Image.fromarray(texture)
     for index in generator.permutation(len(OPERATIONS))[:count]:
-        picture = OPERATIONS[index](picture, generator)
-    return np.asarray(picture)
+        image = OPERATIONS[index](image, generator)
+    return np.asarray(image)
 
 
-def change_exposure(picture: ImageArray, *, generator: np.random.Generator) -> ImageArray:
-    """Take a picture again as if lit or ground otherwise: brighter or darker, and of more or less contrast.
+def change_exposure(image: ImageArray, *, generator: np.random.Generator) -> ImageArray:
+    """Take an image again as if lit or ground otherwise: brighter or darker, and of more or less contrast.
 
     A value v becomes gain * (mean + contrast * (v - mean)), cut to [0, 255]. Gain and contrast are log-uniform; the
     gain departs from 1, either way, by at least the lower end of `EXPOSURE`.
 
     Args:
-        picture: uint8 in [0, 255], shape (H, W, 3); it is not changed.
+        image: uint8 in [0, 255], shape (H, W, 3); it is not changed.
         generator: draws gain and contrast.
 
     Returns:
@@ -123,20 +123,20 @@ def change_exposure(picture: ImageArray, *, generator: np.random.Generator) -> I
     """
     gain = np.exp(generator.choice([-1.0, 1.0]) * generator.uniform(*EXPOSURE))
     contrast = np.exp(generator.uniform(-EXPOSURE[1], EXPOSURE[1]))
-    mean = picture.mean(dtype=np.float64)
+    mean = image.mean(dtype=np.float64)
     curve = gain * (mean + contrast * (np.arange(256) - mean))
-    changed: ImageArray = np.clip(np.rint(curve), 0, 255).astype(np.uint8)[picture]
+    changed: ImageArray = np.clip(np.rint(curve), 0, 255).astype(np.uint8)[image]
     return changed
 
 
-def remove_colour(picture: ImageArray) -> ImageArray:
-    """Return a picture's luma in all three channels, uint8 (H, W, 3)."""
-    return np.asarray(Image.fromarray(picture).convert("L").convert("RGB"))
+def remove_color(image: ImageArray) -> ImageArray:
+    """Return an image's luma in all three channels, uint8 (H, W, 3)."""
+    return np.asarray(Image.fromarray(image).convert("L").convert("RGB"))
 
 
-def has_colour(picture: ImageArray) -> bool:
-    """Whether the three channels of a picture, uint8 (H, W, 3), differ anywhere."""
-    return bool((picture[..., 1:] != picture[..., :1]).any())
+def has_color(image: ImageArray) -> bool:
+    """Whether the three channels of an image, uint8 (H, W, 3), differ anywhere."""
+    return bool((image[..., 1:] != image[..., :1]).any())
 
 
 def _as_table(curve: npt.NDArray[np.floating] | npt.NDArray[np.integer]) -> list[int]:

@@ -1,1 +1,1 @@
-"""Training: losses, batches from the pool, the Lightning module, checkpoints, guards; `fit` is the door."""
+"""Training: losses, batches from the synthetic set, the Lightning module, checkpoints, guards; `fit` is the door."""

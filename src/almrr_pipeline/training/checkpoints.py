@@ -34,7 +34,7 @@ KEPT = 2
 def fingerprint(values: Mapping[str, Any], files: Iterable[Path] = ()) -> str:
     """One short name for parameters, data and code: equal if and only if the values and the files' contents are.
 
-    Data stand in `values` by their checksums: a pool by its pool.json, which holds those of its arrays.
+    Data stand in `values` by their checksums: a synthetic set by its synthetic_set.json, which holds those of its arrays.
 
     Args:
         values: parameters and whatever else decides the result; anything that JSON can hold.

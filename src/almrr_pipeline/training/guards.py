@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from almrr_pipeline.errors import AlmrrError
+from almrr_pipeline.common.errors import AlmrrError
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 

@@ -32,8 +32,8 @@ def reconstruction_loss(reconstruction: Tensor, target: Tensor) -> Tensor:
     """Mean squared error between F_hat and phi, over all elements (the paper's reconstruction loss).
 
     Args:
-        reconstruction: F_hat, features repaired from the augmented picture, shape (B, C, h, w).
-        target: phi, features of the normal picture, of the same shape.
+        reconstruction: F_hat, features repaired from the augmented image, shape (B, C, h, w).
+        target: phi, features of the normal image, of the same shape.
 
     Returns:
         float32 scalar, at least 0.

@@ -13,20 +13,20 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from almrr_pipeline.model.almrr import ALMRR, TrainingOutput
-from almrr_pipeline.training.loading import Batch, to_images
+from almrr_pipeline.training.data import Batch, to_images
 from almrr_pipeline.training.losses import focal_loss, reconstruction_loss
 from almrr_pipeline.training.randomness import derive_seed
-from almrr_pipeline.training.schedules import Schedule, learning_rate_factors
+from almrr_pipeline.training.optim import Schedule, learning_rate_factors
 
-SPARED = ("A_log", "position")
+NO_DECAY = ("A_log", "position")
 """Parameters that do not decay though they have more than one dimension: the scan's A and the position embedding."""
 
-PARTS = ("loss", "reconstruction", "refinement", "gradient_norm")
+LOGGED = ("loss", "reconstruction", "refinement", "gradient_norm")
 """What a step is observed by."""
 
 
 @dataclass(frozen=True)
-class Objective:
+class Loss:
     """The loss: reconstruction_weight * MSE(F_hat, phi) + refinement_weight * focal(map, M); the paper's is 1 : 1."""
 
     focal_gamma: float
@@ -42,7 +42,7 @@ class Objective:
 
 
 @dataclass(frozen=True)
-class Descent:
+class OptimizerSettings:
     """How the weights move.
 
     Attributes:
@@ -70,7 +70,7 @@ class Descent:
         spared: list[nn.Parameter] = []
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                is_spared = parameter.ndim < 2 or name.rpartition(".")[2] in SPARED
+                is_spared = parameter.ndim < 2 or name.rpartition(".")[2] in NO_DECAY
                 (spared if is_spared else decaying).append(parameter)
         groups = [
             {"params": decaying, "weight_decay": self.weight_decay},
@@ -90,7 +90,7 @@ class TrainingModule(LightningModule):
         loader: makes the loader of batches for a device, the rank and the number of processes.
         prepare: called once with the model on its device before a training that starts afresh.
         seed: of everything random in a step (drop path).
-        channels_last: memory format of the pictures.
+        channels_last: memory format of the images.
         compile: run the model through torch.compile.
     """
 
@@ -98,8 +98,8 @@ class TrainingModule(LightningModule):
         self,
         model: ALMRR,
         *,
-        objective: Objective,
-        descent: Descent,
+        objective: Loss,
+        descent: OptimizerSettings,
         loader: Callable[[torch.device, int, int], Any],
         prepare: Callable[[ALMRR], None],
         seed: int,
@@ -108,7 +108,7 @@ class TrainingModule(LightningModule):
     ) -> None:
         super().__init__()
         self.model = model
-        self.observed = torch.zeros(len(PARTS))
+        self.observed = torch.zeros(len(LOGGED))
         self.learning_rate = descent.learning_rate
         self._objective = objective
         self._descent = descent
@@ -123,7 +123,7 @@ class TrainingModule(LightningModule):
         return self._loader(self.device, self.global_rank, self.trainer.world_size)
 
     def on_fit_start(self) -> None:
-        """Standardise the features, say, unless a checkpoint already did."""
+        """Standardize the features, say, unless a checkpoint already did."""
         if self.trainer.ckpt_path is None:
             self._prepare(self.model)
 

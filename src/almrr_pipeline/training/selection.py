@@ -1,4 +1,4 @@
-"""Choosing weights by simulated anomalies on held-out normal pictures; no test picture has a part in it."""
+"""Choosing weights by simulated anomalies on validation images; no test image has a part in it."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from almrr_pipeline.errors import AlmrrError
-from almrr_pipeline.training.history import HistoryRecorder
-from almrr_pipeline.training.loading import TrainingPool, to_images
+from almrr_pipeline.common.errors import AlmrrError
+from almrr_pipeline.training.callbacks import HistoryRecorder
+from almrr_pipeline.training.data import TrainingSet, to_images
 from almrr_pipeline.training.module import TrainingModule
 
 logger = logging.getLogger(__name__)
 
 LOOKS = 20
 """How often a training is looked at, evenly spread, the last step included."""
-METRIC = "held_out_ap"
+METRIC = "validation_ap"
 
 
 def average_precision(scores: Tensor, labels: Tensor) -> float:
@@ -40,28 +40,28 @@ def average_precision(scores: Tensor, labels: Tensor) -> float:
     return float((gains * hits / ranks).sum() / hits[-1])
 
 
-class HeldOutSelection(Callback):
-    """Keeps the weights with the best pixel average precision on the pool's held-out part.
+class ValidationSelection(Callback):
+    """Keeps the weights with the best pixel average precision on the synthetic set's held-out part.
 
     The main process alone evaluates and keeps; with several processes the others wait, and end with the last weights.
 
     Args:
-        pool: its held_augmented and held_masks are used.
-        batch_size: pictures at a time.
+        synthetic set: its held_augmented and held_masks are used.
+        batch_size: images at a time.
         steps: length of the training.
-        history: gets each value, as column `held_out_ap`.
+        history: gets each value, as column `validation_ap`.
 
     Raises:
         AlmrrError: the held-out part has no anomalous pixel.
     """
 
-    def __init__(self, pool: TrainingPool, *, batch_size: int, steps: int, history: HistoryRecorder) -> None:
-        if not np.any(pool.held_masks):
+    def __init__(self, synthetic_set: TrainingSet, *, batch_size: int, steps: int, history: HistoryRecorder) -> None:
+        if not np.any(synthetic_set.validation_masks):
             raise AlmrrError(
-                "train.selection is held_out, but the pool has no simulated anomalies on held-out pictures: set "
+                "train.selection is held_out, but the synthetic set has no simulated anomalies on validation images: set "
                 "data.calibration above 0 and run the synthesize stage again, or take train.selection: last."
             )
-        self._pool = pool
+        self._synthetic_set = synthetic_set
         self._batch_size = batch_size
         self._every = max(1, -(-steps // LOOKS))
         self._history = history
@@ -76,7 +76,7 @@ class HeldOutSelection(Callback):
             return
         if trainer.is_global_zero:
             self._look(trainer, pl_module, step)
-        trainer.strategy.barrier("held_out")
+        trainer.strategy.barrier("validation")
 
     def restore_best(self, module: TrainingModule) -> None:
         """Put the best weights into the model."""
@@ -107,10 +107,10 @@ class HeldOutSelection(Callback):
     @torch.no_grad()
     def _evaluate(self, trainer: Trainer, module: TrainingModule) -> float:
         scores = []
-        for start in range(0, len(self._pool.held_augmented), self._batch_size):
-            pictures = np.ascontiguousarray(self._pool.held_augmented[start : start + self._batch_size])
-            images = to_images(torch.from_numpy(pictures).to(module.device), channels_last=False)
+        for start in range(0, len(self._synthetic_set.validation_augmented), self._batch_size):
+            images = np.ascontiguousarray(self._synthetic_set.validation_augmented[start : start + self._batch_size])
+            images = to_images(torch.from_numpy(images).to(module.device), channels_last=False)
             with trainer.precision_plugin.forward_context():
                 scores.append(module.model(images).float().cpu().flatten())
-        labels = torch.from_numpy(np.array(self._pool.held_masks)).bool().flatten()
+        labels = torch.from_numpy(np.array(self._synthetic_set.validation_masks)).bool().flatten()
         return average_precision(torch.cat(scores), labels)

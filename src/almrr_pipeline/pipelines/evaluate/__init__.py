@@ -1,4 +1,4 @@
-"""Anomaly maps of the test pictures, and what they are worth."""
+"""Anomaly maps of the test images, and what they are worth."""
 
 from almrr_pipeline.pipelines.evaluate.pipeline import create_pipeline
 

@@ -10,26 +10,26 @@ import pandas as pd
 
 from almrr_pipeline.config import EvaluateSettings, ReportSettings, ScanSettings
 from almrr_pipeline.evaluation.maps import AnomalyMaps, GroundTruth, tabulate_scores
-from almrr_pipeline.evaluation.scores import evaluate as evaluate_maps
-from almrr_pipeline.images import read_image
+from almrr_pipeline.evaluation.evaluate import evaluate as evaluate_maps
+from almrr_pipeline.common.images import read_image
 from almrr_pipeline.inference.predictor import Predictor, image_score
-from almrr_pipeline.inference.settings import InferenceSettings
-from almrr_pipeline.pipelines.datasets import FillsFolder
+from almrr_pipeline.inference.inference_config import InferenceConfig
+from almrr_pipeline.kedro_support.datasets import FillsFolder
 from almrr_pipeline.reporting.examples import Result, draw_examples, write_examples
 
 
 def map_anomalies(
     model: Path, manifest: pd.DataFrame, data_folder: Path, scan: ScanSettings, evaluate: EvaluateSettings
 ) -> FillsFolder:
-    """Predict the anomaly map of every test picture, at the size that the metrics are taken at."""
+    """Predict the anomaly map of every test image, at the size that the metrics are taken at."""
     predictor = Predictor(model, batch_size=evaluate.batch_size, scan_backend=scan.backend)
-    pictures = [data_folder / name for name in _test_rows(manifest)["image"]]
-    return AnomalyMaps.writer(predictor.maps(pictures, at="network"))
+    images = [data_folder / name for name in _test_rows(manifest)["image"]]
+    return AnomalyMaps.writer(predictor.maps(images, at="network"))
 
 
-def score_pictures(maps: AnomalyMaps, manifest: pd.DataFrame, model: Path, data_folder: Path) -> pd.DataFrame:
-    """Score every test picture, and hold the scores against the model's own threshold."""
-    settings = InferenceSettings.load(model)
+def score_images(maps: AnomalyMaps, manifest: pd.DataFrame, model: Path, data_folder: Path) -> pd.DataFrame:
+    """Score every test image, and hold the scores against the model's own threshold."""
+    settings = InferenceConfig.load(model)
     rows = _test_rows(manifest)
     return tabulate_scores(
         rows,
@@ -49,8 +49,8 @@ def measure(
     evaluate: EvaluateSettings,
     seed: int,
 ) -> tuple[dict[str, Any], pd.DataFrame, pd.DataFrame, pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """Compute all metrics; ROC, precision-recall and region overlap of the pixels; the first two of the pictures."""
-    thresholds = InferenceSettings.load(model).thresholds
+    """Compute all metrics; ROC, precision-recall and region overlap of the pixels; the first two of the images."""
+    thresholds = InferenceConfig.load(model).thresholds
     rows = _test_rows(manifest)
     found = evaluate_maps(
         maps,
@@ -77,7 +77,7 @@ def draw_chosen_examples(
     report: ReportSettings,
 ) -> FillsFolder:
     """Draw the best, the typical and the worst cases, and list them with a caption each."""
-    thresholds = InferenceSettings.load(model).thresholds
+    thresholds = InferenceConfig.load(model).thresholds
     rows = _test_rows(manifest)
     truth = _ground_truth(rows, maps, data_folder)
     places = {image: index for index, image in enumerate(rows["image"])}

@@ -1,4 +1,4 @@
-"""model + test pictures -> anomaly maps -> scores, metrics, curves, overlays, for each category."""
+"""model + test images -> anomaly maps -> scores, metrics, curves, overlays, for each category."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from kedro.pipeline import Pipeline, node, pipeline
 
-from almrr_pipeline.pipelines.evaluate.nodes import draw_chosen_examples, map_anomalies, measure, score_pictures
+from almrr_pipeline.pipelines.evaluate.nodes import draw_chosen_examples, map_anomalies, measure, score_images
 
 
 def create_pipeline(categories: Sequence[str]) -> Pipeline:
@@ -22,7 +22,7 @@ def _of_category(category: str) -> Pipeline:
                 ["model", "manifest", "data_folder", "params:scan", "params:evaluate"],
                 "anomaly_maps",
             ),
-            node(score_pictures, ["anomaly_maps", "manifest", "model", "data_folder"], "scores"),
+            node(score_images, ["anomaly_maps", "manifest", "model", "data_folder"], "scores"),
             node(
                 measure,
                 ["anomaly_maps", "scores", "manifest", "model", "data_folder", "params:evaluate", "params:seed"],

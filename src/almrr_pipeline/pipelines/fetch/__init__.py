@@ -1,4 +1,4 @@
-"""Pictures, anomaly sources and backbone weights: fetched, verified, listed."""
+"""Images, textures and backbone weights: fetched, verified, listed."""
 
 from almrr_pipeline.pipelines.fetch.pipeline import create_pipeline
 

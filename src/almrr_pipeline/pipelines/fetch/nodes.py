@@ -7,14 +7,14 @@ from pathlib import Path
 import pandas as pd
 
 from almrr_pipeline.config import BackboneSettings, DataSettings, split_seed
-from almrr_pipeline.pipelines.datasets import FillsFolder
-from almrr_pipeline.sources.manifest import build_manifest
-from almrr_pipeline.sources.registry import FetchRequest, fetch_category, fetch_textures, source_for
-from almrr_pipeline.sources.weights import fetch_backbone
+from almrr_pipeline.kedro_support.datasets import FillsFolder
+from almrr_pipeline.datasets.manifest import build_manifest
+from almrr_pipeline.datasets.registry import FetchRequest, fetch_category, fetch_textures, source_for
+from almrr_pipeline.datasets.weights import fetch_backbone
 
 
 def request_textures(data: DataSettings, scratch: Path) -> FillsFolder:
-    """Fetch the anomaly sources into a folder."""
+    """Fetch the textures into a folder."""
     request = fetch_request(data, scratch)
     return lambda folder: fetch_textures(data.textures, target=folder, request=request)
 
@@ -31,19 +31,19 @@ def request_backbone_weights(backbone: BackboneSettings) -> FillsFolder:
     )
 
 
-def request_pictures(category: str, data: DataSettings, scratch: Path) -> FillsFolder:
-    """Fetch a category's pictures into a folder."""
+def request_images(category: str, data: DataSettings, scratch: Path) -> FillsFolder:
+    """Fetch a category's images into a folder."""
     data_set, _ = split_seed(category)
     request = fetch_request(data, scratch)
     return lambda folder: fetch_category(data_set, target=folder, request=request)
 
 
-def list_pictures(category: str, pictures: Path, data_folder: Path, data: DataSettings) -> pd.DataFrame:
-    """Open every picture once, and list them with their part in the protocol."""
+def list_images(category: str, images: Path, data_folder: Path, data: DataSettings) -> pd.DataFrame:
+    """Open every image once, and list them with their part in the protocol."""
     data_set, _ = split_seed(category)
     source = source_for(data_set)
     return build_manifest(
-        source.items(data_set, pictures),
+        source.items(data_set, images),
         root=data_folder,
         expected=source.expected(data_set),
         strict=data.strict,

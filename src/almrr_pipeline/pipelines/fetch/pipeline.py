@@ -1,4 +1,4 @@
-"""source -> pictures -> manifest, for each category; anomaly sources and backbone weights for all of them."""
+"""source -> images -> manifest, for each category; textures and backbone weights for all of them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from kedro.pipeline import Pipeline, node, pipeline
 
 from almrr_pipeline.pipelines.fetch.nodes import (
-    list_pictures,
+    list_images,
     request_backbone_weights,
-    request_pictures,
+    request_images,
     request_textures,
 )
 
@@ -29,8 +29,8 @@ def create_pipeline(categories: Sequence[str]) -> Pipeline:
 def _of_category(category: str) -> Pipeline:
     return pipeline(
         [
-            node(request_pictures, ["params:category", "params:data", "scratch_folder"], "pictures"),
-            node(list_pictures, ["params:category", "pictures", "data_folder", "params:data"], "manifest"),
+            node(request_images, ["params:category", "params:data", "scratch_folder"], "images"),
+            node(list_images, ["params:category", "images", "data_folder", "params:data"], "manifest"),
         ],
         namespace=category,
         tags="fetch",

@@ -1,4 +1,4 @@
-"""Overlays, scores and verdicts for pictures of one's own."""
+"""Overlays, scores and verdicts for images of one's own."""
 
 from almrr_pipeline.pipelines.predict.pipeline import create_pipeline
 

@@ -5,22 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 
 from almrr_pipeline.config import EvaluateSettings, PredictSettings, ScanSettings
-from almrr_pipeline.errors import AlmrrError
-from almrr_pipeline.inference.files import find_pictures, predict_files
+from almrr_pipeline.common.errors import AlmrrError
+from almrr_pipeline.inference.predict_files import find_images, predict_files
 from almrr_pipeline.inference.predictor import Predictor
-from almrr_pipeline.pipelines.datasets import FillsFolder
+from almrr_pipeline.kedro_support.datasets import FillsFolder
 
 
-def predict_pictures(
+def predict_images(
     model: Path, predict: PredictSettings, scan: ScanSettings, evaluate: EvaluateSettings
 ) -> FillsFolder:
-    """Predict the pictures that `predict.images` names.
+    """Predict the images that `predict.images` names.
 
     Raises:
         AlmrrError: it names none.
     """
     if predict.images is None:
-        raise AlmrrError("predict.images names no pictures; run with --params predict.images=FOLDER.")
-    pictures = find_pictures([Path(predict.images)])
+        raise AlmrrError("predict.images names no images; run with --params predict.images=FOLDER.")
+    images = find_images([Path(predict.images)])
     predictor = Predictor(model, batch_size=evaluate.batch_size, scan_backend=scan.backend)
-    return lambda folder: predict_files(predictor, pictures, folder)
+    return lambda folder: predict_files(predictor, images, folder)

@@ -1,4 +1,4 @@
-"""model + pictures of one's own -> overlays and scores, for each category."""
+"""model + images of one's own -> overlays and scores, for each category."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from kedro.pipeline import Pipeline, node, pipeline
 
-from almrr_pipeline.pipelines.predict.nodes import predict_pictures
+from almrr_pipeline.pipelines.predict.nodes import predict_images
 
 
 def create_pipeline(categories: Sequence[str]) -> Pipeline:
@@ -16,4 +16,4 @@ def create_pipeline(categories: Sequence[str]) -> Pipeline:
 
 def _of_category(category: str) -> Pipeline:
     inputs = ["model", "params:predict", "params:scan", "params:evaluate"]
-    return pipeline([node(predict_pictures, inputs, "predictions")], namespace=category)
+    return pipeline([node(predict_images, inputs, "predictions")], namespace=category)

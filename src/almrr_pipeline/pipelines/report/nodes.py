@@ -12,11 +12,11 @@ import pandas as pd
 
 from almrr_pipeline.config import DataSettings, parse_parameters, split_seed
 from almrr_pipeline.evaluation.summary import summarize, summarize_seeds
-from almrr_pipeline.hooks import git_commit, numbers
+from almrr_pipeline.kedro_support.hooks import git_commit, numbers
 from almrr_pipeline.reporting.examples import read_examples
-from almrr_pipeline.reporting.html import CategoryReport, Report, render_report
-from almrr_pipeline.sources.manifest import has_validation, training_split
-from almrr_pipeline.sources.registry import source_for
+from almrr_pipeline.reporting.page import CategoryReport, Report, render_report
+from almrr_pipeline.datasets.manifest import has_validation, training_split
+from almrr_pipeline.datasets.registry import source_for
 
 PACKAGES = ("almrr-pipeline", "torch", "timm", "lightning", "numpy", "scipy", "kedro", "dvc", "mlflow")
 """Packages whose versions the page names."""
@@ -37,7 +37,7 @@ def collect_category(
     image_pr: pd.DataFrame,
 ) -> CategoryReport:
     """Put together all that is known of one category."""
-    training, held_out = training_split(manifest, fraction=data.calibration)
+    training, validation = training_split(manifest, fraction=data.calibration)
     return CategoryReport(
         category=category,
         metrics=metrics,
@@ -50,7 +50,7 @@ def collect_category(
         image_pr=image_pr,
         overlays=read_examples(overlays),
         training_images=len(training),
-        held_out_images=len(held_out),
+        validation_images=len(validation),
         has_validation=has_validation(manifest),
         source=source_for(split_seed(category)[0]).license,
     )
@@ -84,5 +84,5 @@ def write_page(parameters: dict[str, Any], data_folder: Path, *reports: Category
 
 
 def _summarize_repeated(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean and deviation of the data sets whose runs all name their seed."""
+    """Mean and std of the data sets whose runs all name their seed."""
     return {name: spread for name, spread in summarize_seeds(metrics).items() if name not in metrics}

@@ -1,4 +1,4 @@
-"""The pool of simulated anomalies (stage 1 of the paper), from normal training pictures alone."""
+"""The synthetic set (stage 1 of the paper), from normal training images alone."""
 
 from almrr_pipeline.pipelines.synthesize.pipeline import create_pipeline
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pandas as pd
 
 from almrr_pipeline.config import DataSettings, SynthesisSettings
-from almrr_pipeline.images import IMAGE_SUFFIXES
-from almrr_pipeline.pipelines.datasets import FillsFolder
-from almrr_pipeline.sources.manifest import training_split
-from almrr_pipeline.synthesis.pool import simulate_pool
+from almrr_pipeline.common.images import IMAGE_SUFFIXES
+from almrr_pipeline.kedro_support.datasets import FillsFolder
+from almrr_pipeline.datasets.manifest import training_split
+from almrr_pipeline.synthesis.synthetic_set import synthesize
 
 
 def simulate(
@@ -21,11 +21,11 @@ def simulate(
     synthesis: SynthesisSettings,
     seed: int,
 ) -> FillsFolder:
-    """Simulate anomalies on the normal training pictures; the pictures held out for the thresholds stay out."""
-    training, held_out = training_split(manifest, fraction=data.calibration)
-    pool = simulate_pool(
+    """Simulate anomalies on the normal training images; the images held out for the thresholds stay out."""
+    training, validation = training_split(manifest, fraction=data.calibration)
+    synthetic_set = synthesize(
         [data_folder / name for name in training],
-        [data_folder / name for name in held_out],
+        [data_folder / name for name in validation],
         sorted(path for path in textures.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES),
         root=data_folder,
         image_size=data.image_size,
@@ -33,4 +33,4 @@ def simulate(
         seed=seed,
         **synthesis.model_dump(),
     )
-    return pool.save
+    return synthetic_set.save

@@ -1,4 +1,4 @@
-"""manifest + textures -> pool, for each category."""
+"""manifest + textures -> synthetic set, for each category."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _of_category(category: str) -> Pipeline:
             node(
                 simulate,
                 ["manifest", "textures", "data_folder", "params:data", "params:synthesis", "params:seed"],
-                "pool",
+                "synthetic_set",
             )
         ],
         namespace=category,

@@ -1,4 +1,4 @@
-"""The weights, and the thresholds from normal pictures held out of the training."""
+"""The weights, and the thresholds from normal images held out of the training."""
 
 from almrr_pipeline.pipelines.train.pipeline import create_pipeline
 

@@ -20,16 +20,16 @@ from almrr_pipeline.config import (
     TrainSettings,
 )
 from almrr_pipeline.inference.calibration import calibrate
-from almrr_pipeline.inference.mirrored import mirror_maps
+from almrr_pipeline.inference.tta import average_flips
 from almrr_pipeline.inference.predictor import resolve_device
-from almrr_pipeline.inference.settings import InferenceSettings
+from almrr_pipeline.inference.inference_config import InferenceConfig
 from almrr_pipeline.model.almrr import ALMRR
 from almrr_pipeline.model.backbone import build_backbone
-from almrr_pipeline.pipelines.datasets import FillsFolder
-from almrr_pipeline.sources.manifest import training_split
-from almrr_pipeline.synthesis.pool import Pool
+from almrr_pipeline.kedro_support.datasets import FillsFolder
+from almrr_pipeline.datasets.manifest import training_split
+from almrr_pipeline.synthesis.synthetic_set import SyntheticSet
 from almrr_pipeline.training.checkpoints import fingerprint, source_files
-from almrr_pipeline.training.fit import fit
+from almrr_pipeline.training.train import fit
 from almrr_pipeline.training.randomness import isolated_randomness
 from almrr_pipeline.training.selection import METRIC
 
@@ -56,7 +56,7 @@ def assemble_network(
 
 def fit_network(
     network: ALMRR,
-    pool: Pool,
+    synthetic_set: SyntheticSet,
     manifest: pd.DataFrame,
     backbone_weights: Path,
     train: TrainSettings,
@@ -66,12 +66,12 @@ def fit_network(
 ) -> tuple[ALMRR, pd.DataFrame]:
     """Train; an interrupted training of equal parameters, data and code goes on where its last checkpoint stands."""
     data_and_code = fingerprint(
-        {"pictures": list(manifest["sha256"]), "pool": pool.description},
+        {"images": list(manifest["sha256"]), "synthetic_set": synthetic_set.description},
         [backbone_weights / "backbone.json", *source_files()],
     )
     history = fit(
         network,
-        pool,
+        synthetic_set,
         seed=seed,
         scratch=_checkpoints(scratch, category),
         fingerprint=data_and_code,
@@ -90,13 +90,13 @@ def find_thresholds(
     threshold: ThresholdSettings,
     evaluate: EvaluateSettings,
     category: str,
-) -> InferenceSettings:
-    """Derive the thresholds from normal training pictures that the training has not seen."""
-    _, held_out = training_split(manifest, fraction=data.calibration)
+) -> InferenceConfig:
+    """Derive the thresholds from normal training images that the training has not seen."""
+    _, validation = training_split(manifest, fraction=data.calibration)
     device = resolve_device("auto")  # the one that will predict: its rounding, and the backends that it alone has
     thresholds = calibrate(
-        mirror_maps(network.fold(), evaluate.mirrored).to(device),
-        [data_folder / name for name in held_out],
+        average_flips(network.fuse(), evaluate.flips).to(device),
+        [data_folder / name for name in validation],
         image_size=data.image_size,
         tiling=data.tiling,
         batch_size=evaluate.batch_size,
@@ -104,20 +104,20 @@ def find_thresholds(
         smoothing=evaluate.smoothing,
         false_alarm_rate=threshold.false_alarm_rate,
     )
-    return InferenceSettings(
+    return InferenceConfig(
         category=category,
         image_size=data.image_size,
         tiling=data.tiling,
         smoothing=evaluate.smoothing,
-        mirrored=evaluate.mirrored,
+        flips=evaluate.flips,
         thresholds=thresholds,
     )
 
 
-def pack_model(network: ALMRR, history: pd.DataFrame, inference: InferenceSettings) -> FillsFolder:
+def pack_model(network: ALMRR, history: pd.DataFrame, inference: InferenceConfig) -> FillsFolder:
     """Put weights, architecture, history and thresholds into one folder that predicts by itself.
 
-    Where the history says that the weights were chosen on the held-out pictures, the thresholds lose their guarantee.
+    Where the history says that the weights were chosen on the validation images, the thresholds lose their guarantee.
     """
     if METRIC in history:
         inference = inference.without_guarantee()

@@ -1,4 +1,4 @@
-"""pool + backbone -> model, for each category."""
+"""synthetic set + backbone -> model, for each category."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _of_category(category: str) -> Pipeline:
                 fit_network,
                 [
                     "untrained_network",
-                    "pool",
+                    "synthetic_set",
                     "manifest",
                     "backbone_weights",
                     "params:train",

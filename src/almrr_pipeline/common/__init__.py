@@ -1,0 +1,1 @@
+"""Images, files, progress, errors and record keeping that every other package uses."""

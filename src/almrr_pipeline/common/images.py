@@ -1,0 +1,125 @@
+"""Images in, arrays out: every image in this package is read and resized here, once and the same way."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import ExifTags, Image
+
+from almrr_pipeline.common.errors import AlmrrError
+
+ImageArray = npt.NDArray[np.uint8]
+"""RGB image, uint8 in [0, 255], shape (H, W, 3)."""
+MaskArray = npt.NDArray[np.bool_]
+"""Ground truth, True where defective, shape (H, W)."""
+
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
+_DEFECTIVE_ABOVE = 127
+_DEEP = 65535
+"""White in a 16-bit image: 257 times the white of 8 bits."""
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation: what turns the stored image upright (EXIF 2.32, tag 0x0112)."""
+
+
+def read_image(path: Path) -> ImageArray:
+    """Read any image as RGB.
+
+    1-bit, 8-bit, 16-bit, palette, gray, alpha and CMYK images and EXIF orientations all end alike: alpha is dropped,
+    whole numbers deeper than 8 bits are divided by 257 (65535 becomes 255), gray is repeated three times. Fractional
+    numbers say no range of their own: up to 1 they are taken for [0, 1], up to 255 for 8 bits, else for 16 bits.
+
+    Returns:
+        uint8 in [0, 255], shape (H, W, 3), writable.
+
+    Raises:
+        AlmrrError: the file is missing, empty, or not an image that can be decoded.
+    """
+    return decode_image(_read_bytes(path), path)
+
+
+def decode_image(data: bytes, path: Path) -> ImageArray:
+    """Decode an image file's bytes as `read_image` does; `path` only names it in an error."""
+    return np.array(_decoded(data, path, mode="RGB"))
+
+
+def read_mask(path: Path) -> MaskArray:
+    """Read a ground truth mask: values above 127 of 255 are defective (the authors counted only 1.0 exactly).
+
+    Masks of 16 bits and more are taken for 8-bit ones where they hold nothing above 255, as many tools save them.
+
+    Returns:
+        bool, shape (H, W).
+
+    Raises:
+        AlmrrError: the file is missing, empty, or not an image that can be decoded.
+    """
+    return decode_mask(_read_bytes(path), path)
+
+
+def decode_mask(data: bytes, path: Path) -> MaskArray:
+    """Decode a mask file's bytes as `read_mask` does; `path` only names it in an error."""
+    return np.array(_decoded(data, path, mode="L")) > _DEFECTIVE_ABOVE
+
+
+def resize_image(image: ImageArray, size: tuple[int, int]) -> ImageArray:
+    """Resize to `size` = (rows, columns), bilinear and antialiased; uint8 (H, W, 3) in and out."""
+    if image.shape[:2] == tuple(size):
+        return image
+    return np.array(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
+
+
+def resize_mask(mask: MaskArray, size: tuple[int, int]) -> MaskArray:
+    """Resize to `size` = (rows, columns), nearest neighbor, so that a mask stays a mask; bool (H, W) in and out."""
+    if mask.shape == tuple(size):
+        return mask
+    return np.array(Image.fromarray(mask).resize(size[::-1], Image.Resampling.NEAREST))
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise AlmrrError(f"There is no image at {path}; check the path.") from None
+    except OSError as error:
+        raise AlmrrError(f"{path} cannot be read ({error.strerror}); check its permissions.") from error
+
+
+def _decoded(data: bytes, path: Path, *, mode: str) -> Image.Image:
+    """Decode, turn upright and convert, with every way Pillow has to fail turned into one sentence."""
+    if not data:
+        raise AlmrrError(f"{path} is an empty file, not an image; replace or remove it.")
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            orientation = image.getexif().get(ExifTags.Base.Orientation)
+            even = _as_eight_bit(image, is_mask=mode == "L")
+            even.info.pop("transparency", None)  # alpha is dropped, and Pillow would warn of it
+            turn = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+            return (even if turn is None else even.transpose(turn)).convert(mode)
+    except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything
+        reason = "it is not an image" if "cannot identify" in str(error) else str(error) or type(error).__name__
+        raise AlmrrError(f"{path} cannot be read as an image ({reason}); replace or remove it.") from error
+
+
+def _as_eight_bit(image: Image.Image, *, is_mask: bool) -> Image.Image:
+    """Bring deeper images to 8 bits by value; Pillow's own conversion would clip them."""
+    if image.mode not in {"I", "F"} and not image.mode.startswith("I;16"):
+        return image
+    values = np.asarray(image).astype(np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError("it holds values that are not finite")
+    white = float(_DEEP)
+    if image.mode == "F" or is_mask:
+        white = 1.0 if image.mode == "F" and values.max() <= 1.0 else 255.0 if values.max() <= 255 else white
+    return Image.fromarray(np.clip(np.rint(values * (255 / white)), 0, 255).astype(np.uint8))

@@ -1,0 +1,233 @@
+"""Defects drawn on a surface, as a person would find and outline them: scratch, stain, dent, hole, thread, smear, chip.
+
+They are test material. Everything here is geometry, shading and material: curves and outlines, light from the upper
+left, cast shadows, rubbed or covered texture. Nothing is shared with the anomalies that are simulated for training.
+
+A surface is float64 in [0, 1], shape (S, S), gray, as the light falls on it before a camera takes it. Each drawing has
+a `strength` in (0, 1], from faint to plain, that sets its contrast; sizes and places are drawn from the generator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from scipy import interpolate, ndimage, spatial
+
+Field = npt.NDArray[np.float64]
+Drawing = Callable[[Field, np.random.Generator, float], Field]
+
+LIGHT = np.array([-0.6, -0.8]) / np.hypot(0.6, 0.8)
+"""Where the light comes from, as a unit vector of rows and columns: the upper left."""
+_CURVE_POINTS = 600
+
+
+class _Curve(NamedTuple):
+    """Where each pixel lies beside a curve; all of shape (S, S)."""
+
+    across: Field
+    """Signed distance in pixels; positive to one side."""
+    along: Field
+    """Position of the curve's nearest point, 0 at its start, 1 at its end."""
+
+
+class _Outline(NamedTuple):
+    """A closed shape with an uneven edge; all of shape (S, S)."""
+
+    inside: Field
+    """Distance in pixels from the edge, positive inside, negative outside; approximate."""
+    rows: Field
+    """Rows from the center."""
+    columns: Field
+    """Columns from the center."""
+
+
+def draw_scratch(surface: Field, generator: np.random.Generator, strength: float) -> Field:
+    """A long, nearly straight groove: dark where it turns from the light, bright where the material is torn open."""
+    length = generator.uniform(0.45, 0.9) * len(surface)
+    curve = _lay_curve(surface.shape, generator, length=length, bend=0.05)
+    width = generator.uniform(1.3, 2.6) * _taper(curve.along)
+    groove = _bump(curve.across, width)
+    ridge = _bump(curve.across - 1.6 * width, width)
+    pressure = 0.7 + 0.3 * np.sin(2 * np.pi * (generator.uniform(1, 3) * curve.along + generator.uniform()))
+    torn_open = surface.mean() + 2.0 * surface.std() + 0.1 + 0.2 * strength
+    scratched = _mix(surface, torn_open, (0.6 + 0.4 * strength) * pressure * ridge)
+    return _mix(scratched, 0.3 * surface.mean(), (0.6 + 0.4 * strength) * pressure * groove)
+
+
+def draw_stain(surface: Field, generator: np.random.Generator, strength: float) -> Field:
+    """A liquid that has dried: darker, the texture shines through, and the edge is darker still."""
+    size = generator.uniform(0.1, 0.2) * len(surface)
+    outline = _lay_outline(surface.shape, generator, size=size, stretch=1.6, unevenness=0.16)
+    covered = _edge(outline.inside, softness=generator.uniform(0.8, 2.0))
+    rim = covered * np.exp(-((outline.inside / 3.0) ** 2))
+    soaked = _mix(surface, ndimage.gaussian_filter(surface, 1.5), 0.65 * covered)
+    return soaked * (1.0 - (0.26 + 0.34 * strength) * covered - 0.2 * strength * rim)
+
+
+def draw_dent(surface: Field, generator: np.random.Generator, strength: float) -> Field:
+    """A hollow: its side toward the light lies in the shade, the far side shines, and the texture is drawn inward."""
+    size = generator.uniform(0.1, 0.18) * len(surface)
+    outline = _lay_outline(surface.shape, generator, size=size, stretch=1.4, unevenness=0.05)
+    bowl = np.clip(outline.inside / size, 0.0, 1.0)  # 0 at the edge, 1 in the middle
+    slope = np.stack(np.gradient(-ndimage.gaussian_filter((bowl * (2.0 - bowl)) ** 2, 1.5)))
+    slope /= np.abs(slope).max()
+    places = np.indices(surface.shape) + 2.0 * slope
+    warped = ndimage.map_coordinates(surface, places, order=1, mode="nearest")
+    facing = -np.tensordot(LIGHT, slope, axes=1)  # a slope that rises toward the light turns away from it
+    dented: Field = warped * (1.0 + np.where(facing > 0, 0.9, 0.75) * (0.45 + 0.55 * strength) * facing)
+    return dented
+
+
+def draw_hole(surface: Field, generator: np.random.Generator, strength: float) -> Field:
+    """A piece broken out: nearly black inside, lighter where light reaches the bottom, a bright broken edge."""
+    size = generator.uniform(0.05, 0.115) * len(surface)
+    outline = _lay_outline(surface.shape, generator, size=size, stretch=1.5, unevenness=0.2)
+    covered = _edge(outline.inside, softness=0.6)
+    away = -(LIGHT[0] * outline.rows + LIGHT[1] * outline.columns) / size
+    bottom = 0.06 + 0.3 * (1.0 - strength) * surface.mean() + 0.08 * np.clip(away, 0.0, 1.0)
+    grit = ndimage.gaussian_filter(generator.standard_normal(surface.shape), 0.8)
+    holed = _mix(surface, bottom + 0.03 * grit, covered)
+    broken = np.exp(-(((outline.inside + 1.2) / 1.3) ** 2)) * np.clip(away, 0.0, 1.0)
+    return _mix(holed, surface.mean() + 0.35, (0.3 + 0.5 * strength) * broken)
+
+
+def draw_thread(surface: Field, generator: np.random.Generator, strength: float) -> Field:
+    """A fibre that has fallen onto the surface: round, lit from one side, with a cast shadow."""
+    length = generator.uniform(0.5, 1.0) * len(surface)
+    curve = _lay_curve(surface.shape, generator, length=length, bend=0.55)
+    radius = generator.uniform(1.0, 2.0)
+    present = (curve.along > 0.0) & (curve.along < 1.0)
+    body = np.clip(radius + 0.5 - np.abs(curve.across), 0.0, 1.0) * present
+    shadow = ndimage.gaussian_filter(ndimage.shift(body, -2.0 * LIGHT, order=1), 1.0)
+    tone = surface.mean() + (0.3 + 0.3 * strength) if generator.random() < 0.7 else 0.12
+    roundness = 1.0 + 0.18 * np.clip(curve.across / radius, -1.0, 1.0)
+    shaded = surface * (1.0 - (0.15 + 0.3 * strength) * shadow)
+    return _mix(shaded, tone * roundness, (0.55 + 0.4 * strength) * body)
+
+
+def draw_smear(surface: Field, generator: np.random.Generator, strength: float) -> Field:
+    """Something wiped over the surface: texture rubbed out along the stroke, under a film that is lighter or darker."""
+    size = generator.uniform(0.1, 0.17) * len(surface)
+    angle = generator.uniform(0.0, np.pi)
+    outline = _lay_outline(surface.shape, generator, size=size, stretch=2.6, unevenness=0.1, angle=angle)
+    covered = _edge(outline.inside, softness=2.0)
+    direction = np.array([np.sin(angle), np.cos(angle)])
+    reach = np.linspace(-1.0, 1.0, 15) * generator.uniform(6.0, 14.0)
+    rubbed = np.mean([ndimage.shift(surface, step * direction, order=1, mode="reflect") for step in reach], axis=0)
+    across = direction[0] * outline.columns - direction[1] * outline.rows
+    streaks = 1.0 + 0.35 * _draw_bands(across, generator, width=2.0)
+    film = generator.choice([-1.0, 1.0]) * (0.08 + 0.16 * strength) * streaks
+    return _mix(surface, rubbed + film, (0.65 + 0.3 * strength) * covered)
+
+
+def draw_chip(surface: Field, generator: np.random.Generator, strength: float) -> Field:
+    """A splinter of another material lying on the surface: its own grain, lit edges, a cast shadow."""
+    size = generator.uniform(0.04, 0.085) * len(surface)
+    angle = generator.uniform(0.0, np.pi)
+    outline = _lay_outline(surface.shape, generator, size=size, stretch=3.0, unevenness=0.06, angle=angle)
+    body = _edge(outline.inside, softness=0.5)
+    shadow = ndimage.gaussian_filter(ndimage.shift(body, -3.0 * LIGHT, order=1), 1.2)
+    across = np.cos(angle) * outline.rows - np.sin(angle) * outline.columns
+    bands = _draw_bands(across, generator, width=0.8)
+    slope = np.stack(np.gradient(ndimage.gaussian_filter(body, 1.0)))
+    lit = 0.8 * np.tensordot(-LIGHT, slope, axes=1)
+    away_from_mean = (0.2 + 0.25 * strength) * (1.0 if generator.random() < 0.6 else -1.0)
+    material = surface.mean() + away_from_mean + 0.06 * bands + lit
+    shaded = surface * (1.0 - (0.2 + 0.35 * strength) * shadow)
+    return _mix(shaded, material, body)
+
+
+DRAWINGS: dict[str, Drawing] = {
+    "scratch": draw_scratch,
+    "stain": draw_stain,
+    "dent": draw_dent,
+    "hole": draw_hole,
+    "thread": draw_thread,
+    "smear": draw_smear,
+    "chip": draw_chip,
+}
+"""Kinds of defects by name."""
+
+
+def _mix(below: Field, above: Field | float, share: Field | float) -> Field:
+    return below + (above - below) * share
+
+
+def _bump(distance: Field, width: Field) -> Field:
+    """1 at distance 0, falling to 0 over about two widths; a width of 0 has no bump."""
+    return np.where(width > 1e-3, np.exp(-((distance / np.maximum(width, 1e-3)) ** 2)), 0.0)
+
+
+def _edge(inside: Field, *, softness: float) -> Field:
+    """0 outside, 1 inside, rising over `softness` pixels on either side of the edge."""
+    return 1.0 / (1.0 + np.exp(-np.clip(4.0 * inside / softness, -60.0, 60.0)))
+
+
+def _taper(along: Field) -> Field:
+    """1 in the middle of a curve, 0 at and beyond its ends."""
+    return np.clip(4.0 * along * (1.0 - along), 0.0, 1.0) ** 0.5
+
+
+def _draw_bands(across: Field, generator: np.random.Generator, *, width: float) -> Field:
+    """Uneven parallel bands, about `width` pixels wide, of mean 0 and std 1, over the distance `across` them."""
+    fine = ndimage.gaussian_filter1d(generator.standard_normal(8 * len(across)), 2.0 * width)
+    places = np.arange(len(fine)) / 2.0 - 2.0 * len(across)
+    bands: Field = np.interp(across, places, (fine - fine.mean()) / fine.std())
+    return bands
+
+
+def _draw_center(shape: tuple[int, ...], generator: np.random.Generator) -> Field:
+    return generator.uniform(0.22, 0.78, 2) * shape
+
+
+def _lay_curve(shape: tuple[int, ...], generator: np.random.Generator, *, length: float, bend: float) -> _Curve:
+    """Lay a smooth curve through five points around a line of random direction; `bend` is their spread, of length."""
+    angle = generator.uniform(0.0, np.pi)
+    forward, aside = np.array([np.sin(angle), np.cos(angle)]), np.array([np.cos(angle), -np.sin(angle)])
+    knots = np.linspace(-0.5, 0.5, 5)
+    offsets = bend * generator.uniform(-0.5, 0.5, 5)
+    corners = _draw_center(shape, generator) + length * (np.outer(knots, forward) + np.outer(offsets, aside))
+    positions = np.linspace(0.0, 1.0, _CURVE_POINTS)
+    spline = interpolate.CubicSpline(knots + 0.5, corners)
+    points, tangents = spline(positions), spline(positions, 1)
+    pixels = np.indices(shape).reshape(2, -1).T
+    distance, nearest = spatial.cKDTree(points).query(pixels)
+    tangent, offset = tangents[nearest], pixels - points[nearest]
+    side = np.sign(tangent[:, 0] * offset[:, 1] - tangent[:, 1] * offset[:, 0])
+    return _Curve((side * distance).reshape(shape), positions[nearest].reshape(shape))
+
+
+def _lay_outline(
+    shape: tuple[int, ...],
+    generator: np.random.Generator,
+    *,
+    size: float,
+    stretch: float,
+    unevenness: float,
+    angle: float | None = None,
+) -> _Outline:
+    """Lay an ellipse with an uneven edge.
+
+    Args:
+        shape: of the surface.
+        generator: draws place, axes, edge and, where it is not given, the angle.
+        size: mean radius in pixels.
+        stretch: longest ratio of the axes; the long one lies along `angle`.
+        unevenness: amplitude of the edge's waves, as a share of the radius.
+        angle: radians, from the columns' axis toward the rows'.
+    """
+    center = _draw_center(shape, generator)
+    turn = generator.uniform(0.0, np.pi) if angle is None else angle
+    ratio = generator.uniform(0.5 + 0.5 * stretch, stretch) ** 0.5
+    rows, columns = np.indices(shape) - center[:, None, None]
+    along = (np.sin(turn) * rows + np.cos(turn) * columns) / ratio
+    across = (np.cos(turn) * rows - np.sin(turn) * columns) * ratio
+    direction, distance = np.arctan2(across, along), np.hypot(along, across)
+    waves = np.arange(2, 9)
+    amplitudes = unevenness * generator.normal(size=len(waves)) * 2.0 / waves
+    phases = generator.uniform(0.0, 2.0 * np.pi, len(waves))
+    radius = 1.0 + np.tensordot(amplitudes, np.cos(np.multiply.outer(waves, direction) + phases[:, None, None]), axes=1)
+    return _Outline(size * np.maximum(radius, 0.3) - distance, rows, columns)

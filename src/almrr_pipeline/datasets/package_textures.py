@@ -1,0 +1,101 @@
+"""Anomaly sources that come with scikit-image: photographs of other things than the sample suite's textures.
+
+Squares are cut out of each, so that the resizing to the network's size does not distort them and there is a variety of
+scales: the largest squares, and smaller ones. Near-uniform squares (a night sky) would only give gray spots and are
+left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from almrr_pipeline.common.errors import AlmrrError
+from almrr_pipeline.common.images import ImageArray, read_image, resize_image
+from almrr_pipeline.common.progress import track
+
+IMAGES = (
+    "astronaut.png",
+    "camera.png",
+    "cell.png",
+    "chelsea.png",
+    "clock_motion.png",
+    "coffee.png",
+    "coins.png",
+    "hubble_deep_field.jpg",
+    "ihc.png",
+    "moon.png",
+    "motorcycle_left.png",
+    "page.png",
+    "retina.jpg",
+    "rocket.jpg",
+    "text.png",
+)
+"""Files in scikit-image's wheel. Not among them: brick, grass and gravel, which are the sample suite's own."""
+LARGEST = 512
+"""Pixels of a square's side; larger ones are scaled down, as no network input here needs more."""
+DETAIL = 0.55
+"""Side of a smaller square, as a share of the largest one that fits."""
+LEAST_DEVIATION = 12.0
+"""Standard deviation of the gray values, of 255, below which a square counts as uniform."""
+
+
+def read_package_image(name: str) -> ImageArray:
+    """Read an image out of the installed scikit-image, without its downloader.
+
+    Returns:
+        uint8 in [0, 255], shape (H, W, 3).
+
+    Raises:
+        AlmrrError: this scikit-image does not carry it.
+    """
+    with resources.as_file(resources.files("skimage.data") / name) as path:
+        if not path.is_file():
+            raise AlmrrError(
+                f"The installed scikit-image does not carry {name}; install the version that constraints.txt names, "
+                "or choose another suite or data.textures: dtd."
+            )
+        return read_image(path)
+
+
+def write_package_textures(target: Path) -> None:
+    """Fill the existing folder `target` with textures as PNG files, always the same.
+
+    Raises:
+        AlmrrError: the installed scikit-image lacks one of the images.
+    """
+    with track(len(IMAGES), unit="images", description="cut textures") as advance:
+        for name in IMAGES:
+            for number, square in enumerate(cut_squares(read_package_image(name))):
+                side = min(LARGEST, len(square))
+                image = Image.fromarray(resize_image(square, (side, side)))
+                image.save(target / f"{Path(name).stem}_{number:02d}.png", compress_level=1)
+            advance(1)
+
+
+def cut_squares(image: ImageArray) -> Iterator[ImageArray]:
+    """Cut the largest squares along the longer side, then a grid of smaller ones; uniform ones are left out.
+
+    Args:
+        image: uint8 in [0, 255], shape (H, W, 3).
+
+    Yields:
+        uint8 in [0, 255], shape (side, side, 3).
+    """
+    height, width = image.shape[:2]
+    for side in (min(height, width), round(DETAIL * min(height, width))):
+        for top in _spread_starts(height, side):
+            for left in _spread_starts(width, side):
+                square = image[top : top + side, left : left + side]
+                if square.mean(axis=2).std() >= LEAST_DEVIATION:
+                    yield square
+
+
+def _spread_starts(length: int, side: int) -> list[int]:
+    """Return the starts of the fewest evenly spread stretches of `side` pixels that cover `length`."""
+    count = -(-length // side)
+    return np.linspace(0, length - side, count).round().astype(int).tolist() if count > 1 else [0]

@@ -1,0 +1,1 @@
+"""Everything that knows Kedro and MLflow: configuration, hooks, datasets, the `kedro` command."""

@@ -1,0 +1,51 @@
+"""`kedro run` as it is, but for errors that are meant for the user: those end it with their one sentence."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import click
+from kedro.framework.cli.project import run as kedro_run
+
+from almrr_pipeline.common.errors import AlmrrError
+
+
+def user_error(error: BaseException) -> AlmrrError | None:
+    """The first AlmrrError in a chain of causes; Kedro wraps what happens while it loads or saves."""
+    return next((link for link in _chain(error) if isinstance(link, AlmrrError)), None)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _with_plain_errors(command: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(command)
+    def run_plainly(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  whatever Kedro's command takes and returns
+        try:
+            return command(*args, **kwargs)
+        except Exception as error:
+            if found := user_error(error):
+                raise click.ClickException(str(found)) from None
+            raise
+
+    return run_plainly
+
+
+@click.group(name="almrr_pipeline")
+def cli() -> None:
+    """Commands of this project."""
+
+
+run = click.Command(
+    name="run",
+    callback=_with_plain_errors(cast(Callable[..., Any], kedro_run.callback)),
+    params=kedro_run.params,
+    help=kedro_run.help,
+    short_help=kedro_run.short_help,
+)
+cli.add_command(run)

@@ -1,0 +1,150 @@
+"""The fused CPU kernels as torch functions with gradients, spread over the threads that torch may use."""
+
+# ruff: noqa: N806, E741, ANN401 - names are those of the formulas; autograd's ctx has no type
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from almrr_pipeline.model.kernels.cpu_kernels import spread
+from almrr_pipeline.model.kernels.scan import numba_kernels as kernels
+from almrr_pipeline.model.kernels.scan.operands import ScanOperands
+
+_LOG2_E = math.log2(math.e)
+_SCRATCH = threading.local()
+
+
+def scan_with_numba(scan: ScanOperands) -> Tensor:
+    """Selective scan as `almrr_pipeline.model.kernels.scan.selective_scan` describes it; the arithmetic is float32."""
+    scanned: Tensor = _Scan.apply(*scan)
+    return scanned
+
+
+def convolve_with_numba(x: Tensor, weight: Tensor, bias: Tensor, *, reverse: bool = False) -> Tensor:
+    """Causal depthwise convolution and SiLU as `almrr_pipeline.model.kernels.scan.causal_conv` describes it."""
+    convolved: Tensor = _Convolution.apply(x, weight, bias, reverse)
+    return convolved
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *operands: Any) -> Tensor:
+        scan = ScanOperands(*operands)
+        ctx.save_for_backward(*scan[:8])
+        ctx.flags = scan.delta_softplus, scan.reverse
+        out = torch.empty(scan.u.shape, dtype=torch.float32)
+        spread(kernels.scan_forward, _tasks(scan.u), _scan_inputs(scan), _flat(out))
+        return out.to(scan.u.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        u, delta, A, B, C, D, z, delta_bias = ctx.saved_tensors
+        b, l, d = u.shape
+        n = A.shape[1]
+        blocks = -(-d // kernels.BLOCK)
+        du, d_delta = torch.empty(b, l, d), torch.empty(b, l, d)
+        dz = torch.empty(b, l, d) if z is not None else torch.empty(0)
+        dA, dB, dC = torch.empty(b, n, d), torch.empty(blocks, b, l, n), torch.empty(blocks, b, l, n)
+        dD, d_bias = torch.zeros(b, d), torch.zeros(b, d)
+        inputs = _scan_inputs(ScanOperands(*ctx.saved_tensors, *ctx.flags))
+        gradients = kernels.ScanGradients(*map(_flat, (du, d_delta, dz, dA, dB, dC, dD, d_bias)))
+        scan_backward = _with_scratch(kernels.scan_backward, kernels.scratch_size(l, n))
+        spread(scan_backward, _tasks(u), inputs, _flat(g), gradients)
+        return (
+            du.to(u.dtype),
+            d_delta.to(delta.dtype),
+            dA.sum(0).t().to(A.dtype),
+            dB.sum(0).to(B.dtype),
+            dC.sum(0).to(C.dtype),
+            dD.sum(0).to(D.dtype),
+            None if z is None else dz.to(z.dtype),
+            None if delta_bias is None else d_bias.sum(0).to(delta_bias.dtype),
+            None,
+            None,
+        )
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        ctx.reverse = reverse
+        out = torch.empty(x.shape, dtype=torch.float32)
+        spread(kernels.conv_forward, _tasks(x), _conv_inputs(x, weight, bias, reverse), _flat(out))
+        return out.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias = ctx.saved_tensors
+        b, l, d = x.shape
+        dx, d_weight, d_bias = torch.zeros(b, l, d), torch.zeros(b, weight.shape[1], d), torch.zeros(b, d)
+        inputs = _conv_inputs(x, weight, bias, ctx.reverse)
+        spread(kernels.conv_backward, _tasks(x), inputs, _flat(g), *map(_flat, (dx, d_weight, d_bias)))
+        return dx.to(x.dtype), d_weight.sum(0).t().to(weight.dtype), d_bias.sum(0).to(bias.dtype), None
+
+
+def _scan_inputs(scan: ScanOperands) -> kernels.ScanInputs:
+    return kernels.ScanInputs(
+        u=_rows(scan.u),
+        delta=_rows(scan.delta),
+        B=_rows(scan.B),
+        C=_rows(scan.C),
+        z=_rows(scan.u if scan.z is None else scan.z),
+        A=(scan.A.detach().float() * _LOG2_E).t().contiguous().numpy(),
+        D=_flat(scan.D),
+        bias=_flat(torch.zeros(scan.u.shape[2]) if scan.delta_bias is None else scan.delta_bias),
+        length=scan.u.shape[1],
+        reverse=scan.reverse,
+        softplus=scan.delta_softplus,
+        gated=scan.z is not None,
+    )
+
+
+def _conv_inputs(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> kernels.ConvInputs:
+    taps = weight.detach().float().t().contiguous().numpy()  # (taps, d)
+    return kernels.ConvInputs(_rows(x), taps, _flat(bias), x.shape[1], reverse)
+
+
+def _rows(tensor: Tensor) -> kernels.Rows:
+    """The kernels' view of (b, l, channels), float32; a copy only where channels are not contiguous."""
+    rows = tensor.detach().float()
+    if rows.stride(-1) != 1:
+        rows = rows.contiguous()
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(rows.shape, rows.stride(), strict=True))
+    return kernels.Rows(torch.as_strided(rows, (extent,), (1,)).numpy(), rows.stride(0), rows.stride(1))
+
+
+def _flat(tensor: Tensor) -> kernels.Array:
+    """The numbers of a tensor, float32, in order; shared with the tensor if it has them so."""
+    return tensor.detach().float().contiguous().view(-1).numpy()
+
+
+def _tasks(tensor: Tensor) -> int:
+    """Images times blocks of channels."""
+    return tensor.shape[0] * -(-tensor.shape[2] // kernels.BLOCK)
+
+
+def _with_scratch(kernel: Callable[..., None], size: int) -> Callable[..., None]:
+    """The kernel, given `size` numbers of memory that are its thread's own as its last argument."""
+
+    def run(first: int, last: int, *arguments: object) -> None:
+        kernel(first, last, *arguments, _borrow(size))
+
+    return run
+
+
+def _borrow(size: int) -> kernels.Array:
+    """Memory that this thread keeps for the next call: fresh pages from the system cost as much as the arithmetic."""
+    kept: kernels.Array | None = getattr(_SCRATCH, "memory", None)
+    if kept is None or kept.size < size:
+        kept = _SCRATCH.memory = np.empty(size, np.float32)
+    return kept

@@ -1,0 +1,430 @@
+"""Fused CPU kernels of the selective scan and of the causal convolution before it, compiled by numba.
+
+A kernel works off the tasks `first` to `last`. A task is one image of the batch and one block of `BLOCK` channels;
+tasks share nothing that they write, so the result does not depend on how they are spread over threads. Within a task
+time is the outer loop, channels are the innermost one, and the state stays in the cache.
+
+What keeps the innermost loops vectorized, to be kept in mind when they are changed:
+- the hot ones run over the constant BLOCK (a narrower last block computes with zeros in the lanes that it lacks);
+- what they write lies at constant offsets in two or three arrays (`lanes` and `rows` below): LLVM gives up when it
+  would have to compare more than eight pairs of arrays at run time to know them distinct;
+- the exponential is a polynomial of our own, made of multiplications, additions and one shift.
+"""
+
+# ruff: noqa: N803, N806, ANN401 - names are those of the formulas; numba's scalars have no Python type
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import njit, types
+from numba.extending import intrinsic
+
+from almrr_pipeline.model.kernels.cpu_kernels import ANY_ORDER, compile_kernel
+
+BLOCK = 64
+"""Channels of a task: four registers of AVX-512, eight of AVX2, sixteen of NEON."""
+
+Array = npt.NDArray[np.float32]
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+class Rows(NamedTuple):
+    """A tensor (b, l, channels): its storage from the first element on, channels contiguous, and the other strides."""
+
+    values: Array
+    by_image: int
+    by_token: int
+
+
+class ScanInputs(NamedTuple):
+    """What both passes of a scan read; see `almrr_pipeline.model.kernels.scan.selective_scan`.
+
+    A is (n, d) and in units of log2(e), so that a_t = 2^(delta_t A). Without a gate z is not read.
+    """
+
+    u: Rows
+    delta: Rows
+    B: Rows
+    C: Rows
+    z: Rows
+    A: Array
+    D: Array
+    bias: Array
+    length: int
+    reverse: bool
+    softplus: bool
+    gated: bool
+
+
+class ScanGradients(NamedTuple):
+    """What the backward pass writes, flat: u, delta, z (b, l, d); per image A (b, n, d), D and bias (b, d).
+
+    B and C are (blocks, b, l, n): their sum over the blocks of channels is still to be taken.
+    """
+
+    u: Array
+    delta: Array
+    z: Array
+    A: Array
+    B: Array
+    C: Array
+    D: Array
+    bias: Array
+
+
+class ConvInputs(NamedTuple):
+    """What both passes of the convolution read; weight is (taps, d), its last row for the token itself."""
+
+    x: Rows
+    weight: Array
+    bias: Array
+    length: int
+    reverse: bool
+
+
+_EXACT = frozenset({"contract"})  # fused multiply-add only: _exp2 subtracts what it has just added
+_SUMS = ANY_ORDER
+
+_ZERO, _ONE, _TWO = np.float32(0.0), np.float32(1.0), np.float32(2.0)
+_LOG2_E = np.float32(np.log2(np.e))
+_LN_2 = np.float32(np.log(2.0))
+_TO_INTEGER = np.float32(1.5 * 2**23)  # a float32 of this size has no bits behind the point: adding it rounds
+_LOWEST, _HIGHEST = np.float32(-126.0), np.float32(126.0)  # in between 2^x is neither subnormal nor infinite
+# 2^r on [-1/2, 1/2], relative error 1.9e-9, and 2 atanh(s) / s in s^2 on [0, 1/9], 4.0e-9: both by Remez' algorithm
+_E1, _E2, _E3 = np.float32(6.93147206e-01), np.float32(2.40226469e-01), np.float32(5.55032878e-02)
+_E4, _E5, _E6 = np.float32(9.61848896e-03), np.float32(1.33999312e-03), np.float32(1.53458120e-04)
+_L0, _L1, _L2 = np.float32(2.00000001), np.float32(0.66666315), np.float32(0.4002491)
+_L3, _L4 = np.float32(0.27960603), np.float32(0.28178335)
+
+
+def _part(fastmath: frozenset[str]) -> Callable[[_Function], _Function]:
+    """Compile what kernels alone call; without entries for Python and C, which none would use."""
+    options: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "fastmath": set(fastmath)}
+    inside: Callable[[_Function], _Function] = njit(nogil=True, error_model="numpy", **options)
+    return inside
+
+
+@intrinsic
+def _power_of_two(context: Any, rounded: Any) -> Any:
+    """2^k from the float32 k + _TO_INTEGER: k stands in its lowest bits, and belongs into the exponent's."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        integer = ir.IntType(32)
+        exponent = builder.shl(builder.bitcast(arguments[0], integer), integer(23))
+        return builder.bitcast(builder.add(exponent, integer(0x3F800000)), ir.FloatType())
+
+    return types.float32(types.float32), generate
+
+
+@_part(_EXACT)
+def _exp2(x: Any) -> Any:
+    """2^x to 1e-7; saturates at 2^-126 and 2^126, NaN stays NaN."""
+    x = _LOWEST if x < _LOWEST else x
+    x = _HIGHEST if x > _HIGHEST else x
+    rounded = x + _TO_INTEGER
+    r = x - (rounded - _TO_INTEGER)
+    p = (((((_E6 * r + _E5) * r + _E4) * r + _E3) * r + _E2) * r + _E1) * r + _ONE
+    return p * _power_of_two(rounded)  # type: ignore[call-arg]
+
+
+@_part(_EXACT)
+def _sigmoid(x: Any) -> Any:
+    return _ONE / (_ONE + _exp2(-_LOG2_E * x))
+
+
+@_part(_EXACT)
+def _softplus(x: Any) -> Any:
+    """log(1 + e^x) = max(x, 0) + log(1 + e), e = e^-|x|; the logarithm as 2 atanh(e / (2 + e)), exact for any e."""
+    e = _exp2(-_LOG2_E * abs(x))
+    s = e / (_TWO + e)
+    q = s * s
+    return (x if x > _ZERO else _ZERO) + s * ((((_L4 * q + _L3) * q + _L2) * q + _L1) * q + _L0)
+
+
+@compile_kernel
+def scan_forward(first: int, last: int, inputs: ScanInputs, out: Array) -> None:
+    """Write out (b, l, d), flat."""
+    states, channels = inputs.A.shape
+    lanes = np.empty(3 * BLOCK, np.float32)  # step size | step size x input | output
+    rows = np.empty((states, 2 * BLOCK), np.float32)  # A | state
+    for task in range(first, last):
+        batch, start, width = _locate(task, channels)
+        _begin(lanes, rows, inputs.A, start, width)
+        for step in range(inputs.length):
+            t = inputs.length - 1 - step if inputs.reverse else step
+            _load(lanes, inputs, batch, t, start, width)
+            lanes[2 * BLOCK :] = _ZERO
+            B_t, C_t = _row(inputs.B, batch, t, 0, states), _row(inputs.C, batch, t, 0, states)
+            for n in range(states):
+                B_n, C_n, row = B_t[n], C_t[n], rows[n]
+                for c in range(BLOCK):
+                    h = row[BLOCK + c] * _exp2(lanes[c] * row[c]) + lanes[BLOCK + c] * B_n
+                    row[BLOCK + c] = h
+                    lanes[2 * BLOCK + c] += h * C_n
+            at = (batch * inputs.length + t) * channels + start
+            _skip_and_gate(out[at : at + width], lanes, inputs, batch, t, start, width)
+
+
+@compile_kernel
+def scan_backward(
+    first: int, last: int, inputs: ScanInputs, g: Array, gradients: ScanGradients, scratch: Array
+) -> None:
+    """Write the gradients for the gradient g (b, l, d) of the output; nothing of the forward pass has to be kept.
+
+    `scratch` holds at least `scratch_size` numbers, of any value.
+    """
+    states, channels = inputs.A.shape
+    length = inputs.length
+    lanes = np.empty(5 * BLOCK, np.float32)  # step size | times input | its gradient | exponent's gradient | g
+    rows = np.empty((states, 3 * BLOCK), np.float32)  # A | its gradient | the state's gradient
+    ungated = scratch[: length * BLOCK].reshape((length, BLOCK))  # g before the gate, by step
+    end = length * BLOCK + (length + 1) * states * BLOCK
+    history = scratch[length * BLOCK : end].reshape((length + 1, states, BLOCK))  # the states around each step
+    for task in range(first, last):
+        batch, start, width = _locate(task, channels)
+        _begin(lanes, rows, inputs.A, start, width)
+        history[0] = _ZERO
+        _remember(history, lanes, rows, inputs, batch, start, width)
+        for step in range(length):
+            t = length - 1 - step if inputs.reverse else step
+            at = (batch * length + t) * channels + start
+            ungated[step, :width] = g[at : at + width]
+            if inputs.gated:
+                dz_row = gradients.z[at : at + width]
+                _ungate(ungated[step], dz_row, history[step + 1], lanes, inputs, batch, t, start, width)
+        _walk_back(history, ungated, lanes, rows, inputs, gradients, task, batch, start, width)
+        for n in range(states):
+            at = (batch * states + n) * channels + start
+            gradients.A[at : at + width] = rows[n, BLOCK : BLOCK + width]
+
+
+def scratch_size(length: int, states: int) -> int:
+    """Numbers that one run of `scan_backward` keeps in between: what a token's states and output gradients take."""
+    return BLOCK * (length + (length + 1) * states)
+
+
+@_part(_SUMS)
+def _remember(
+    history: Array, lanes: Array, rows: Array, inputs: ScanInputs, batch: int, start: int, width: int
+) -> None:
+    """Run the recurrence forward and keep each state: history[step + 1] is the one after `step`."""
+    states = inputs.A.shape[0]
+    for step in range(inputs.length):
+        t = inputs.length - 1 - step if inputs.reverse else step
+        _load(lanes, inputs, batch, t, start, width)
+        B_t = _row(inputs.B, batch, t, 0, states)
+        for n in range(states):
+            B_n, row, before, after = B_t[n], rows[n], history[step, n], history[step + 1, n]
+            for c in range(BLOCK):
+                after[c] = before[c] * _exp2(lanes[c] * row[c]) + lanes[BLOCK + c] * B_n
+
+
+@_part(_SUMS)
+def _ungate(
+    g_row: Array, dz_row: Array, state: Array, lanes: Array,
+    inputs: ScanInputs, batch: int, t: int, start: int, width: int,
+) -> None:  # fmt: skip
+    """Gradient of the gate, and, in place, the output's gradient before the gate."""
+    states = inputs.A.shape[0]
+    lanes[2 * BLOCK : 3 * BLOCK] = _ZERO
+    C_t = _row(inputs.C, batch, t, 0, states)
+    for n in range(states):
+        C_n, row = C_t[n], state[n]
+        for c in range(BLOCK):
+            lanes[2 * BLOCK + c] += row[c] * C_n
+    u_row, z_row = _row(inputs.u, batch, t, start, width), _row(inputs.z, batch, t, start, width)
+    D_row = inputs.D[start : start + width]
+    for c in range(width):
+        gate = _sigmoid(z_row[c])
+        y = lanes[2 * BLOCK + c] + D_row[c] * u_row[c]
+        dz_row[c] = g_row[c] * y * gate * (_ONE + z_row[c] * (_ONE - gate))
+        g_row[c] *= z_row[c] * gate
+
+
+@_part(_SUMS)
+def _walk_back(
+    history: Array, ungated: Array, lanes: Array, rows: Array, inputs: ScanInputs, gradients: ScanGradients,
+    task: int, batch: int, start: int, width: int,
+) -> None:  # fmt: skip
+    """From the last step to the first: the gradients of the recurrence and of all that goes into it."""
+    states, channels = inputs.A.shape
+    length, images = inputs.length, gradients.D.size // channels
+    for step in range(length - 1, -1, -1):
+        t = length - 1 - step if inputs.reverse else step
+        _load(lanes, inputs, batch, t, start, width)
+        lanes[2 * BLOCK : 4 * BLOCK] = _ZERO
+        lanes[4 * BLOCK : 4 * BLOCK + width] = ungated[step, :width]
+        B_t, C_t = _row(inputs.B, batch, t, 0, states), _row(inputs.C, batch, t, 0, states)
+        at = ((task % _blocks(channels) * images + batch) * length + t) * states
+        dB_t, dC_t = gradients.B[at : at + states], gradients.C[at : at + states]
+        for n in range(states):
+            B_n, C_n, row, before, after = B_t[n], C_t[n], rows[n], history[step, n], history[step + 1, n]
+            dB_n, dC_n = _ZERO, _ZERO
+            for c in range(BLOCK):
+                dC_n += lanes[4 * BLOCK + c] * after[c]
+                dh = row[2 * BLOCK + c] + lanes[4 * BLOCK + c] * C_n
+                dB_n += dh * lanes[BLOCK + c]
+                lanes[2 * BLOCK + c] += dh * B_n
+                dh *= _exp2(lanes[c] * row[c])
+                row[2 * BLOCK + c] = dh  # the gradient of the state before
+                dh *= before[c]
+                row[BLOCK + c] += dh * lanes[c]
+                lanes[3 * BLOCK + c] += dh * row[c]
+            dB_t[n], dC_t[n] = dB_n, dC_n
+        _store_gradients(lanes, inputs, gradients, batch, t, start, width)
+
+
+@_part(_SUMS)
+def _store_gradients(
+    lanes: Array, inputs: ScanInputs, gradients: ScanGradients, batch: int, t: int, start: int, width: int
+) -> None:
+    """Gradients of one token's u and delta, and its part of those of D and of the bias."""
+    channels = inputs.A.shape[1]
+    at, sums_at = (batch * inputs.length + t) * channels + start, batch * channels + start
+    u_row, delta_row = _row(inputs.u, batch, t, start, width), _row(inputs.delta, batch, t, start, width)
+    du_row, d_delta_row = gradients.u[at : at + width], gradients.delta[at : at + width]
+    D_row, bias_row = inputs.D[start : start + width], inputs.bias[start : start + width]
+    dD_row, d_bias_row = gradients.D[sums_at : sums_at + width], gradients.bias[sums_at : sums_at + width]
+    for c in range(width):
+        du_row[c] = lanes[2 * BLOCK + c] * lanes[c] + lanes[4 * BLOCK + c] * D_row[c]
+    for c in range(width):
+        dD_row[c] += lanes[4 * BLOCK + c] * u_row[c]
+    for c in range(width):
+        d_delta_row[c] = lanes[3 * BLOCK + c] * _LN_2 + lanes[2 * BLOCK + c] * u_row[c]
+    if inputs.softplus:
+        for c in range(width):
+            d_delta_row[c] *= _sigmoid(delta_row[c] + bias_row[c])
+    for c in range(width):
+        d_bias_row[c] += d_delta_row[c]
+
+
+@compile_kernel
+def conv_forward(first: int, last: int, inputs: ConvInputs, out: Array) -> None:
+    """Write the SiLU of the causal depthwise convolution, (b, l, d), flat."""
+    channels = inputs.weight.shape[1]
+    lanes = np.zeros(BLOCK, np.float32)
+    for task in range(first, last):
+        batch, start, width = _locate(task, channels)
+        for t in range(inputs.length):
+            _convolve(lanes, inputs, batch, t, start, width)
+            at = (batch * inputs.length + t) * channels + start
+            out_row = out[at : at + width]
+            for c in range(width):
+                out_row[c] = lanes[c] * _sigmoid(lanes[c])
+
+
+@compile_kernel
+def conv_backward(
+    first: int, last: int, inputs: ConvInputs, g: Array, dx: Array, d_weight: Array, d_bias: Array
+) -> None:
+    """Write dx (b, l, d), and per image d_weight (b, taps, d) and d_bias (b, d); all are given as zeros, flat."""
+    taps, channels = inputs.weight.shape
+    lanes = np.zeros(BLOCK, np.float32)
+    inner = np.zeros((inputs.length, BLOCK), np.float32)  # gradient before the SiLU
+    for task in range(first, last):
+        batch, start, width = _locate(task, channels)
+        d_bias_row = d_bias[batch * channels + start : batch * channels + start + width]
+        for t in range(inputs.length):
+            _convolve(lanes, inputs, batch, t, start, width)
+            at = (batch * inputs.length + t) * channels + start
+            g_row, inner_row = g[at : at + width], inner[t]
+            for c in range(width):
+                gate = _sigmoid(lanes[c])
+                inner_row[c] = g_row[c] * gate * (_ONE + lanes[c] * (_ONE - gate))
+            for c in range(width):
+                d_bias_row[c] += inner_row[c]
+        for t in range(inputs.length):
+            at = (batch * inputs.length + t) * channels + start
+            dx_row, x_row = dx[at : at + width], _row(inputs.x, batch, t, start, width)
+            for k in range(taps):
+                target = _neighbor(t, taps - 1 - k, not inputs.reverse)  # the token whose tap k this one is
+                if 0 <= target < inputs.length:
+                    at = (batch * taps + k) * channels + start
+                    _spread_tap(
+                        dx_row, d_weight[at : at + width], x_row, inner[target], inputs.weight[k, start : start + width]
+                    )
+
+
+@_part(_SUMS)
+def _spread_tap(dx_row: Array, d_weight_row: Array, x_row: Array, inner_row: Array, weight_row: Array) -> None:
+    for c in range(dx_row.size):
+        dx_row[c] += weight_row[c] * inner_row[c]
+    for c in range(dx_row.size):
+        d_weight_row[c] += inner_row[c] * x_row[c]
+
+
+@_part(_SUMS)
+def _convolve(lanes: Array, inputs: ConvInputs, batch: int, t: int, start: int, width: int) -> None:
+    """Put bias + sum over k of weight_k x_(t - taps + 1 + k) into the lanes."""
+    taps = inputs.weight.shape[0]
+    lanes[:width] = inputs.bias[start : start + width]
+    for k in range(taps):
+        source = _neighbor(t, taps - 1 - k, inputs.reverse)
+        if 0 <= source < inputs.length:
+            x_row, weight_row = _row(inputs.x, batch, source, start, width), inputs.weight[k, start : start + width]
+            for c in range(width):
+                lanes[c] += x_row[c] * weight_row[c]
+
+
+@_part(_EXACT)
+def _neighbor(t: int, distance: int, later: bool) -> int:
+    return t + distance if later else t - distance
+
+
+@_part(_EXACT)
+def _blocks(channels: int) -> int:
+    return (channels + BLOCK - 1) // BLOCK
+
+
+@_part(_EXACT)
+def _locate(task: int, channels: int) -> tuple[int, int, int]:
+    """Image, first channel and number of channels of a task."""
+    start = task % _blocks(channels) * BLOCK
+    return task // _blocks(channels), start, min(BLOCK, channels - start)
+
+
+@_part(_EXACT)
+def _row(rows: Rows, batch: int, t: int, start: int, width: int) -> Array:
+    at = batch * rows.by_image + t * rows.by_token + start
+    return rows.values[at : at + width]
+
+
+@_part(_EXACT)
+def _begin(lanes: Array, rows: Array, A: Array, start: int, width: int) -> None:
+    """Put A into the rows' first BLOCK; all else is zero."""
+    lanes[:] = _ZERO
+    rows[:] = _ZERO
+    for n in range(A.shape[0]):
+        rows[n, :width] = A[n, start : start + width]
+
+
+@_part(_EXACT)
+def _load(lanes: Array, inputs: ScanInputs, batch: int, t: int, start: int, width: int) -> None:
+    """Put a token's step sizes, and step size times input, into the first two BLOCKs of the lanes."""
+    delta_row, u_row = _row(inputs.delta, batch, t, start, width), _row(inputs.u, batch, t, start, width)
+    bias_row = inputs.bias[start : start + width]
+    for c in range(width):
+        lanes[c] = delta_row[c] + bias_row[c]
+    if inputs.softplus:
+        for c in range(width):
+            lanes[c] = _softplus(lanes[c])
+    for c in range(width):
+        lanes[BLOCK + c] = lanes[c] * u_row[c]
+
+
+@_part(_EXACT)
+def _skip_and_gate(
+    out_row: Array, lanes: Array, inputs: ScanInputs, batch: int, t: int, start: int, width: int
+) -> None:
+    """(y + D u) silu(z) of one token, y being in the third BLOCK of the lanes."""
+    u_row, D_row = _row(inputs.u, batch, t, start, width), inputs.D[start : start + width]
+    for c in range(width):
+        out_row[c] = lanes[2 * BLOCK + c] + D_row[c] * u_row[c]
+    if inputs.gated:
+        z_row = _row(inputs.z, batch, t, start, width)
+        for c in range(width):
+            out_row[c] *= z_row[c] * _sigmoid(z_row[c])

@@ -1,0 +1,260 @@
+"""The selective scan for GPUs in Triton: forward and backward, either direction, nothing transposed or flipped.
+
+A program is one image and one block of channels; it walks through the tokens with the state (n, channels) in
+registers. One warp holds 32 channels, a lane each with all n states of its channel: sums over states stay within a
+lane, and loads of u, delta and z are coalesced because channels are innermost in memory. `tl.range(num_stages)` lets
+the loads of the coming tokens run ahead of the arithmetic, which a loop of dependent steps needs.
+
+The forward pass keeps the state at the start of every chunk of `_CHUNK` tokens, a sixteenth of all states. The backward
+pass goes through the chunks from the last to the first, recomputes a chunk's states into a scratch, and walks back.
+Gradients of B and C, which all channels share, are written per block of channels and summed by torch: no atomics, so
+results are the same in every run. The arithmetic is float32 whatever comes in.
+"""
+
+# ruff: noqa: N803, N806, E741, ANN001, ANN202, ANN401 - names are those of the formulas; kernels are Triton's
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from almrr_pipeline.model.kernels.scan.operands import ScanOperands
+
+_CHUNK = 16
+_BLOCK_D = 32
+_STAGES = 3
+
+
+def scan_with_triton(scan: ScanOperands) -> Tensor:
+    """Selective scan as `almrr_pipeline.model.kernels.scan.selective_scan` describes it; the arithmetic is float32."""
+    scanned: Tensor = _Scan.apply(*scan)
+    return scanned
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *operands: Any) -> Tensor:
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse = ScanOperands(*operands)
+        keep = any(ctx.needs_input_grad)
+        b, l, d = u.shape
+        chunks = triton.cdiv(l, _CHUNK) if keep else 0
+        starts = torch.empty(b, chunks, A.shape[1], d, dtype=torch.float32, device=u.device)
+        out = torch.empty(b, l, d, dtype=u.dtype, device=u.device)
+        rows, strides = _rows(u, delta, B, C, z)
+        ctx.constants = _constants(A, z, delta_softplus=delta_softplus, reverse=reverse)
+        vectors = _vectors(A, D, delta_bias)
+        with _on_device(u):
+            _forward[_grid(u)](*rows, *vectors, out, starts, *strides, l, d, A.shape[1], KEEP=keep, **ctx.constants)
+        ctx.save_for_backward(u, delta, A, B, C, D, z, delta_bias, starts)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        u, delta, A, B, C, D, z, delta_bias, starts = ctx.saved_tensors
+        (b, l, d), n = u.shape, A.shape[1]
+        blocks = triton.cdiv(d, _BLOCK_D)
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(*shape, dtype=torch.float32, device=u.device)
+
+        rows, strides = _rows(u, delta, B, C, z)
+        scratch = empty(b, blocks, _CHUNK, ctx.constants["BLOCK_N"], _BLOCK_D)
+        du, d_delta, dz = (
+            torch.empty_like(t, memory_format=torch.contiguous_format) for t in (rows[0], rows[1], rows[4])
+        )
+        dA, dB, dC = empty(b, n, d), empty(blocks, b, l, n), empty(blocks, b, l, n)
+        dD, d_bias = empty(b, d), empty(b, d)
+        with _on_device(u):
+            _backward[_grid(u)](
+                *rows, *_vectors(A, D, delta_bias), g.contiguous(), starts, scratch,
+                du, d_delta, dz, dA, dB, dC, dD, d_bias, *strides, l, d, n, **ctx.constants,
+            )  # fmt: skip
+        return (
+            du,
+            d_delta,
+            dA.sum(0).t().to(A.dtype),
+            dB.sum(0).to(B.dtype),
+            dC.sum(0).to(C.dtype),
+            dD.sum(0).to(D.dtype),
+            None if z is None else dz,
+            None if delta_bias is None else d_bias.sum(0).to(delta_bias.dtype),
+            None,
+            None,
+        )
+
+
+def _rows(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, z: Tensor | None) -> tuple[list[Tensor], list[int]]:
+    """The tensors (b, l, ...), channels contiguous, and each one's other strides; without a gate u stands in for z."""
+    tensors = [t if t.stride(-1) == 1 else t.contiguous() for t in (u, delta, B, C, u if z is None else z)]
+    return tensors, [stride for t in tensors for stride in t.stride()[:2]]
+
+
+def _vectors(A: Tensor, D: Tensor, delta_bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """A (n, d), D (d,) and the bias (d,), float32 and contiguous."""
+    bias = torch.zeros_like(D) if delta_bias is None else delta_bias
+    return A.detach().float().t().contiguous(), D.detach().float().contiguous(), bias.detach().float().contiguous()
+
+
+def _constants(A: Tensor, z: Tensor | None, *, delta_softplus: bool, reverse: bool) -> dict[str, Any]:
+    return {
+        "REVERSE": reverse,
+        "SOFTPLUS": delta_softplus,
+        "GATED": z is not None,
+        "CHUNK": _CHUNK,
+        "BLOCK_N": triton.next_power_of_2(A.shape[1]),
+        "BLOCK_D": _BLOCK_D,
+        "STAGES": _STAGES,
+        "num_warps": 1,
+    }
+
+
+def _grid(u: Tensor) -> tuple[int, int]:
+    """Blocks of channels first: programs that share an image's B and C run side by side."""
+    return triton.cdiv(u.shape[2], _BLOCK_D), u.shape[0]
+
+
+def _on_device(u: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Triton launches on the current device, which need not be the tensors' one."""
+    return torch.cuda.device(u.device) if u.is_cuda else contextlib.nullcontext()
+
+
+@triton.jit
+def _softplus(x):
+    """log(1 + e^x), also where e^x is too small for 1 + e^x to notice (Kahan's log1p)."""
+    e = tl.exp(-tl.abs(x))
+    w = 1.0 + e
+    log1p = tl.where(w == 1.0, e, tl.log(w) * (e / tl.where(w == 1.0, 1.0, w - 1.0)))
+    return tl.maximum(x, 0.0) + log1p
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _forward(
+    u, delta, B, C, z, A, D, bias, out, starts,
+    u_b, u_l, delta_b, delta_l, B_b, B_l, C_b, C_l, z_b, z_l, length, channels, states,
+    REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, GATED: tl.constexpr, KEEP: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Output (b, l, d), and starts (b, chunks, n, d): the state before the first token of each chunk."""
+    batch = tl.program_id(1).to(tl.int64)
+    c = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    n = tl.arange(0, BLOCK_N)
+    has_c, has_n = c < channels, n < states
+    has = has_n[:, None] & has_c[None, :]
+    cell = n[:, None] * channels + c[None, :]
+    decay = tl.load(A + cell, mask=has, other=0.0)
+    skip = tl.load(D + c, mask=has_c, other=0.0)
+    offset = tl.load(bias + c, mask=has_c, other=0.0)
+    chunks = tl.cdiv(length, CHUNK)
+    h = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
+    for step in tl.range(0, length, num_stages=STAGES):
+        t = length - 1 - step if REVERSE else step
+        x = tl.load(u + batch * u_b + t * u_l + c, mask=has_c, other=0.0).to(tl.float32)
+        dt = tl.load(delta + batch * delta_b + t * delta_l + c, mask=has_c, other=0.0).to(tl.float32) + offset
+        b_t = tl.load(B + batch * B_b + t * B_l + n, mask=has_n, other=0.0).to(tl.float32)
+        c_t = tl.load(C + batch * C_b + t * C_l + n, mask=has_n, other=0.0).to(tl.float32)
+        if SOFTPLUS:
+            dt = _softplus(dt)
+        if KEEP:
+            at = starts + (batch * chunks + step // CHUNK) * states * channels + cell
+            tl.store(at, h, mask=has & (step % CHUNK == 0))
+        h = tl.exp(dt[None, :] * decay) * h + b_t[:, None] * (dt * x)[None, :]
+        y = tl.sum(h * c_t[:, None], axis=0) + skip * x
+        if GATED:
+            gate = tl.load(z + batch * z_b + t * z_l + c, mask=has_c, other=0.0).to(tl.float32)
+            y = y * gate * _sigmoid(gate)
+        tl.store(out + (batch * length + t) * channels + c, y.to(out.dtype.element_ty), mask=has_c)
+
+
+@triton.jit
+def _backward(
+    u, delta, B, C, z, A, D, bias, g, starts, scratch, du, d_delta, dz, dA, dB, dC, dD, d_bias,
+    u_b, u_l, delta_b, delta_l, B_b, B_l, C_b, C_l, z_b, z_l, length, channels, states,
+    REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, GATED: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Gradients of u, delta, z (b, l, d); per image of A (b, n, d), D, bias (b, d); per block of B, C (b, l, n)."""
+    batch = tl.program_id(1).to(tl.int64)
+    block = tl.program_id(0)
+    c = block * BLOCK_D + tl.arange(0, BLOCK_D)
+    n = tl.arange(0, BLOCK_N)
+    has_c, has_n = c < channels, n < states
+    has = has_n[:, None] & has_c[None, :]
+    cell = n[:, None] * channels + c[None, :]
+    decay = tl.load(A + cell, mask=has, other=0.0)
+    skip = tl.load(D + c, mask=has_c, other=0.0)
+    offset = tl.load(bias + c, mask=has_c, other=0.0)
+    chunks = tl.cdiv(length, CHUNK)
+    own = batch * tl.num_programs(0) + block
+    local = scratch + own * CHUNK * BLOCK_N * BLOCK_D + n[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    sums = (block * tl.num_programs(1).to(tl.int64) + batch) * length * states + n
+    dh = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
+    sum_A = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
+    sum_D = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    sum_bias = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    for index in range(0, chunks):
+        chunk = chunks - 1 - index
+        first = chunk * CHUNK
+        count = tl.minimum(CHUNK, length - first)
+        h = tl.load(starts + (batch * chunks + chunk) * states * channels + cell, mask=has, other=0.0)
+        for step in tl.range(0, count, num_stages=STAGES):
+            t = length - 1 - (first + step) if REVERSE else first + step
+            x = tl.load(u + batch * u_b + t * u_l + c, mask=has_c, other=0.0).to(tl.float32)
+            dt = tl.load(delta + batch * delta_b + t * delta_l + c, mask=has_c, other=0.0).to(tl.float32) + offset
+            b_t = tl.load(B + batch * B_b + t * B_l + n, mask=has_n, other=0.0).to(tl.float32)
+            if SOFTPLUS:
+                dt = _softplus(dt)
+            tl.store(local + step * BLOCK_N * BLOCK_D, h)
+            h = tl.exp(dt[None, :] * decay) * h + b_t[:, None] * (dt * x)[None, :]
+        tl.debug_barrier()  # what a thread reads below, another one may have written
+        for back in tl.range(0, count, num_stages=STAGES):
+            step = count - 1 - back
+            t = length - 1 - (first + step) if REVERSE else first + step
+            at = (batch * length + t) * channels + c
+            x = tl.load(u + batch * u_b + t * u_l + c, mask=has_c, other=0.0).to(tl.float32)
+            raw = tl.load(delta + batch * delta_b + t * delta_l + c, mask=has_c, other=0.0).to(tl.float32) + offset
+            b_t = tl.load(B + batch * B_b + t * B_l + n, mask=has_n, other=0.0).to(tl.float32)
+            c_t = tl.load(C + batch * C_b + t * C_l + n, mask=has_n, other=0.0).to(tl.float32)
+            gy = tl.load(g + at, mask=has_c, other=0.0).to(tl.float32)
+            before = tl.load(local + step * BLOCK_N * BLOCK_D)
+            dt = raw
+            if SOFTPLUS:
+                dt = _softplus(raw)
+            fade = tl.exp(dt[None, :] * decay)
+            h = fade * before + b_t[:, None] * (dt * x)[None, :]
+            if GATED:
+                gate = tl.load(z + batch * z_b + t * z_l + c, mask=has_c, other=0.0).to(tl.float32)
+                share = _sigmoid(gate)
+                y = tl.sum(h * c_t[:, None], axis=0) + skip * x
+                d_gate = gy * y * share * (1.0 + gate * (1.0 - share))
+                tl.store(dz + at, d_gate.to(dz.dtype.element_ty), mask=has_c)
+                gy = gy * gate * share
+            dh += gy[None, :] * c_t[:, None]
+            tl.store(dC + sums + t * states, tl.sum(gy[None, :] * h, axis=1), mask=has_n)
+            tl.store(dB + sums + t * states, tl.sum(dh * (dt * x)[None, :], axis=1), mask=has_n)
+            d_input = tl.sum(dh * b_t[:, None], axis=0)  # gradient of dt x
+            dh = dh * fade
+            exponent = dh * before
+            sum_A += exponent * dt[None, :]
+            d_dt = tl.sum(exponent * decay, axis=0) + d_input * x
+            if SOFTPLUS:
+                d_dt = d_dt * _sigmoid(raw)
+            sum_D += gy * x
+            sum_bias += d_dt
+            tl.store(du + at, (d_input * dt + gy * skip).to(du.dtype.element_ty), mask=has_c)
+            tl.store(d_delta + at, d_dt.to(d_delta.dtype.element_ty), mask=has_c)
+        tl.debug_barrier()  # the next chunk writes over the scratch
+    tl.store(dA + batch * states * channels + cell, sum_A, mask=has)
+    tl.store(dD + batch * channels + c, sum_D, mask=has_c)
+    tl.store(d_bias + batch * channels + c, sum_bias, mask=has_c)

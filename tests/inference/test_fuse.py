@@ -1,0 +1,142 @@
+"""The fused model gives the unfused model's map, part by part and as a whole."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from almrr_pipeline.inference.fuse import EmbedThenResize, FusedALMRR, ResizeThenEmbed, fuse_batch_norms
+
+SIZE = (128, 160)
+KINDS = [{}, {"standardize": True}, {"refinement_input": "projection", "refinement_channels": 3, "standardize": True}]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=["mean", "standardized", "projection"])
+@pytest.mark.parametrize("patch", [1, 2, 4])
+def test_fusing_is_exact(build_model, images: Tensor, patch: int, kind: dict[str, object]) -> None:
+    """In float64, where rounding cannot hide a mistake."""
+    model = build_model(patch=patch, **kind).double()
+    with torch.no_grad():
+        expected = model(images.double())
+    assert float(expected.std()) > 0.05
+    torch.testing.assert_close(model.fuse()(images.double()), expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=["mean", "standardized", "projection"])
+def test_rounding_differs_by_less_than_1e_4_in_float32(build_model, images: Tensor, kind: dict[str, object]) -> None:
+    model = build_model(**kind)
+    with torch.no_grad():
+        expected = model(images)
+    torch.testing.assert_close(model.fuse()(images), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "location"),
+    [("test_efficientnet", "bottleneck"), ("tf_efficientnet_lite0", "expansion"), ("resnet18", "bottleneck")],
+)
+def test_every_backbone_fuses(
+    build_model, images: Tensor, backbone: str, location: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, images = build_model(backbone, location).double(), images.double()
+    with torch.no_grad():
+        expected = model(images)
+    fused = model.fuse()
+    torch.testing.assert_close(fused(images), expected, rtol=0, atol=1e-9)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
+    assert caplog.records == []
+
+
+def test_fusing_under_autocast_folds_the_same(build_model) -> None:
+    model = build_model().eval()
+    plain = model.fuse()
+    with torch.autocast("cpu", torch.bfloat16):
+        fused = model.fuse()
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(tensor, fused.state_dict()[name]), name
+
+
+def test_both_orders_of_a_stage_agree() -> None:
+    torch.manual_seed(0)
+    weight, rows, columns = torch.randn(5, 7, 4, 4), torch.rand(12, 6), torch.rand(16, 3)
+    x = torch.randn(2, 7, 6, 3)
+    given = [kind(weight, rows, columns)(x) for kind in (ResizeThenEmbed, EmbedThenResize)]
+    assert given[0].shape == (2, 12, 5)
+    torch.testing.assert_close(given[0], given[1], rtol=1e-4, atol=1e-3)
+
+
+def test_the_cheaper_order_is_taken_for_each_stage(build_model) -> None:
+    orders = {patch: [type(stage) for stage in build_model(patch=patch).fuse().embedding.stages] for patch in (1, 2, 4)}
+    assert orders == {
+        4: [ResizeThenEmbed, ResizeThenEmbed, EmbedThenResize],
+        2: [ResizeThenEmbed, EmbedThenResize, EmbedThenResize],
+        1: [EmbedThenResize, EmbedThenResize, EmbedThenResize],
+    }
+
+
+def test_fusing_leaves_the_callers_random_state_alone(build_model) -> None:
+    model = build_model()
+    before = torch.get_rng_state()
+    model.fuse()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_fusing_leaves_the_model_alone(build_model) -> None:
+    model, images = build_model(), torch.rand(1, 3, *SIZE)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    fused = model.fuse()
+    expected = fused(images)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(p.requires_grad for p in model.trainable_parameters())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(fused(images), expected)
+
+
+def test_a_model_in_training_folds_to_its_evaluation(build_model, images: Tensor) -> None:
+    model, images = build_model(drop_path=0.5).double(), images.double()
+    with torch.no_grad():
+        expected = model(images)
+    fused = model.train().fuse()
+    torch.testing.assert_close(fused(images), expected, rtol=0, atol=1e-9)
+    assert not any(module.training for module in fused.modules())
+
+
+def test_the_fused_map_carries_no_gradient(build_model) -> None:
+    fused: FusedALMRR = build_model().fuse()
+    assert not fused(torch.rand(1, 3, *SIZE)).requires_grad
+    assert not any(parameter.requires_grad for parameter in fused.parameters())
+
+
+class _TwiceUsed(nn.Module):
+    """One convolution, two norms: nothing that can be fused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 3, 1)
+        self.first, self.second = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.convolution(self.first(self.convolution(x))))
+
+
+def test_what_cannot_be_fused_stays_as_it_is_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    network, x = _TwiceUsed().eval(), torch.randn(2, 3, 4, 4)
+    nn.init.normal_(network.first.running_mean)
+    with caplog.at_level(logging.WARNING):
+        fused = fuse_batch_norms(network, x)
+    assert torch.equal(fused(x), network(x))
+    assert "_TwiceUsed cannot be fused" in caplog.text
+
+
+@pytest.mark.gpu
+def test_the_fused_map_is_the_same_on_a_gpu(build_model, images: Tensor) -> None:
+    model = build_model()
+    with torch.no_grad():
+        expected = model(images)
+    torch.testing.assert_close(model.to("cuda").fuse()(images.to("cuda")).cpu(), expected, rtol=0, atol=1e-3)

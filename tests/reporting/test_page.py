@@ -1,0 +1,311 @@
+"""The page must stand on its own, show every number with its reason, and let nothing in that is not text."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from almrr_pipeline.config import Parameters, parse_parameters
+from almrr_pipeline.evaluation.summary import summarize_seeds
+from almrr_pipeline.reporting.examples import Overlay
+from almrr_pipeline.reporting.page import Report, render_report
+
+VOID = {"meta", "link", "img", "br"}
+
+
+class Page(HTMLParser):
+    """Elements with their attributes, the text of all of them, and what is not closed as it was opened."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.feed(page)
+        self.close()
+        self.text = re.sub(r"\s+", " ", " ".join(self.words).replace("\N{NO-BREAK SPACE}", " "))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+@pytest.fixture
+def page(report: Report) -> Page:
+    return Page(render_report(report))
+
+
+def alone(report: Report, **changes: Any) -> Report:
+    """The report with its first category only, changed."""
+    return replace(report, categories=[replace(report.categories[0], **changes)])
+
+
+def with_parameters(report: Report, **sections: Any) -> Page:
+    parameters = parse_parameters(report.parameters.model_dump(mode="json") | sections)
+    return Page(render_report(replace(report, parameters=parameters)))
+
+
+def test_every_element_is_closed(page: Page) -> None:
+    assert page.open == []
+
+
+def test_nothing_is_fetched_and_nothing_runs(report: Report) -> None:
+    text = render_report(report)
+    assert "http" not in text.replace('xmlns="http://www.w3.org/2000/svg"', "").replace("http-equiv", "")
+    assert "<script" not in text
+    assert "@import" not in text
+    page = Page(text)
+    addresses = [v for _, a in page.elements for k, v in a.items() if k in {"src", "href", "srcset", "action"}]
+    assert addresses
+    assert all(address is not None and address.startswith(("data:", "#")) for address in addresses)
+    policy = next(a["content"] for a in page.all("meta") if "http-equiv" in a)
+    assert policy is not None
+    assert "default-src 'none'" in policy
+
+
+def test_links_and_names_fit_together(page: Page) -> None:
+    names = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(names) == len(set(names))
+    assert {a["href"] for a in page.all("a")} == {f"#{name}" for name in names}
+
+
+def test_images_and_tables_can_be_read_aloud(page: Page) -> None:
+    assert all(image["alt"] for image in page.all("img"))
+    assert all(drawing["aria-label"] for drawing in page.all("svg"))
+    assert len(page.all("caption")) == len(page.all("table")) >= 4
+    assert all(head.get("scope") in {"row", "col", "colgroup"} for head in page.all("th"))
+    assert page.all("html")[0]["lang"] == "en"
+
+
+def test_equal_input_gives_equal_bytes(report: Report) -> None:
+    assert render_report(report) == render_report(replace(report))
+
+
+HOSTILE = "<img src=x onerror=alert(1)>'\"&{{ 7 * 7 }}</script>"
+
+
+def test_hostile_words_stay_words(report: Report) -> None:
+    category = replace(
+        report.categories[0],
+        category=HOSTILE,
+        source=HOSTILE,
+        overlays=[replace(report.categories[0].overlays[0], caption=HOSTILE)],
+        metrics=report.categories[0].metrics | {"defects": {HOSTILE: {}}, "undefined": {"image_ap": HOSTILE}},
+    )
+    values = report.parameters.model_dump(mode="json")
+    values |= {"suite": HOSTILE, "categories": [HOSTILE], "report": {"title": HOSTILE}}
+    hostile = replace(
+        report,
+        parameters=parse_parameters(values),
+        categories=[category],
+        versions={HOSTILE: HOSTILE},
+        commit=f"0123abc{HOSTILE}",
+    )
+    text = render_report(hostile)
+    page = Page(text)
+    assert page.open == []
+    assert [image["src"][:5] for image in page.all("img") if image["src"]] == ["data:"]
+    assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
+    assert page.text.count(HOSTILE) >= 8
+
+
+def test_undefined_metrics_are_dashes_with_a_reason(page: Page) -> None:
+    assert "no normal test image" in page.text
+    assert page.text.count("\N{EN DASH}") >= 3
+
+
+def test_numbers_of_record_are_on_the_page(report: Report, page: Page) -> None:
+    metrics = report.categories[0].metrics
+    for name in ("image_auroc", "image_ap", "image_f1max", "pixel_auroc", "pixel_ap", "pixel_f1max", "aupro_30"):
+        low, high = metrics["intervals"][name]
+        assert f"{metrics[name]:.3f} {low:.3f} to {high:.3f}" in page.text
+    mean = report.summary["pixel_ap"]["mean"]
+    assert f"{mean:.3f} mean of 2 of 2 categories" in page.text
+
+
+def test_thresholds_and_their_guarantee_are_on_the_page(report: Report, page: Page) -> None:
+    threshold = report.categories[0].metrics["thresholds"]["image"]
+    assert threshold["guarantee"] in page.text
+    assert f"{threshold['false_alarms']['count']} of {threshold['false_alarms']['of']}" in page.text
+    assert "no normal image was held out" in page.text
+
+
+def test_counts_of_every_part_are_on_the_page(page: Page) -> None:
+    assert "sample_brick 171 19 12 12 12" in page.text
+    assert "nanotwice \N{EN DASH} \N{EN DASH} 0 12 12" in page.text
+
+
+def test_one_category_opens_with_its_own_intervals(report: Report) -> None:
+    page = Page(render_report(alone(report)))
+    low, high = report.categories[0].metrics["intervals"]["pixel_ap"]
+    assert f"pixel AP {report.categories[0].metrics['pixel_ap']:.3f} {low:.3f} to {high:.3f}" in page.text
+    assert "mean of" not in page.text
+
+
+def test_protocol_follows_the_parameters(report: Report, page: Page) -> None:
+    assert "The result is that of the last step." in page.text
+    assert "come from 10 % of the normal training images" in page.text
+    assert "resized to 256 \N{MULTIPLICATION SIGN} 256 pixels" in page.text
+    assert "1000 resamplings" in page.text
+    changed = with_parameters(
+        report,
+        train={"selection": "validation"},
+        data={"calibration": 0.0, "tiling": {"enabled": True, "scale": 0.5}},
+        evaluate={"bootstrap": 0},
+    )
+    assert "did best on validation images" in changed.text
+    assert "last step" not in changed.text
+    assert "data.calibration is 0" in changed.text
+    assert "scaled by 0.5 and cut into overlapping tiles" in changed.text
+    assert "resamplings" not in changed.text
+
+
+def test_protocol_says_where_a_data_set_has_validation_images_of_its_own(report: Report, page: Page) -> None:
+    assert "own validation images" not in page.text
+    every = [replace(category, has_validation=True) for category in report.categories]
+    text = Page(render_report(replace(report, categories=every))).text
+    assert text.count("own validation images") == 1
+    assert "of the normal training images" not in text
+    some = Page(render_report(replace(report, categories=[every[0], *report.categories[1:]]))).text
+    assert "own validation images" in some.partition(f"{every[0].category} has values of its own:")[2]
+    assert "of the normal training images" in some
+
+
+def test_a_category_with_values_of_its_own_has_a_protocol_of_its_own(report: Report, page: Page) -> None:
+    name = report.categories[0].category
+    assert "has values of its own" not in page.text
+    changed = with_parameters(report, overrides={name: {"data": {"image_size": [128, 192]}}})
+    own = changed.text.partition(f"{name} has values of its own:")[2]
+    assert "resized to 128 \N{MULTIPLICATION SIGN} 192 pixels" in own
+    assert "resized to 256 \N{MULTIPLICATION SIGN} 256 pixels" in changed.text
+    assert changed.text.count("has values of its own") == 1
+
+
+def test_every_parameter_is_on_the_page(page: Page, parameters: Parameters) -> None:
+    for name, value in parameters.model_dump(mode="json").items():
+        assert name in page.text or not value
+        for inner in value if isinstance(value, dict) else ():
+            assert f"{inner}:" in page.text
+    assert "learning_rate: 0.0001" in page.text
+
+
+def test_commit_and_versions_are_on_the_page(report: Report, page: Page) -> None:
+    assert "git checkout 0123abc dvc repro" in page.text
+    assert "torch 2.6.0" in page.text
+    assert "git checkout" not in render_report(replace(report, commit=None))
+
+
+def test_only_a_hash_is_checked_out(report: Report, page: Page) -> None:
+    changed = Page(render_report(replace(report, commit="0123abc with changes")))
+    assert "git checkout 0123abc dvc repro" in changed.text
+    assert "with uncommitted changes" in changed.text
+    assert "with uncommitted changes" not in page.text
+    assert "git checkout" not in render_report(replace(report, commit="unknown"))
+
+
+def test_secrets_and_folders_stay_off_the_page(report: Report) -> None:
+    text = with_parameters(
+        report,
+        data={
+            "mirror": "https://user:password@example.org/data?token=abc",
+            "source": {"folder_tiles": "/home/somebody/tiles.zip"},
+        },
+        backbone={"weights": "/home/somebody/weights.pth"},
+    ).text
+    assert all(word in text for word in ("example.org/data", "tiles.zip", "weights.pth"))
+    assert not any(word in text for word in ("password", "token", "somebody"))
+
+
+def test_sections_without_content_are_left_out(report: Report) -> None:
+    page = Page(render_report(report))
+    assert "Over seeds" not in page.text
+    assert "Chosen on the test set" not in page.text
+    assert page.text.count("Found most clearly") == 1
+    empty = report.categories[1].roc.iloc[:0]
+    bare = replace(
+        report.categories[1],
+        roc=empty,
+        pr=report.categories[1].pr.iloc[:0],
+        pro=report.categories[1].pro.iloc[:0],
+        image_roc=None,
+        image_pr=None,
+        history=pd.DataFrame({"step": [], "loss": []}),
+    )
+    text = Page(render_report(replace(report, categories=[bare]))).text
+    assert "ROC, pixels" not in text
+    assert "Training, 0 steps" in text
+
+
+def test_seeds_and_oracle_are_shown_where_given(report: Report) -> None:
+    seeds = summarize_seeds({"mt_seed0": {"pixel_ap": 0.5}, "mt_seed1": {"pixel_ap": 0.7}})
+    category = replace(report.categories[0], metrics=report.categories[0].metrics | {"oracle_pixel_iou": 0.5})
+    page = Page(render_report(replace(report, seeds=seeds, categories=[category])))
+    assert "± 0.141" in page.text
+    assert "upper bounds, not results" in page.text
+
+
+def test_figures_hold_all_categories(report: Report) -> None:
+    drawing = next(part for part in render_report(report).split("<figure") if "ROC, pixels" in part)
+    assert "<title>sample_brick</title>" in drawing
+    assert "<title>nanotwice</title>" in drawing
+
+
+def test_the_overlap_curve_fills_its_frame(report: Report) -> None:
+    assert report.categories[0].pro["fpr"].max() == pytest.approx(0.3)
+    drawing = next(part for part in render_report(report).split("<figure") if "Overlap with" in part)
+    ends = re.findall(r'([\d.]+) [\d.]+" style="[^"]*"><title>', drawing)
+    assert ends == ["340", "340"]
+
+
+def embedded(report: Report, image: Image.Image, format_: str) -> tuple[str, bytes]:
+    """Address type and content of an image as the page embeds it."""
+    stream = io.BytesIO()
+    image.save(stream, format_)
+    page = Page(render_report(alone(report, overlays=[Overlay("best", "a", stream.getvalue())])))
+    kind, content = (page.all("img")[0]["src"] or "").split(";base64,")
+    return kind, base64.b64decode(content)
+
+
+@pytest.mark.parametrize("format_", ["PNG", "WEBP"])
+def test_images_become_small_web_images(report: Report, format_: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (200, 2000, 3), dtype=np.uint8)
+    kind, content = embedded(report, Image.fromarray(noise), format_)
+    assert kind == "data:image/webp"
+    assert Image.open(io.BytesIO(content)).size == (1280, 128)
+
+
+def test_web_images_are_embedded_as_they_are(report: Report) -> None:
+    stream = io.BytesIO()
+    image = Image.fromarray(np.zeros((20, 60, 3), np.uint8))
+    image.save(stream, "WEBP")
+    assert embedded(report, image, "WEBP") == ("data:image/webp", stream.getvalue())
+
+
+def test_an_image_may_lie_on_disk(report: Report, tmp_path: Any) -> None:
+    path = tmp_path / "panel.png"
+    Image.fromarray(np.full((10, 30, 3), 200, np.uint8)).save(path)
+    text = render_report(alone(report, overlays=[Overlay("typical", "on disk", path)]))
+    assert "on disk" in text
+    assert str(tmp_path) not in text
