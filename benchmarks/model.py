@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from authors import AuthorsALMRR
+from baselines.authors import AuthorsALMRR
 from timing import measure, measure_peak_memory
 from torch import Tensor
 

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from authors import AuthorsALMRR
+from baselines.authors import AuthorsALMRR
 from timing import Timing, measure
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset

@@ -16,7 +16,7 @@ from almrr_pipeline.datasets.manifest import Item
 
 @pytest.fixture
 def nearest_image(load_benchmark: Callable[[str], ModuleType]) -> ModuleType:
-    return load_benchmark("nearest_image")
+    return load_benchmark("baselines/nearest_image")
 
 
 @pytest.mark.parametrize("leaks", [True, False])

@@ -16,7 +16,7 @@ from PIL import Image
 
 @pytest.fixture
 def patchcore(load_benchmark: Callable[[str], ModuleType]) -> ModuleType:
-    return load_benchmark("patchcore")
+    return load_benchmark("baselines/patchcore")
 
 
 @pytest.fixture
