@@ -28,8 +28,8 @@ SMALL = {
 @pytest.fixture
 def authors(project: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.syspath_prepend(project / "benchmarks")
-    yield import_module("authors")
-    sys.modules.pop("authors", None)
+    yield import_module("baselines.authors")
+    sys.modules.pop("baselines.authors", None)
 
 
 @pytest.mark.parametrize("scan", ["indexed", "torch"])
