@@ -34,7 +34,9 @@ from timing import Timing, measure
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from almrr_pipeline.config import TrainSettings
 from almrr_pipeline.common.images import ImageArray, read_image, resize_image
+from almrr_pipeline.config import BackboneSettings, ModelSettings
 from almrr_pipeline.model.almrr import ALMRR
 from almrr_pipeline.model.backbone import Backbone, build_backbone
 from almrr_pipeline.datasets.package_textures import write_package_textures
@@ -47,7 +49,7 @@ from almrr_pipeline.training.losses import focal_loss, reconstruction_loss
 
 CATEGORY = "sample_gravel"
 SIZE = (256, 256)
-SMALL: dict[str, Any] = {"latent": 32, "dim": 32, "depth": 2, "decoder": (16, 16), "refinement_width": 8}
+SMALL = ModelSettings(latent=32, dim=32, depth=2, decoder=(16, 16), refinement_width=8)
 """Widths with which the script can be tried in seconds."""
 SKIPPED = 1
 """Steps at the start that do not count: memory is taken, kernels are compiled."""
@@ -117,17 +119,17 @@ def make_loader(dataset: SimulatedOnTheFly, *, batch: int, workers: int) -> Iter
     return iter(DataLoader(dataset, batch_size=batch, num_workers=workers, pin_memory=torch.cuda.is_available()))
 
 
-def build_parts(arguments: argparse.Namespace) -> tuple[Backbone, dict[str, Any]]:
-    """The backbone, and the size and widths that the model takes beside it; the rest is the paper's."""
-    backbone = build_backbone("resnet18" if arguments.small else "resnet50", weights=None)
-    return backbone, {"image_size": SIZE, **(SMALL if arguments.small else {})}
+def build_parts(arguments: argparse.Namespace) -> tuple[Backbone, ModelSettings]:
+    """The backbone and the model's widths: the paper's, or small ones."""
+    settings = BackboneSettings(name="resnet18" if arguments.small else "resnet50")
+    return build_backbone(settings, weights=None), SMALL if arguments.small else ModelSettings()
 
 
 def train_as_authors(batches: Iterator[dict[str, Tensor]], arguments: argparse.Namespace) -> Callable[[], None]:
     """A function that makes one step of the authors' training: plain loop, Adam, mean squared error + focal loss."""
     device = torch.device(arguments.device)
     backbone, widths = build_parts(arguments)
-    model = AuthorsALMRR(backbone, scan=arguments.authors_scan, **widths).train().to(device)
+    model = AuthorsALMRR(backbone, widths, image_size=SIZE, scan=arguments.authors_scan).train().to(device)
     optimizer = torch.optim.Adam((one for one in model.parameters() if one.requires_grad), lr=1e-4)
 
     def step() -> None:
@@ -147,21 +149,22 @@ def time_fit(synthetic_set: SyntheticSet, arguments: argparse.Namespace, scratch
     ends: list[float] = []
     backbone, widths = build_parts(arguments)
     fit(
-        ALMRR(backbone, **widths),
+        ALMRR(backbone, widths, image_size=SIZE),
         synthetic_set,
-        steps=window * (arguments.steps + SKIPPED),
-        batch_size=arguments.batch,
-        learning_rate=1e-4,
+        TrainSettings(
+            steps=window * (arguments.steps + SKIPPED),
+            batch_size=arguments.batch,
+            accelerator="gpu" if arguments.device == "cuda" else "cpu",
+            devices=1,
+            log_every=window,
+            checkpoint_every=10**9,
+            deterministic=False,
+            precision=arguments.precision,
+            channels_last=arguments.channels_last,
+        ),
         scratch=scratch,
         fingerprint="benchmark",
         seed=0,
-        accelerator="gpu" if arguments.device == "cuda" else "cpu",
-        devices=1,
-        log_every=window,
-        checkpoint_every=10**9,
-        deterministic=False,
-        precision=arguments.precision,
-        channels_last=arguments.channels_last,
         on_metrics=lambda step, values: ends.append(time.perf_counter()),
     )
     seconds = sorted(np.diff(ends[SKIPPED - 1 :]) / window)

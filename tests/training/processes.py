@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_training import DEATHS, SETTINGS, TOGETHER, build_model, build_synthetic_set
+from tiny_training import DEATHS, SETTINGS, TOGETHER, build_model, build_synthetic_set, train
 
 from almrr_pipeline.training import checkpoints
-from almrr_pipeline.training.train import fit
 
 
 def train_and_die(scratch: Path, *, row: int = 0, checkpoint: int = 0, by: str = "SIGKILL") -> None:
@@ -33,7 +32,7 @@ def train_and_die(scratch: Path, *, row: int = 0, checkpoint: int = 0, by: str =
 
     if checkpoint:
         die_in_the_middle_of_writing(checkpoint)
-    fit(build_model(standardize=True), build_synthetic_set(), scratch=scratch, on_metrics=die_at_the_row, **SETTINGS)
+    train(build_model(standardize=True), build_synthetic_set(), scratch=scratch, on_metrics=die_at_the_row, **SETTINGS)
 
 
 def die_in_the_middle_of_writing(which: int) -> None:
@@ -59,7 +58,7 @@ def train_together(folder: Path, *, rank: int, port: int) -> None:
     reported: list[int] = []
     settings = {**SETTINGS, **TOGETHER, "devices": 2}
     try:
-        history = fit(
+        history = train(
             model,
             build_synthetic_set(),
             scratch=folder / "scratch",
@@ -85,7 +84,7 @@ def train_together_until_asked(folder: Path, *, rank: int, port: int) -> None:
 
     model.frm.register_forward_hook(ask)
     settings = {**SETTINGS, **TOGETHER, "steps": 6, "checkpoint_every": 100, "devices": 2}
-    fit(model, build_synthetic_set(), scratch=folder / "asked", **settings)
+    train(model, build_synthetic_set(), scratch=folder / "asked", **settings)
 
 
 def appear_started_by_torchrun(*, rank: int, port: int) -> None:

@@ -40,7 +40,7 @@ def test_a_fingerprint_does_not_follow_the_place(tmp_path: Path) -> None:
 
 def test_source_files_are_those_of_model_and_training() -> None:
     names = {f"{path.parent.name}/{path.name}" for path in source_files()}
-    assert {"training/fit.py", "model/almrr.py", "scan/__init__.py"} <= names
+    assert {"training/train.py", "model/almrr.py", "scan/__init__.py"} <= names
     assert not any(name.startswith(("reporting", "evaluation", "inference")) for name in names)
 
 

@@ -109,7 +109,7 @@ def test_a_batch_holds_what_the_synthetic_set_holds(synthetic_set: Any) -> None:
     samples = order.samples(2)
     np.testing.assert_array_equal(batch["augmented"], synthetic_set.augmented[samples])
     np.testing.assert_array_equal(batch["mask"], synthetic_set.masks[samples])
-    np.testing.assert_array_equal(batch["normal"], synthetic_set.normals[synthetic_set.source[samples]])
+    np.testing.assert_array_equal(batch["normal"], synthetic_set.normals[synthetic_set.normal_index[samples]])
 
 
 def test_normal_augmented_and_mask_turn_together(synthetic_set: Any) -> None:
@@ -190,7 +190,7 @@ def test_statistics_see_an_even_choice_of_the_normal_images(synthetic_set: Any) 
     [
         ({"augmented": np.zeros((0, 128, 128, 3), np.uint8)}, "empty"),
         ({"masks": np.zeros((9, 128, 128), bool)}, "10 augmented images, 9 masks and 10 sources"),
-        ({"source": np.full(10, 3)}, "sources 3 to 3 for 3 normal images"),
+        ({"normal_index": np.full(10, 3)}, "sources 3 to 3 for 3 normal images"),
         ({"masks": np.zeros((10, 64, 64), bool)}, r"\(64, 64\) and \(128, 128\)"),
     ],
 )

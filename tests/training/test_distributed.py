@@ -9,10 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny_training import SETTINGS, TOGETHER, build_model, build_synthetic_set
+from tiny_training import SETTINGS, TOGETHER, build_model, build_synthetic_set, train
 
 from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.training.train import fit
 
 pytestmark = pytest.mark.xdist_group("processes")  # the fixture of that name runs once
 
@@ -41,7 +40,7 @@ def test_the_history_is_that_of_one_process(
     ranks: list[dict[str, Any]], processes: tuple[Path, dict[str, int]], tmp_path: Path
 ) -> None:
     """The reconstruction has no batch norm, so at the first step halves of a batch average to the whole."""
-    alone = fit(build_model(drop_path=0.0), build_synthetic_set(), scratch=tmp_path, **{**SETTINGS, **TOGETHER})
+    alone = train(build_model(drop_path=0.0), build_synthetic_set(), scratch=tmp_path, **{**SETTINGS, **TOGETHER})
     shared = pd.read_csv(processes[0] / "history_0.csv")
     np.testing.assert_allclose(shared["reconstruction"][0], alone["reconstruction"][0], rtol=1e-5)
     np.testing.assert_allclose(shared["loss"], alone["loss"], rtol=0.1)
@@ -55,7 +54,7 @@ def test_checkpoints_are_removed_by_the_main_process(
 
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AlmrrError, match=r"batch_size 3 cannot be shared equally by 2 devices; take 4"):
-        fit(build_model(), build_synthetic_set(), scratch=tmp_path, **{**SETTINGS, "batch_size": 3, "devices": 2})
+        train(build_model(), build_synthetic_set(), scratch=tmp_path, **{**SETTINGS, "batch_size": 3, "devices": 2})
 
 
 def test_processes_end_together_though_one_alone_was_asked_to(processes: tuple[Path, dict[str, int]]) -> None:
@@ -69,6 +68,6 @@ def test_a_second_shared_training_in_a_process_is_refused(tmp_path: Path) -> Non
     torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=0, world_size=1)
     try:
         with pytest.raises(AlmrrError, match=r"one category per process.*--namespaces"):
-            fit(build_model(), build_synthetic_set(), scratch=tmp_path, **{**SETTINGS, "devices": 2})
+            train(build_model(), build_synthetic_set(), scratch=tmp_path, **{**SETTINGS, "devices": 2})
     finally:
         torch.distributed.destroy_process_group()

@@ -13,9 +13,8 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from tiny_training import SETTINGS, build_model, build_synthetic_set
+from tiny_training import SETTINGS, build_model, build_synthetic_set, train
 
-from almrr_pipeline.training.train import fit
 
 pytestmark = pytest.mark.xdist_group("processes")  # the fixture of that name runs once
 
@@ -33,7 +32,7 @@ def checkpoints_in(scratch: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Any:
     model = build_model(standardize=True)
-    return model, fit(model, build_synthetic_set(), scratch=tmp_path_factory.mktemp("uninterrupted"), **SETTINGS)
+    return model, train(model, build_synthetic_set(), scratch=tmp_path_factory.mktemp("uninterrupted"), **SETTINGS)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +53,7 @@ def test_an_interrupted_training_ends_equal_to_the_bit(
 
     model = build_model(standardize=True)
     reported: list[int] = []
-    history = fit(model, build_synthetic_set(), scratch=scratch, on_metrics=lambda step, _: reported.append(step), **SETTINGS)
+    history = train(model, build_synthetic_set(), scratch=scratch, on_metrics=lambda step, _: reported.append(step), **SETTINGS)
 
     expected, expected_history = uninterrupted
     assert differences(model, expected) == []
@@ -73,7 +72,7 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        fit(build_model(standardize=True), build_synthetic_set(), scratch=scratch, on_metrics=fail, **SETTINGS)
+        train(build_model(standardize=True), build_synthetic_set(), scratch=scratch, on_metrics=fail, **SETTINGS)
     return scratch
 
 
@@ -94,7 +93,7 @@ def test_a_training_goes_on_if_all_that_decides_its_result_is_equal(
 ) -> None:
     scratch = shutil.copytree(interrupted, tmp_path / "scratch")
     with caplog.at_level(logging.INFO, logger="almrr_pipeline"):
-        fit(build_model(standardize=True), build_synthetic_set(), scratch=scratch, **{**SETTINGS, **change})
+        train(build_model(standardize=True), build_synthetic_set(), scratch=scratch, **{**SETTINGS, **change})
     assert ("Going on from the checkpoint" in caplog.text) == resumes
     assert f"from step {6 if resumes else 0} to" in caplog.text
 
@@ -106,7 +105,7 @@ def test_a_damaged_checkpoint_costs_steps_but_changes_nothing(
     last = max(scratch.rglob("*.ckpt"))
     last.write_bytes(last.read_bytes()[:1000])
     model = build_model(standardize=True)
-    history = fit(model, build_synthetic_set(), scratch=scratch, **SETTINGS)
+    history = train(model, build_synthetic_set(), scratch=scratch, **SETTINGS)
     assert f"{last.name} is of no use" in caplog.text
     assert differences(model, uninterrupted[0]) == []
     pd.testing.assert_frame_equal(history, uninterrupted[1], check_exact=True)
@@ -125,5 +124,5 @@ def test_ctrl_c_is_passed_on_and_still_works_afterwards(tmp_path: Path, interrup
         os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        fit(build_model(), build_synthetic_set(), scratch=tmp_path, on_metrics=press, **SETTINGS)
+        train(build_model(), build_synthetic_set(), scratch=tmp_path, on_metrics=press, **SETTINGS)
     assert signal.getsignal(signal.SIGINT) is interrupting

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
+from almrr_pipeline.config import TrainSettings
+from almrr_pipeline.config import BackboneSettings, ModelSettings
 from almrr_pipeline.model.almrr import ALMRR
 from almrr_pipeline.model.backbone import build_backbone
+from almrr_pipeline.training.train import fit
 
 SIDE = 128
 SETTINGS: dict[str, Any] = {
@@ -19,8 +25,6 @@ SETTINGS: dict[str, Any] = {
     "optimizer": "adamw",
     "weight_decay": 0.01,
     "schedule": "one_cycle",
-    "fingerprint": "resume",
-    "seed": 4,
     "accelerator": "cpu",
     "devices": 1,
     "checkpoint_every": 3,
@@ -47,7 +51,7 @@ class ArraySyntheticSet:
     normals: np.ndarray
     augmented: np.ndarray
     masks: np.ndarray
-    source: np.ndarray
+    normal_index: np.ndarray
     validation_normals: np.ndarray
     validation_augmented: np.ndarray
     validation_masks: np.ndarray
@@ -59,13 +63,13 @@ def draw_samples(
     count: int, normals: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Augmented images, masks and the index of each one's normal image."""
-    source = np.arange(count) % len(normals)
+    normal_index = np.arange(count) % len(normals)
     masks = np.zeros((count, *normals.shape[1:3]), dtype=bool)
     for k in range(0, count, 2):
         top, left = rng.integers(0, SIDE - 40, size=2)
         masks[k, top : top + 40, left : left + 30] = True
-    augmented = np.where(masks[..., None], np.uint8(250), normals[source])
-    return augmented, masks, source
+    augmented = np.where(masks[..., None], np.uint8(250), normals[normal_index])
+    return augmented, masks, normal_index
 
 
 def build_synthetic_set(samples: int = 10, normals: int = 3, validation: int = 2) -> ArraySyntheticSet:
@@ -82,7 +86,7 @@ def build_model(**changes: Any) -> ALMRR:
     """The real network at tiny widths; its random weights are the same at every call."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        backbone = build_backbone("lcnet_050", weights=None)
+        backbone = build_backbone(BackboneSettings(name="lcnet_050"), weights=None)
         widths = {
             "latent": 16,
             "dim": 16,
@@ -91,6 +95,30 @@ def build_model(**changes: Any) -> ALMRR:
             "decoder": (8, 8),
             "refinement_width": 4,
             "drop_path": 0.3,
-            "scan_backend": "torch",
         }
-        return ALMRR(backbone, image_size=(SIDE, SIDE), **{**widths, **changes})
+        settings = ModelSettings(**{**widths, **changes})
+        return ALMRR(backbone, settings, image_size=(SIDE, SIDE), scan_backend="torch")
+
+
+def train(
+    model: ALMRR,
+    synthetic_set: Any,
+    *,
+    scratch: Path,
+    fingerprint: str = "resume",
+    seed: int = 4,
+    on_metrics: Callable[..., None] | None = None,
+    keep_checkpoints: bool = False,
+    **settings: Any,
+) -> pd.DataFrame:
+    """`fit` with the settings as keywords."""
+    return fit(
+        model,
+        synthetic_set,
+        TrainSettings(**settings),
+        scratch=scratch,
+        fingerprint=fingerprint,
+        seed=seed,
+        on_metrics=on_metrics,
+        keep_checkpoints=keep_checkpoints,
+    )

@@ -56,7 +56,7 @@ class TrainingSet(Protocol):
         """Bool or {0, 1}, shape (N, H, W)."""
 
     @property
-    def source(self) -> npt.NDArray[np.int64]:
+    def normal_index(self) -> npt.NDArray[np.int64]:
         """Which normal image was augmented, shape (N,)."""
 
     @property
@@ -165,7 +165,7 @@ class SyntheticBatches(Dataset[Batch]):
     def __init__(self, synthetic_set: TrainingSet, order: SampleOrder, *, device: torch.device | None) -> None:
         self._order = order
         self._device = device
-        self._source = np.asarray(synthetic_set.source)
+        self._normal_index = np.asarray(synthetic_set.normal_index)
         arrays = {"normal": synthetic_set.normals, "augmented": synthetic_set.augmented, "mask": synthetic_set.masks}
         self._mapped = {} if device else arrays
         self._resident = {name: _copy(array, device) for name, array in arrays.items()} if device else {}
@@ -173,7 +173,7 @@ class SyntheticBatches(Dataset[Batch]):
     def __getitem__(self, step: int) -> Batch:
         """The batch of a step, on the synthetic set's device."""
         samples = self._order.samples(step)
-        rows = {"normal": self._source[samples], "augmented": samples, "mask": samples}
+        rows = {"normal": self._normal_index[samples], "augmented": samples, "mask": samples}
         gathered = {name: self._gather(name, indices) for name, indices in rows.items()}
         drawn = self._order.turns(step)
         if drawn.any():
@@ -270,14 +270,14 @@ def check_synthetic_set(synthetic_set: TrainingSet, *, image_size: tuple[int, in
     count = len(synthetic_set.augmented)
     if count == 0 or len(synthetic_set.normals) == 0:
         raise AlmrrError("The synthetic set is empty; run the synthesize stage with samples > 0.")
-    if not (len(synthetic_set.masks) == len(synthetic_set.source) == count):
+    if not (len(synthetic_set.masks) == len(synthetic_set.normal_index) == count):
         raise AlmrrError(
-            f"The synthetic set is inconsistent: {count} augmented images, {len(synthetic_set.masks)} masks and {len(synthetic_set.source)} "
+            f"The synthetic set is inconsistent: {count} augmented images, {len(synthetic_set.masks)} masks and {len(synthetic_set.normal_index)} "
             "sources; run the synthesize stage again."
         )
-    if synthetic_set.source.min() < 0 or synthetic_set.source.max() >= len(synthetic_set.normals):
+    if synthetic_set.normal_index.min() < 0 or synthetic_set.normal_index.max() >= len(synthetic_set.normals):
         raise AlmrrError(
-            f"The synthetic set is inconsistent: sources {synthetic_set.source.min()} to {synthetic_set.source.max()} for {len(synthetic_set.normals)} "
+            f"The synthetic set is inconsistent: sources {synthetic_set.normal_index.min()} to {synthetic_set.normal_index.max()} for {len(synthetic_set.normals)} "
             "normal images; run the synthesize stage again."
         )
     sizes = {tuple(array.shape[1:3]) for array in (synthetic_set.normals, synthetic_set.augmented, synthetic_set.masks)}

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 import torch
@@ -22,6 +22,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from almrr_pipeline.common.errors import AlmrrError
+from almrr_pipeline.config import TrainSettings
 from almrr_pipeline.model.almrr import ALMRR
 from almrr_pipeline.training import checkpoints
 from almrr_pipeline.training.guards import explained_compilation, explained_memory
@@ -29,12 +30,12 @@ from almrr_pipeline.training.callbacks import HistoryRecorder, OnMetrics, Progre
 from almrr_pipeline.training.data import TrainingSet, build_loader, check_synthetic_set, sample_normals
 from almrr_pipeline.training.module import OptimizerSettings, Loss, TrainingModule
 from almrr_pipeline.training.randomness import algorithms, isolated_randomness
-from almrr_pipeline.training.optim import Schedule
 from almrr_pipeline.training.selection import ValidationSelection
 
 logger = logging.getLogger(__name__)
 
-Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+UNDECISIVE = {"accelerator", "checkpoint_every", "devices", "nodes", "workers"}
+"""Settings that may change between an interruption and the next run: the result does not depend on them."""
 
 STANDARDIZATION_IMAGES = 256
 """Normal images that mean and std of the features are taken over, at most."""
@@ -46,33 +47,11 @@ DEEPEST_STRIDE = 128
 def fit(
     model: ALMRR,
     synthetic_set: TrainingSet,
+    settings: TrainSettings,
     *,
-    steps: int,
-    batch_size: int,
-    learning_rate: float,
     scratch: Path,
     fingerprint: str,
     seed: int,
-    weight_decay: float = 0.0,
-    optimizer: Literal["adam", "adamw"] = "adam",
-    schedule: Schedule = "constant",
-    focal_gamma: float = 2.0,
-    reconstruction_weight: float = 1.0,
-    refinement_weight: float = 1.0,
-    gradient_clip: float = 1.0,
-    precision: Precision = "32-true",
-    flips: bool = True,
-    rot90: bool = True,
-    accelerator: str = "auto",
-    devices: int | Literal["auto"] = "auto",
-    nodes: int = 1,
-    workers: int = 0,
-    checkpoint_every: int = 200,
-    log_every: int = 10,
-    selection: Literal["last", "validation"] = "last",
-    deterministic: bool = True,
-    compile: bool = False,
-    channels_last: bool = False,
     on_metrics: OnMetrics | None = None,
     keep_checkpoints: bool = False,
 ) -> pd.DataFrame:
@@ -86,35 +65,11 @@ def fit(
     Args:
         model: with initial weights; MFRM and FRM are trained, the backbone is not.
         synthetic set: simulated anomalies; images of the model's image size. There is no way to hand in test images.
-        steps: optimizer steps.
-        batch_size: samples a step, shared by all devices; may exceed the number of samples.
-        learning_rate: the largest of the schedule.
+        settings: the `train` section.
         scratch: folder for checkpoints of trainings under way; no output of DVC, and shared by all nodes.
-        fingerprint: of data and code (see `checkpoints.fingerprint`); together with the arguments that decide the
-            result it says which checkpoint may be resumed.
-        seed: of sample order, turns and drop path.
-        weight_decay: of matrices and kernels; L2 with `adam`, decoupled with `adamw`. See `OptimizerSettings` for what is spared.
-        optimizer: `adam` (the paper's) or `adamw`.
-        schedule: `constant` (the paper's), `cosine` with a linear warm-up, or `one_cycle`.
-        focal_gamma: of the focal loss; the paper's is 2.
-        reconstruction_weight: of the mean squared error; the paper's is 1.
-        refinement_weight: of the focal loss; the paper's is 1.
-        gradient_clip: largest norm of the gradient; 0 for none.
-        precision: Lightning's name; the bf16 and 16 kinds are autocast.
-        flips: mirror samples at random; image, augmented image and mask alike.
-        quarter_turns: turn samples by quarters at random, where they are square.
-        accelerator: Lightning's name: auto, cpu, gpu ...
-        devices: per node.
-        nodes: machines; start with torchrun or under SLURM where there are several.
-        workers: processes that read ahead where the synthetic set is not kept on a GPU; 0 chooses (four a GPU, none on a CPU).
-        checkpoint_every: steps between checkpoints.
-        log_every: steps that a row of the history is the mean of.
-        selection: `last`: the last step's weights; `validation`: those with the best pixel average precision on the
-            synthetic set's held-out part, looked at 20 times; adds the column `validation_ap`.
-        deterministic: take deterministic algorithms. On a CPU all are. On a GPU an operation that has none warns and
-            runs (torch's list: `torch.use_deterministic_algorithms`), and convolutions may be slower.
-        compile: run the model through torch.compile.
-        channels_last: memory format of images and convolutions.
+        fingerprint: of data and code (see `checkpoints.fingerprint`); together with the settings that decide the
+            result it selects the checkpoint to resume from.
+        seed: of sample order, flips and drop path.
         on_metrics: called by the main process with the step and the values of each row as it is made; after
             resuming, first once more with the rows made before.
         keep_checkpoints: leave the checkpoint after the last step for the caller to remove once the weights are safe;
@@ -131,44 +86,36 @@ def fit(
             with the model is done once. In the main process, with status 143, after SIGTERM.
     """
     check_synthetic_set(synthetic_set, image_size=model.image_size)
-    objective = Loss(focal_gamma, reconstruction_weight, refinement_weight)
+    objective = Loss(settings.focal_gamma, settings.reconstruction_weight, settings.refinement_weight)
     descent = OptimizerSettings(
-        optimizer=optimizer,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        schedule=schedule,
-        steps=steps,
-        gradient_clip=gradient_clip,
-        fused=precision != "16-mixed",  # a gradient scaler and the fused kernel would both unscale
+        optimizer=settings.optimizer,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        schedule=settings.schedule,
+        steps=settings.steps,
+        gradient_clip=settings.gradient_clip,
+        fused=settings.precision != "16-mixed",  # a gradient scaler and the fused kernel would both unscale
     )
     decides = {
         "fingerprint": fingerprint,
-        "model": model.hyperparameters,
+        "model": {"image_size": model.image_size, **model.settings.model_dump(mode="json")},
         "samples": len(synthetic_set.augmented),
-        "objective": vars(objective),
-        "descent": vars(descent),
-        "batch_size": batch_size,
-        "precision": precision,
-        "flips": flips,
-        "rot90": rot90,
-        "log_every": log_every,
-        "selection": selection,
-        "deterministic": deterministic,
-        "compile": compile,
-        "channels_last": channels_last,
+        "settings": settings.model_dump(exclude=UNDECISIVE),
         "seed": seed,
     }
     folder = checkpoints.CheckpointFolder(scratch, checkpoints.fingerprint(decides))
     history = HistoryRecorder(
-        every=log_every,
-        settings={"learning_rate": learning_rate, "gradient_clip": gradient_clip, "precision": precision},
-        gradient_may_overflow=precision == "16-mixed",
+        every=settings.log_every,
+        settings=settings.model_dump(include={"learning_rate", "gradient_clip", "precision"}),
+        gradient_may_overflow=settings.precision == "16-mixed",
         on_metrics=on_metrics,
     )
     best = None
-    if selection == "validation":
-        best = ValidationSelection(synthetic_set, batch_size=batch_size, steps=steps, history=history)
-    saver = checkpoints.PeriodicCheckpoint(folder, every=checkpoint_every, after_last=keep_checkpoints)
+    if settings.selection == "validation":
+        best = ValidationSelection(
+            synthetic_set, batch_size=settings.batch_size, steps=settings.steps, history=history
+        )
+    saver = checkpoints.PeriodicCheckpoint(folder, every=settings.checkpoint_every, after_last=keep_checkpoints)
     module = TrainingModule(
         model,
         objective=objective,
@@ -176,37 +123,39 @@ def fit(
         loader=partial(
             build_loader,
             synthetic_set=synthetic_set,
-            batch_size=batch_size,
-            steps=steps,
+            batch_size=settings.batch_size,
+            steps=settings.steps,
             seed=seed,
-            flips=flips,
-            rot90=rot90,
-            workers=workers,
+            flips=settings.flips,
+            rot90=settings.rot90,
+            workers=settings.workers,
         ),
         prepare=partial(_standardize, synthetic_set=synthetic_set),
         seed=seed,
-        channels_last=channels_last,
-        compile=compile,
+        channels_last=settings.channels_last,
+        compile=settings.compile,
     )
     with (
         _lightning_in_house(),
         isolated_randomness(),
-        algorithms(deterministic=deterministic),
-        _trainable(model, channels_last=channels_last),
+        algorithms(deterministic=settings.deterministic),
+        _trainable(model, channels_last=settings.channels_last),
     ):
         trainer = _build_trainer(
             callbacks=[one for one in (best, history, ProgressReport(history), saver) if one is not None],
-            accelerator=accelerator,
-            devices=devices,
-            num_nodes=nodes,
-            precision=precision,
-            max_steps=steps,
+            accelerator=settings.accelerator,
+            devices=settings.devices,
+            num_nodes=settings.nodes,
+            precision=settings.precision,
+            max_steps=settings.steps,
             default_root_dir=scratch,
         )
         _check_alone(processes=trainer.world_size)
-        _check_share(batch_size, processes=trainer.world_size, image_size=model.image_size)
-        memory = explained_memory(batch_size=batch_size, devices=trainer.world_size, precision=precision)
-        with memory, explained_compilation() if compile else nullcontext():
+        _check_share(settings.batch_size, processes=trainer.world_size, image_size=model.image_size)
+        memory = explained_memory(
+            batch_size=settings.batch_size, devices=trainer.world_size, precision=settings.precision
+        )
+        with memory, explained_compilation() if settings.compile else nullcontext():
             trainer.fit(module, ckpt_path=_find_start(folder))
         if best is not None:
             best.restore_best(module)
@@ -219,7 +168,7 @@ def fit(
 
 def _standardize(model: ALMRR, *, synthetic_set: TrainingSet) -> None:
     """Take mean and std of the features over an even choice of the synthetic set's normal images, if the model asks."""
-    if model.standardize:
+    if model.settings.standardize:
         device = model.feature_mean.device
         model.fit_standardization(images.to(device) for images in sample_normals(synthetic_set, STANDARDIZATION_IMAGES))
 

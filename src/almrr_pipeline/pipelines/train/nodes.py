@@ -43,15 +43,10 @@ def assemble_network(
     seed: int,
 ) -> ALMRR:
     """Build the untrained network around the frozen backbone; its initial weights derive from the seed."""
-    frozen = build_backbone(
-        backbone.name,
-        weights=backbone_weights / "backbone.safetensors",
-        stride_in_1x1=backbone.stride_in_1x1,
-        feature_location=backbone.feature_location,
-    )
+    frozen = build_backbone(backbone, weights=backbone_weights / "backbone.safetensors")
     with isolated_randomness():
         torch.manual_seed(seed)
-        return ALMRR(frozen, image_size=data.image_size, scan_backend=scan.backend, **model.model_dump())
+        return ALMRR(frozen, model, image_size=data.image_size, scan_backend=scan.backend)
 
 
 def fit_network(
@@ -72,12 +67,12 @@ def fit_network(
     history = fit(
         network,
         synthetic_set,
+        train,
         seed=seed,
         scratch=_checkpoints(scratch, category),
         fingerprint=data_and_code,
         on_metrics=_log_live,
         keep_checkpoints=True,  # until the model lies in its place, see forget_checkpoints
-        **train.model_dump(),
     )
     return network, history
 
