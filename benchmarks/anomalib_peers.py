@@ -18,6 +18,8 @@ from functools import partial
 import torch
 from timing import measure, measure_peak_memory
 
+from almrr_pipeline.config import BackboneSettings, ModelSettings
+from almrr_pipeline.inference.fuse import fuse
 from almrr_pipeline.model.almrr import ALMRR
 from almrr_pipeline.model.backbone import build_backbone
 
@@ -55,7 +57,7 @@ def build_efficient_ad(size: str) -> torch.nn.Module:
 
 def build_ours() -> torch.nn.Module:
     """The paper's widths on ResNet-50."""
-    return ALMRR(build_backbone("resnet50.tv_in1k", weights=None)).eval().fuse()
+    return fuse(ALMRR(build_backbone(BackboneSettings(), weights=None), ModelSettings()).eval())
 
 
 def main() -> None:

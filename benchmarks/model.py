@@ -25,6 +25,8 @@ from baselines.authors import AuthorsALMRR
 from timing import measure, measure_peak_memory
 from torch import Tensor
 
+from almrr_pipeline.config import BackboneSettings, ModelSettings
+from almrr_pipeline.inference.fuse import fuse
 from almrr_pipeline.model.almrr import ALMRR
 from almrr_pipeline.model.backbone import Backbone, build_backbone
 from almrr_pipeline.model.kernels.scan import resolve_backend
@@ -76,7 +78,9 @@ def main() -> None:
         arguments.batches, arguments.step_batches = [1], [2]
     device, repeats = torch.device(arguments.device), 1 if arguments.quick else 5
     torch.manual_seed(0)
-    backbone = build_backbone("resnet50.tv_in1k", weights=arguments.weights, stride_in_1x1=arguments.stride_in_1x1)
+    backbone = build_backbone(
+        BackboneSettings(stride_in_1x1=arguments.stride_in_1x1), weights=arguments.weights
+    )
     label = f"{device}, {arguments.precision}, scan of ours: {resolve_backend('auto', device)}"
     with torch.autocast(device.type, torch.bfloat16, enabled=arguments.precision == "bfloat16"):
         table = Table(f"Inference, {label}", repeats=repeats, device=device)
@@ -89,9 +93,9 @@ def main() -> None:
 @torch.no_grad()  # as the authors' validation
 def time_inference(table: Table, backbone: Backbone, batches: list[int], authors_up_to: int, *, compiled: bool) -> None:
     """Anomaly maps of both formulations, and the backbone alone in both memory formats."""
-    ours = ALMRR(backbone).eval().to(table.device)
-    authors = AuthorsALMRR(backbone).eval().to(table.device)
-    fused = ours.fuse()
+    ours = ALMRR(backbone, ModelSettings()).eval().to(table.device)
+    authors = AuthorsALMRR(backbone, ModelSettings()).eval().to(table.device)
+    fused = fuse(ours)
     for batch in batches:
         images = torch.rand(batch, 3, *SIZE, device=table.device)
         table.add(batch, BACKBONE, partial(backbone, images))
@@ -113,9 +117,9 @@ def time_steps(table: Table, backbone: Backbone, batches: list[int], authors_up_
         mask = (torch.rand(batch, *SIZE, device=table.device) > 0.9).float()
         table.add(batch, BACKBONE, lambda images=images: [backbone(one) for one in images])
         for name, scan in SCANS if batch <= authors_up_to else ():
-            table.add(batch, name, build_step(AuthorsALMRR(backbone, scan=scan), *images, mask))
+            table.add(batch, name, build_step(AuthorsALMRR(backbone, ModelSettings(), scan=scan), *images, mask))
             gc.collect()  # of the step before nothing is to be in memory
-        table.add(batch, "ours", build_step(ALMRR(backbone), *images, mask))
+        table.add(batch, "ours", build_step(ALMRR(backbone, ModelSettings()), *images, mask))
 
 
 def build_step(model: ALMRR | AuthorsALMRR, normal: Tensor, augmented: Tensor, mask: Tensor) -> Callable[[], None]:

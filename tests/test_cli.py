@@ -19,7 +19,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from almrr_pipeline import cli
-from almrr_pipeline.config import ScanSettings
+from almrr_pipeline.config import BackboneSettings, ModelSettings, ScanSettings
 from almrr_pipeline.evaluation.thresholds import conformal_threshold
 from almrr_pipeline.inference.tta import FlipAveraged
 from almrr_pipeline.inference.inference_config import InferenceConfig, Thresholds
@@ -33,9 +33,9 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The smallest real model, with random weights and thresholds as if from 19 normal images."""
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
-    backbone = build_backbone("test_resnet", weights=None)
-    sizes = {"latent": 16, "dim": 16, "depth": 1, "state": 4, "decoder": (16, 16), "refinement_width": 4}
-    ALMRR(backbone, image_size=(128, 128), scan_backend="torch", **sizes).save(folder)
+    backbone = build_backbone(BackboneSettings(name="test_resnet"), weights=None)
+    sizes = ModelSettings(latent=16, dim=16, depth=1, state=4, decoder=(16, 16), refinement_width=4)
+    ALMRR(backbone, sizes, image_size=(128, 128), scan_backend="torch").save(folder)
     threshold = conformal_threshold(np.linspace(0.1, 0.5, 19), 0.05)
     InferenceConfig(
         category="sample_brick", image_size=(128, 128), thresholds=Thresholds(image=threshold, pixel=threshold)

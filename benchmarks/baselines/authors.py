@@ -19,12 +19,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from almrr_pipeline.config import ModelSettings
 from almrr_pipeline.model.almrr import ALMRR, TrainingOutput
 from almrr_pipeline.model.backbone import Backbone
 from almrr_pipeline.model.kernels.scan import selective_scan
@@ -36,12 +37,20 @@ class AuthorsALMRR(nn.Module):
     Args:
         backbone: the frozen network; its gradients are computed in training, for nothing, and never used.
         scan: "indexed", mamba_ssm's reference, or a backend of `almrr_pipeline.model.kernels.scan`; may be changed at any time.
-        changes: widths other than the paper's, as `ALMRR` takes them.
+        settings: widths and depths.
+        image_size: rows and columns of the images.
     """
 
-    def __init__(self, backbone: Backbone, *, scan: str = "indexed", **changes: Any) -> None:  # noqa: ANN401
+    def __init__(
+        self,
+        backbone: Backbone,
+        settings: ModelSettings,
+        *,
+        image_size: tuple[int, int] = (256, 256),
+        scan: str = "indexed",
+    ) -> None:
         super().__init__()
-        self.model = ALMRR(backbone, scan_backend="torch", **changes)
+        self.model = ALMRR(backbone, settings, image_size=image_size, scan_backend="torch")
         self.scan = scan
         # In a list, as the authors keep it in a global: not among the parameters, yet with gradients.
         self._extractor = [copy.deepcopy(backbone.network).requires_grad_(True)]

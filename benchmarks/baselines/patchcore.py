@@ -32,6 +32,7 @@ from torch.nn import functional
 
 from almrr_pipeline.evaluation.evaluate import evaluate
 from almrr_pipeline.common.images import read_image, read_mask, resize_image, resize_mask
+from almrr_pipeline.config import BackboneSettings
 from almrr_pipeline.model.backbone import Backbone, build_backbone
 from almrr_pipeline.datasets.manifest import Item
 from almrr_pipeline.datasets.registry import source_for
@@ -105,9 +106,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         The metrics, with settings and seconds beside them.
     """
     device = torch.device(arguments.device)
-    backbone = build_backbone(arguments.backbone, weights=arguments.weights, stride_in_1x1=arguments.stride_in_1x1).to(
-        device
-    )
+    backbone = build_backbone(
+        BackboneSettings(name=arguments.backbone, stride_in_1x1=arguments.stride_in_1x1),
+        weights=arguments.weights,
+    ).to(device)
     items = source_for(arguments.category).items(arguments.category, arguments.data / arguments.category)
     train, test = ([item for item in items if item.split == split] for split in ("train", "test"))
     generator = torch.Generator().manual_seed(arguments.seed)

@@ -12,17 +12,14 @@ from types import ModuleType
 import pytest
 import torch
 
-from almrr_pipeline.model.backbone import build_backbone
+from almrr_pipeline.config import BackboneSettings, ModelSettings
+from almrr_pipeline.model.backbone import Backbone, build_backbone
 
-SMALL = {
-    "image_size": (128, 128),
-    "latent": 16,
-    "dim": 16,
-    "depth": 2,
-    "state": 4,
-    "decoder": (8, 12),
-    "refinement_width": 4,
-}
+SMALL = ModelSettings(latent=16, dim=16, depth=2, state=4, decoder=(8, 12), refinement_width=4)
+
+
+def build_resnet() -> Backbone:
+    return build_backbone(BackboneSettings(name="test_resnet"), weights=None)
 
 
 @pytest.fixture
@@ -35,7 +32,7 @@ def authors(project: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleTy
 @pytest.mark.parametrize("scan", ["indexed", "torch"])
 def test_both_formulations_give_the_same_map(authors: ModuleType, scan: str) -> None:
     torch.manual_seed(0)
-    theirs = authors.AuthorsALMRR(build_backbone("test_resnet", weights=None), scan=scan, **SMALL).double().eval()
+    theirs = authors.AuthorsALMRR(build_resnet(), SMALL, image_size=(128, 128), scan=scan).double().eval()
     images = torch.rand(2, 3, 128, 128, dtype=torch.float64)
     theirs.model.frm.out.weight.data *= 100.0
     expected = theirs.model(images).detach()
@@ -46,7 +43,7 @@ def test_both_formulations_give_the_same_map(authors: ModuleType, scan: str) -> 
 
 def test_their_backbone_gets_gradients_that_nobody_uses(authors: ModuleType) -> None:
     torch.manual_seed(0)
-    theirs = authors.AuthorsALMRR(build_backbone("test_resnet", weights=None), **SMALL).train()
+    theirs = authors.AuthorsALMRR(build_resnet(), SMALL, image_size=(128, 128)).train()
     images = torch.rand(2, 3, 128, 128)
     out = theirs.training_forward(images, images)
     (torch.nn.functional.mse_loss(out.reconstruction, out.target) - out.logits[:, 1].mean()).backward()

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from almrr_pipeline.common.errors import AlmrrError
+from almrr_pipeline.config import BackboneSettings
 from almrr_pipeline.model.backbone import build_backbone
 from almrr_pipeline.datasets.weights import check_backbone, fetch_backbone
 
@@ -47,7 +48,8 @@ def resnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def features(folder: Path, **options: Any) -> list[torch.Tensor]:
     images = torch.rand((2, 3, 64, 96), generator=torch.Generator().manual_seed(1))
-    backbone = build_backbone(options.pop("name", RESNET), weights=folder / "backbone.safetensors", **options)
+    settings = BackboneSettings(**{"name": RESNET, **options})
+    backbone = build_backbone(settings, weights=folder / "backbone.safetensors")
     return backbone(images)
 
 
@@ -124,7 +126,7 @@ def test_the_package_carries_weights_that_see(tmp_path: Path) -> None:
     assert [tuple(each.shape[1:]) for each in maps] == [(24, 16, 24), (40, 8, 12), (112, 4, 6)]
     edge = torch.zeros((1, 3, 64, 64))
     edge[..., 32:] = 1.0
-    backbone = build_backbone(LITE, weights=tmp_path / "backbone" / "backbone.safetensors")
+    backbone = build_backbone(BackboneSettings(name=LITE), weights=tmp_path / "backbone" / "backbone.safetensors")
     rows = backbone(edge)[0][0].abs().mean(dim=(0, 1))  # (16,) columns of the first map
     assert rows.argmax().item() in {6, 7, 8, 9}
 

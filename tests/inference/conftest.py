@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from almrr_pipeline.config import Tiling
+from almrr_pipeline.config import BackboneSettings, ModelSettings, Tiling
 from almrr_pipeline.evaluation.thresholds import conformal_threshold
 from almrr_pipeline.common.images import ImageArray
 from almrr_pipeline.inference.inference_config import InferenceConfig, Thresholds
@@ -68,14 +68,9 @@ def save_model(folder: Path, *, tiling: Tiling | None = None, flips: bool = Fals
     folder.mkdir(parents=True)
     torch.manual_seed(0)
     model = ALMRR(
-        build_backbone("test_resnet", weights=None),
+        build_backbone(BackboneSettings(name="test_resnet"), weights=None),
+        ModelSettings(latent=16, dim=16, depth=1, state=4, decoder=(16, 16), refinement_width=4),
         image_size=(128, 128),
-        latent=16,
-        dim=16,
-        depth=1,
-        state=4,
-        decoder=(16, 16),
-        refinement_width=4,
         scan_backend="torch",
     )
     model.save(folder)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from almrr_pipeline.common.errors import AlmrrError
+from almrr_pipeline.config import BackboneSettings, ModelSettings
 from almrr_pipeline.inference.export import export_onnx, export_torch
 from almrr_pipeline.inference.tta import FlipAveraged
 from almrr_pipeline.model.almrr import ALMRR
@@ -22,9 +23,9 @@ SIZE = (128, 256)
 def model() -> ALMRR:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        backbone = build_backbone("test_efficientnet", weights=None)
-        changes = {"latent": 16, "dim": 16, "depth": 1, "state": 4, "decoder": (8, 12), "refinement_width": 4}
-        model = ALMRR(backbone, image_size=SIZE, **changes).eval()
+        backbone = build_backbone(BackboneSettings(name="test_efficientnet"), weights=None)
+        sizes = ModelSettings(latent=16, dim=16, depth=1, state=4, decoder=(8, 12), refinement_width=4)
+        model = ALMRR(backbone, sizes, image_size=SIZE).eval()
         with torch.no_grad():
             model.frm.out.weight *= 100.0
     return model

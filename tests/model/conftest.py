@@ -11,18 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from almrr_pipeline.config import BackboneSettings, ModelSettings
 from almrr_pipeline.model.almrr import ALMRR
 from almrr_pipeline.model.backbone import build_backbone
 
+SIZE = (128, 160)
 SMALL: dict[str, Any] = {
-    "image_size": (128, 160),
     "latent": 24,
     "dim": 16,
     "depth": 2,
     "state": 4,
     "decoder": (8, 12),
     "refinement_width": 4,
-    "scan_backend": "torch",
 }
 BuildModel = Callable[..., ALMRR]
 
@@ -37,8 +37,11 @@ def build_model() -> BuildModel:
         if key not in built:
             with torch.random.fork_rng():
                 torch.manual_seed(0)
-                network = build_backbone(backbone, weights=None, feature_location=feature_location)  # type: ignore[arg-type]
-                built[key] = ALMRR(network, **(SMALL | changes))
+                options = BackboneSettings(name=backbone, feature_location=feature_location)  # type: ignore[arg-type]
+                network = build_backbone(options, weights=None)
+                size = changes.pop("image_size", SIZE)
+                settings = ModelSettings(**(SMALL | changes))
+                built[key] = ALMRR(network, settings, image_size=size, scan_backend="torch")
                 make_lively(built[key])
         return copy.deepcopy(built[key])
 
@@ -68,7 +71,7 @@ def make_lively(model: ALMRR) -> None:
         nn.init.uniform_(norm.weight, 0.5, 1.5)
         nn.init.normal_(norm.bias, std=0.2)
         norm.momentum = 1.0
-    if model.standardize:
+    if model.settings.standardize:
         model.fit_standardization([images])
     model.train().training_forward(images, images)
     for norm in norms:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -11,15 +12,20 @@ from safetensors.torch import save_file
 from torch.nn import functional as F  # noqa: N812
 
 from almrr_pipeline.common.errors import AlmrrError
+from almrr_pipeline.config import BackboneSettings
 from almrr_pipeline.model.backbone import Backbone, build_backbone, read_weights
 
 CAFFE_WEIGHTS = "weights/resnet50_imagenet_stride_in_1x1_to_layer3_fp16.pth"
 
 
+def build(name: str, weights: Path | None = None, **options: Any) -> Backbone:
+    return build_backbone(BackboneSettings(name=name, **options), weights=weights)
+
+
 @pytest.fixture(scope="module")
 def backbone() -> Backbone:
     torch.manual_seed(0)
-    return build_backbone("test_resnet", weights=None)
+    return build("test_resnet")
 
 
 @pytest.mark.parametrize(
@@ -31,7 +37,7 @@ def backbone() -> Backbone:
     ],
 )
 def test_maps_lie_at_strides_4_8_16(name: str, location: str, channels: tuple[int, int, int]) -> None:
-    backbone = build_backbone(name, weights=None, feature_location=location)  # type: ignore[arg-type]
+    backbone = build(name, None, feature_location=location)  # type: ignore[arg-type]
     maps = backbone(torch.rand(2, 3, 128, 160))
     assert backbone.channels == channels
     assert [tuple(x.shape) for x in maps] == [
@@ -42,7 +48,7 @@ def test_maps_lie_at_strides_4_8_16(name: str, location: str, channels: tuple[in
 
 
 def test_expansion_features_follow_an_activation() -> None:
-    maps = build_backbone("tf_efficientnet_lite0", weights=None, feature_location="expansion")(
+    maps = build("tf_efficientnet_lite0", None, feature_location="expansion")(
         torch.rand(1, 3, 128, 128)
     )
     assert all(float(x.min()) == 0.0 for x in maps)
@@ -52,7 +58,7 @@ def test_images_are_normalised_as_the_network_was_trained(backbone: Backbone) ->
     images = torch.rand(1, 3, 128, 128)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     normalized = torch.stack([(images[0, c] - mean[c]) / std[c] for c in range(3)])[None]
-    torch.testing.assert_close(build_backbone("resnet18", weights=None).mean.flatten(), mean)
+    torch.testing.assert_close(build("resnet18").mean.flatten(), mean)
     own = (backbone.mean, backbone.std)
     backbone.mean, backbone.std = mean.view(1, 3, 1, 1), std.view(1, 3, 1, 1)
     torch.testing.assert_close(backbone(images), list(backbone.network(normalized)))
@@ -75,8 +81,8 @@ def test_no_gradient_and_no_activation_is_kept(backbone: Backbone) -> None:
 
 
 def test_the_stages_after_stride_16_are_not_built() -> None:
-    assert "layer4" not in dict(build_backbone("resnet18", weights=None).network.named_children())
-    assert len(build_backbone("tf_efficientnet_lite0", weights=None).network.get_submodule("blocks")._modules) == 5
+    assert "layer4" not in dict(build("resnet18").network.named_children())
+    assert len(build("tf_efficientnet_lite0").network.get_submodule("blocks")._modules) == 5
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
@@ -91,7 +97,7 @@ def test_weights_come_from_a_file_with_more_in_it(tmp_path: Path, suffix: str) -
         torch.save({"state_dict": tensors}, path)
     else:
         save_file(tensors, path)
-    backbone = build_backbone("test_resnet", weights=path)
+    backbone = build("test_resnet", path)
     own = backbone.network.state_dict()
     assert "fc.weight" in tensors
     assert all(torch.equal(own[name], tensors[name].to(own[name].dtype)) for name in own)
@@ -99,7 +105,7 @@ def test_weights_come_from_a_file_with_more_in_it(tmp_path: Path, suffix: str) -
 
 
 def test_the_callers_weights_file_of_the_older_kind_loads(shared: Path) -> None:
-    backbone = build_backbone("resnet50.tv_in1k", weights=shared / CAFFE_WEIGHTS, stride_in_1x1=True)
+    backbone = build("resnet50.tv_in1k", shared / CAFFE_WEIGHTS, stride_in_1x1=True)
     block = backbone.network.get_submodule("layer2.0")
     assert (block.conv1.stride, block.conv2.stride) == ((2, 2), (1, 1))
     assert backbone.channels == (256, 512, 1024)
@@ -111,7 +117,7 @@ def test_the_callers_weights_file_of_the_older_kind_loads(shared: Path) -> None:
 def test_the_place_of_the_stride_matters(shared: Path) -> None:
     images = torch.rand(1, 3, 128, 128)
     maps = [
-        build_backbone("resnet50.tv_in1k", weights=shared / CAFFE_WEIGHTS, stride_in_1x1=flag)(images)
+        build("resnet50.tv_in1k", shared / CAFFE_WEIGHTS, stride_in_1x1=flag)(images)
         for flag in (True, False)
     ]
     torch.testing.assert_close(maps[0][0], maps[1][0])  # stage 1 has stride 1
@@ -122,35 +128,35 @@ def test_an_older_file_without_step_counters_loads(tmp_path: Path) -> None:
     tensors = timm.create_model("test_resnet").state_dict()
     path = tmp_path / "old.pth"
     torch.save({name: tensor for name, tensor in tensors.items() if "num_batches" not in name}, path)
-    assert build_backbone("test_resnet", weights=path).channels == (32, 48, 192)
+    assert build("test_resnet", path).channels == (32, 48, 192)
 
 
 def test_bad_arguments_are_named() -> None:
     with pytest.raises(AlmrrError, match="no network 'resnet5000'"):
-        build_backbone("resnet5000", weights=None)
+        build("resnet5000")
     with pytest.raises(AlmrrError, match="no feature maps at strides 4, 8 and 16"):
-        build_backbone("vit_tiny_patch16_224", weights=None)
+        build("vit_tiny_patch16_224")
     with pytest.raises(AlmrrError, match="stride_in_1x1 is for ResNets"):
-        build_backbone("resnet18", weights=None, stride_in_1x1=True)
+        build("resnet18", None, stride_in_1x1=True)
     with pytest.raises(AlmrrError, match="feature_location: test_resnet knows only 'bottleneck'"):
-        build_backbone("test_resnet", weights=None, feature_location="expansion")
+        build("test_resnet", None, feature_location="expansion")
 
 
 def test_bad_weights_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(AlmrrError, match="no weights at"):
-        build_backbone("test_resnet", weights=tmp_path / "absent.pth")
+        build("test_resnet", tmp_path / "absent.pth")
     for name in ("text.pth", "text.safetensors"):
         (tmp_path / name).write_text("this is no archive")
         with pytest.raises(AlmrrError, match="cannot be read as weights"):
-            build_backbone("test_resnet", weights=tmp_path / name)
+            build("test_resnet", tmp_path / name)
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(AlmrrError, match="no dictionary of tensors"):
-        build_backbone("test_resnet", weights=tmp_path / "list.pth")
+        build("test_resnet", tmp_path / "list.pth")
     torch.save(timm.create_model("test_efficientnet").state_dict(), tmp_path / "other.pth")
     with pytest.raises(AlmrrError, match=r"tensors are missing \(.*\)"):
-        build_backbone("test_resnet", weights=tmp_path / "other.pth")
+        build("test_resnet", tmp_path / "other.pth")
     tensors = timm.create_model("test_resnet").state_dict()
     tensors["layer1.0.conv1.weight"] = torch.zeros(1, 2, 3, 4)
     torch.save(tensors, tmp_path / "shape.pth")
     with pytest.raises(AlmrrError, match=r"layer1.0.conv1.weight is \(1, 2, 3, 4\), not"):
-        build_backbone("test_resnet", weights=tmp_path / "shape.pth")
+        build("test_resnet", tmp_path / "shape.pth")

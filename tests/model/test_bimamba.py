@@ -4,19 +4,22 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from almrr_pipeline.config import ModelSettings
 from almrr_pipeline.model.bimamba import BidirectionalMamba, MambaBlock, MambaEncoder, ScanBranch
 
 
-def seeded_encoder(**kwargs: float | str) -> MambaEncoder:
+def seeded_encoder(scan_backend: str = "auto", **changes: Any) -> MambaEncoder:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return MambaEncoder(**{"dim": 12, "depth": 2, "state": 3, **kwargs})
+        settings = ModelSettings(**{"dim": 12, "depth": 2, "state": 3, **changes})
+        return MambaEncoder(settings, scan_backend=scan_backend)
 
 
 def draw_tokens(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -93,12 +96,12 @@ def test_paper_widths_have_the_papers_parameters() -> None:
     """Vim's v2 counted by hand at dim 192, d 384, n 16, rank 12: two branches, shared projections, norms."""
     branch = 384 * 4 + 384 + 384 * 44 + 12 * 384 + 384 + 384 * 16 + 384
     block = 192 * 768 + 2 * branch + 384 * 192 + 192
-    encoder = MambaEncoder(dim=192, depth=8)
+    encoder = MambaEncoder(ModelSettings(dim=192, depth=8))
     assert sum(parameter.numel() for parameter in encoder.parameters()) == 8 * block + 192
 
 
 def test_initial_values_are_those_of_mamba() -> None:
-    encoder = MambaEncoder(dim=64, depth=4, drop_path=0.3)
+    encoder = MambaEncoder(ModelSettings(dim=64, depth=4, drop_path=0.3))
     mixer = encoder.blocks[0].mixer
     steps = F.softplus(mixer.forward_branch.dt_proj.bias)
     assert steps.min() >= 1e-3 - 1e-6
@@ -112,7 +115,7 @@ def test_initial_values_are_those_of_mamba() -> None:
 
 
 def test_drop_path_leaves_out_whole_images_in_training_alone() -> None:
-    block, tokens = MambaBlock(BidirectionalMamba(8, state=2), dim=8, drop_path=0.5), draw_tokens(64, 3, 8)
+    block, tokens = MambaBlock(ModelSettings(dim=8, state=2), drop_path=0.5), draw_tokens(64, 3, 8)
     with torch.no_grad():
         change = (block(tokens) - tokens).abs().amax((1, 2))
         assert 10 < (change == 0).sum() < 54

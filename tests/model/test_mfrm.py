@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
 
+from almrr_pipeline.config import ModelSettings
 from almrr_pipeline.model.mfrm import MFRM, Decoder, to_map, to_tokens
 
 Array = npt.NDArray[np.float64]
 
 
-def build(**changes: object) -> MFRM:
+SMALL: dict[str, Any] = {
+    "channels": 6, "grid": (8, 12), "latent": 5, "dim": 8, "depth": 2, "state": 4, "drop_path": 0.0,
+    "decoder": (3, 4),
+}  # fmt: skip
+
+
+def build(**changes: Any) -> MFRM:
     torch.manual_seed(0)
-    arguments = {
-        "channels": 6, "grid": (8, 12), "latent": 5, "dim": 8, "depth": 2, "state": 4, "expand": 2, "conv": 4,
-        "patch": 4, "drop_path": 0.0, "decoder": (3, 4), "scan_backend": "torch",
-    }  # fmt: skip
-    return MFRM(**(arguments | changes))  # type: ignore[arg-type]
+    sizes = SMALL | changes
+    channels, grid = sizes.pop("channels"), sizes.pop("grid")
+    return MFRM(ModelSettings(**sizes), channels=channels, grid=grid, scan_backend="torch")
+
+
+NARROW = ModelSettings(dim=3, decoder=(4, 5), latent=6)
 
 
 def transposed_convolution(x: Array, weight: Array, bias: Array, stride: int, padding: int) -> Array:
@@ -66,7 +75,7 @@ def decode(decoder: Decoder, x: Array) -> Array:
 
 def test_decoder_equals_its_restatement_in_loops() -> None:
     torch.manual_seed(0)
-    decoder = Decoder(3, (4, 5), 6, size=(16, 20))
+    decoder = Decoder(NARROW, size=(16, 20))
     x = torch.randn(2, 3, 4, 5)
     given = decoder(x).detach().numpy()
     for b in range(2):
@@ -74,7 +83,7 @@ def test_decoder_equals_its_restatement_in_loops() -> None:
 
 
 def test_decoder_grows_as_the_authors_does() -> None:
-    decoder, x = Decoder(3, (4, 5), 6, size=(64, 64)), torch.randn(1, 3, 16, 16)
+    decoder, x = Decoder(NARROW, size=(64, 64)), torch.randn(1, 3, 16, 16)
     sizes = []
     for stage in (decoder.stage1, decoder.stage2, decoder.stage3):
         x = stage(x)

@@ -17,6 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from almrr_pipeline.common.errors import AlmrrError
+from almrr_pipeline.config import BackboneSettings
 from almrr_pipeline.model.backbone import build_backbone, load_weights, read_weights
 from almrr_pipeline.common.files import hash_file, report_disk_errors
 
@@ -67,7 +68,8 @@ def fetch_backbone(
         AlmrrError: the weights could not be had, are not this network's, or have another checksum.
         DiskError: the disk is full, or the folder may not be written.
     """
-    backbone = build_backbone(name, weights=None, stride_in_1x1=stride_in_1x1, feature_location=feature_location)
+    settings = BackboneSettings(name=name, stride_in_1x1=stride_in_1x1, feature_location=feature_location)
+    backbone = build_backbone(settings, weights=None)
     found = _find(name, weights)
     _check_sha256(found.sha256, sha256, found.origin)
     load_weights(backbone.network, found.tensors, origin=found.origin)
@@ -86,7 +88,7 @@ def fetch_backbone(
             "sha256": own_sha256,
         }
         (target / DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-    again = build_backbone(name, weights=written, stride_in_1x1=stride_in_1x1, feature_location=feature_location)
+    again = build_backbone(settings, weights=written)
     if not all(features.isfinite().all() for features in again(torch.full((1, 3, _CHECK_SIZE, _CHECK_SIZE), 0.5))):
         raise AlmrrError(f"{found.origin}: {name} with these weights gives features that are not finite; take others.")
     logger.info("backbone %s from %s, sha256 %s", name, found.origin, own_sha256)

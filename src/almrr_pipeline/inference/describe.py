@@ -31,11 +31,11 @@ def describe_model(folder: Path) -> str:
         AlmrrError: `folder` is no model folder, or one of its files cannot be read.
     """
     settings = InferenceConfig.load(folder)
-    backbone = read_config(folder)["backbone"]
+    backbone = read_config(folder).backbone
     rows, columns = settings.image_size
     lines = [
         f"ALMRR model of {settings.category}",
-        f"backbone          {backbone['name']}",
+        f"backbone          {backbone.name}",
         f"input             {rows} x {columns} pixels, {_describe_tiling(settings.tiling)}",
         f"anomaly map       {_describe_mirrors(settings.flips)}",
         f"image score       largest mean over {settings.smoothing} x {settings.smoothing} pixels of the map",

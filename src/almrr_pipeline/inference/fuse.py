@@ -375,7 +375,7 @@ def _standardized_summary(model: ALMRR) -> tuple[Tensor, Tensor, Tensor]:
     Standardized features are `scale * features + offset`.
     """
     mean, std = model.feature_mean.double(), model.feature_std.double()
-    if not model.standardize:
+    if not model.settings.standardize:
         mean, std = torch.zeros_like(mean), torch.ones_like(std)
     if isinstance(model.summary, nn.Conv2d):
         summary = model.summary.weight.detach().double().flatten(1)

@@ -5,23 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from almrr_pipeline.common.errors import AlmrrError
+from almrr_pipeline.config import ModelSettings
 from almrr_pipeline.model.backbone import Backbone, build_backbone
-from almrr_pipeline.inference.fuse import FusedALMRR
-from almrr_pipeline.model.inputs import check_image_size, check_images, check_shape
-from almrr_pipeline.model.weights_io import CONFIG_FILE, read_config, read_tensors, write_model
-from almrr_pipeline.model.mfrm import MFRM
 from almrr_pipeline.model.frm import FRM
+from almrr_pipeline.model.inputs import check_image_size, check_images, check_shape
+from almrr_pipeline.model.mfrm import MFRM
 from almrr_pipeline.model.regional_features import RegionalFeatures
-from almrr_pipeline.model.kernels.scan.reference import without_autocast
+from almrr_pipeline.model.weights_io import ModelConfig, read_config, read_tensors, write_model
 
-RefinementInput = Literal["mean", "projection"]
 MIN_STD = 0.01
 """Floor of a channel's std, over the mean of all: one silent on normal images must not drown the others."""
 
@@ -47,21 +45,8 @@ class ALMRR(nn.Module):
 
     Args:
         backbone: the frozen feature extractor.
+        settings: widths and depths of MFRM and FRM.
         image_size: rows and columns of the images, multiples of 16, at least 128.
-        latent: channels between the 1x1 convolutions of the MFRM.
-        dim: width of a token.
-        depth: bidirectional Mamba blocks.
-        state: states per channel of the scan.
-        expand: inner width of a block over `dim`.
-        conv: width of the blocks' depthwise causal convolutions.
-        patch: side of a patch of the features' grid, 1, 2 or 4.
-        drop_path: probability of leaving out a block in training, rising linearly from 0 to this.
-        decoder: widths of the decoder's first two stages.
-        refinement_width: base width of the U-Net.
-        refinement_input: "mean", the paper's channel means of F_hat and F; or "projection", a learned linear map of
-            their channels, one for both.
-        refinement_channels: outputs of that projection.
-        standardize: whether features are standardized channel by channel, after `fit_standardization`.
         scan_backend: implementation of the selective scan; not saved with the weights.
 
     Raises:
@@ -74,64 +59,30 @@ class ALMRR(nn.Module):
     def __init__(
         self,
         backbone: Backbone,
+        settings: ModelSettings,
         *,
         image_size: tuple[int, int] = (256, 256),
-        latent: int = 1024,
-        dim: int = 192,
-        depth: int = 8,
-        state: int = 16,
-        expand: int = 2,
-        conv: int = 4,
-        patch: int = 4,
-        drop_path: float = 0.1,
-        decoder: tuple[int, int] = (256, 512),
-        refinement_width: int = 64,
-        refinement_input: RefinementInput = "mean",
-        refinement_channels: int = 1,
-        standardize: bool = False,
         scan_backend: str = "auto",
     ) -> None:
         super().__init__()
         check_image_size(image_size)
-        self.hyperparameters: dict[str, Any] = {
-            "image_size": list(image_size),
-            "latent": latent,
-            "dim": dim,
-            "depth": depth,
-            "state": state,
-            "expand": expand,
-            "conv": conv,
-            "patch": patch,
-            "drop_path": drop_path,
-            "decoder": list(decoder),
-            "refinement_width": refinement_width,
-            "refinement_input": refinement_input,
-            "refinement_channels": refinement_channels,
-            "standardize": standardize,
-        }
+        self.settings = settings
         self.image_size = (image_size[0], image_size[1])
-        self.standardize = standardize
         channels = sum(backbone.channels)
         self.backbone = backbone
         self.regional_features = RegionalFeatures(self.image_size)
         self.register_buffer("feature_mean", torch.zeros(channels))
         self.register_buffer("feature_std", torch.ones(channels))
         self.mfrm = MFRM(
+            settings,
             channels=channels,
             grid=self.regional_features.grid,
-            latent=latent,
-            dim=dim,
-            depth=depth,
-            state=state,
-            expand=expand,
-            conv=conv,
-            patch=patch,
-            drop_path=drop_path,
-            decoder=(decoder[0], decoder[1]),
             scan_backend=scan_backend,
         )
-        self.summary = _build_summary(refinement_input, channels, refinement_channels)
-        self.frm = FRM(2 * refinement_channels, width=refinement_width)
+        self.summary: nn.Module = ChannelMean()
+        if settings.refinement_input == "projection":
+            self.summary = ChannelProjection(channels, settings.refinement_channels)
+        self.frm = FRM(2 * settings.refinement_channels, width=settings.refinement_width)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map anomalies.
@@ -195,7 +146,7 @@ class ALMRR(nn.Module):
             # every tensor follows this format. On a GPU it is the caller's choice.
             images = images.contiguous(memory_format=torch.channels_last)
         features: Tensor = self.regional_features(self.backbone(images))
-        if self.standardize:
+        if self.settings.standardize:
             mean, std = self.feature_mean.to(features.dtype), self.feature_std.to(features.dtype)
             features = (features - mean[:, None, None]) / std[:, None, None]
         return features
@@ -223,7 +174,7 @@ class ALMRR(nn.Module):
         Raises:
             AlmrrError: the model does not standardize, there are no images, or they do not fit.
         """
-        if not self.standardize:
+        if not self.settings.standardize:
             raise AlmrrError("This model does not standardize its features; build it with standardize=True.")
         own = self.feature_mean.device
         device = torch.device("cpu") if own.type == "mps" else own  # MPS knows no float64
@@ -253,22 +204,15 @@ class ALMRR(nn.Module):
         """The parameters of MFRM, FRM and the projection, if there is one; the backbone has none to train."""
         return (parameter for parameter in self.parameters() if parameter.requires_grad)
 
-    def fuse(self) -> FusedALMRR:
-        """The same map, for inference alone, in about half the work; see `almrr_pipeline.inference.fuse`.
-
-        Equal to `forward` in evaluation mode within 1e-4 in float32. It does not follow later changes of this model.
-        """
-        with without_autocast(self.mfrm.position):  # what is composed is compared; half precision would blur that
-            return FusedALMRR(self)
-
     def save(self, folder: Path) -> None:
         """Write model.safetensors (backbone included) and config.json into an existing folder.
 
         Each file is written beside its place and renamed, so that no half-written one is ever found.
         """
-        write_model(
-            folder, tensors=self.state_dict(), backbone=self.backbone.hyperparameters, model=self.hyperparameters
+        config = ModelConfig(
+            backbone=self.backbone.settings, image_size=self.image_size, model=self.settings
         )
+        write_model(folder, config, self.state_dict())
 
     @classmethod
     def load(cls, folder: Path, *, device: str | torch.device = "cpu", scan_backend: str = "auto") -> Self:
@@ -278,24 +222,12 @@ class ALMRR(nn.Module):
             AlmrrError: the folder holds no model, or its config does not fit its weights; says what differs.
         """
         config = read_config(folder)
-        try:
-            backbone = build_backbone(weights=None, **config["backbone"])
-            model = cls(backbone, scan_backend=scan_backend, **config["model"])
-        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise AlmrrError(f"{folder / CONFIG_FILE}: unknown, missing or impossible values ({error}).") from error
+        backbone = build_backbone(config.backbone, weights=None)
+        model = cls(
+            backbone, config.model, image_size=config.image_size, scan_backend=scan_backend
+        )
         model.load_state_dict(read_tensors(folder, expected=model.state_dict()))
         return model.eval().to(device)
-
-
-def _build_summary(kind: str, channels: int, outputs: int) -> nn.Module:
-    """What the FRM is given of a feature map."""
-    if kind == "mean" and outputs == 1:
-        return ChannelMean()
-    if kind == "projection" and outputs >= 1:
-        return ChannelProjection(channels, outputs)
-    raise AlmrrError(
-        f"refinement_input {kind!r} with refinement_channels {outputs}: take 'mean' with 1, or 'projection' with any."
-    )
 
 
 class ChannelMean(nn.Module):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import timm
 import torch
@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from almrr_pipeline.common.errors import AlmrrError
+from almrr_pipeline.config import BackboneSettings
 
 STRIDES = (4, 8, 16)
 """Pixels of the image per cell of each feature map: stages 1 to 3 of a ResNet."""
-FeatureLocation = Literal["bottleneck", "expansion"]
 _logger = logging.getLogger(__name__)
 
 
@@ -31,7 +31,7 @@ class Backbone(nn.Module):
     Attributes:
         channels: channels of the three maps.
         mean, std: the normalization of RGB in [0, 1] that the network was trained with, shape (1, 3, 1, 1).
-        hyperparameters: the arguments that `build_backbone` needs, besides the weights, to build it again.
+        settings: what `build_backbone` needs, besides the weights, to build it again.
     """
 
     mean: Tensor
@@ -41,15 +41,15 @@ class Backbone(nn.Module):
         self,
         network: nn.Module,
         *,
+        settings: BackboneSettings,
         channels: tuple[int, int, int],
         mean: Sequence[float],
         std: Sequence[float],
-        hyperparameters: Mapping[str, Any],
     ) -> None:
         super().__init__()
         self.network = network
         self.channels = channels
-        self.hyperparameters = dict(hyperparameters)
+        self.settings = settings
         # The normalization belongs to the network, not to the data: a port of DRAEM that blended anomalies after it
         # lost most of its accuracy.
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
@@ -74,41 +74,32 @@ class Backbone(nn.Module):
         return list(self.network((images - self.mean) / self.std))
 
 
-def build_backbone(
-    name: str,
-    *,
-    weights: Path | None,
-    stride_in_1x1: bool = False,
-    feature_location: FeatureLocation = "bottleneck",
-) -> Backbone:
-    """Build a frozen backbone without asking any hub.
+def build_backbone(settings: BackboneSettings, *, weights: Path | None) -> Backbone:
+    """Build a frozen backbone; no hub is asked.
 
     Args:
-        name: a timm network, such as "resnet50.tv_in1k".
-        weights: a .safetensors, .pth or .pt file with timm's tensor names in any float type; tensors of later stages
-            and of the classifier may be there or not. None leaves the weights random, for the caller to load.
-        stride_in_1x1: the older (Caffe) kind of ResNet, with the stride of a stage's first block in its 1x1
-            convolution. Missing it gives plausible nonsense.
-        feature_location: for EfficientNets, whether features are tapped after a stage's last linear bottleneck, or
-            from that block's expanded channels, after the activation of its depthwise convolution.
+        settings: name and options; its own `weights` and `sha256` are not read.
+        weights: a .safetensors, .pth or .pt file with timm's tensor names in any float type;
+            tensors of later stages and of the classifier are ignored. None leaves the weights
+            random, for the caller to load.
 
     Raises:
-        AlmrrError: timm knows no such network, it has no maps at strides 4, 8, 16, an option does not fit it, or the
-            file does not hold its weights.
+        AlmrrError: timm knows no such network, it has no maps at strides 4, 8, 16, an option does
+            not fit it, or the file does not hold its weights.
     """
-    network = _create_network(name, feature_location)
-    if stride_in_1x1:
-        _move_strides(network, name)
+    network = _create_network(settings)
+    if settings.stride_in_1x1:
+        _move_strides(network, settings.name)
     if weights is not None:
         load_weights(network, read_weights(weights), origin=str(weights))
     first, second, third = _feature_info(network).channels()
     pretrained: Any = network.pretrained_cfg
     return Backbone(
         network,
+        settings=settings,
         channels=(first, second, third),
         mean=pretrained["mean"],
         std=pretrained["std"],
-        hyperparameters={"name": name, "stride_in_1x1": stride_in_1x1, "feature_location": feature_location},
     )
 
 
@@ -159,8 +150,9 @@ def load_weights(network: nn.Module, tensors: Mapping[str, Tensor], *, origin: s
     _logger.debug("%d tensors loaded from %s", len(own), origin)
 
 
-def _create_network(name: str, feature_location: FeatureLocation) -> nn.Module:
-    """Build timm's feature extractor, ending with the stage at stride 16."""
+def _create_network(settings: BackboneSettings) -> nn.Module:
+    """Timm's feature extractor, ending with the stage at stride 16."""
+    name, feature_location = settings.name, settings.feature_location
     if not timm.is_model(name.split(".")[0]):
         raise AlmrrError(f"backbone.name: timm {timm.__version__} has no network {name!r}; see timm.list_models().")
     # timm offers the choice of the tap to its EfficientNets alone, by this keyword.

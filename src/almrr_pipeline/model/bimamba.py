@@ -13,13 +13,13 @@ state-spaces/mamba (Apache-2.0).
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from timm.layers.drop import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from almrr_pipeline.config import ModelSettings
 from almrr_pipeline.model.kernels.scan import causal_conv, selective_scan
 
 _STEPS = (1e-3, 0.1)
@@ -31,15 +31,14 @@ class ScanBranch(nn.Module):
     """One direction: causal convolution, step sizes, B and C that depend on the input, and the gated scan.
 
     Args:
-        channels: d, the width inside the block.
-        state: n, states per channel.
-        conv: width of the depthwise causal convolution.
-        dt_rank: rank of the projection to step sizes.
-        reverse: look back, and scan, from the last token to the first.
+        settings: widths; d = expand * dim channels, n = `state` states per channel.
+        reverse: convolve and scan from the last token to the first.
     """
 
-    def __init__(self, channels: int, *, state: int, conv: int, dt_rank: int, reverse: bool) -> None:
+    def __init__(self, settings: ModelSettings, *, reverse: bool) -> None:
         super().__init__()
+        channels, state, conv = settings.expand * settings.dim, settings.state, settings.conv
+        dt_rank = math.ceil(settings.dim / 16)  # rank of the projection to step sizes, as Mamba's
         self.reverse = reverse
         self.sizes = (dt_rank, state, state)
         self.conv_weight = nn.Parameter(torch.empty(channels, conv))
@@ -82,31 +81,17 @@ class BidirectionalMamba(nn.Module):
     """The mixer: (b, l, dim) to (b, l, dim), each token seeing all others.
 
     Args:
-        dim: width of a token.
-        state: states per channel.
-        expand: d = expand * dim channels inside.
-        conv: width of the depthwise causal convolutions.
-        dt_rank: rank of the projection to step sizes; `auto` is dim / 16, rounded up.
-        scan_backend: `auto` or a backend of `almrr_pipeline.model.kernels.scan`; may be changed at any time.
+        settings: widths.
+        scan_backend: see `almrr_pipeline.model.kernels.scan`; may be changed at any time.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        *,
-        state: int = 16,
-        expand: int = 2,
-        conv: int = 4,
-        dt_rank: int | Literal["auto"] = "auto",
-        scan_backend: str = "auto",
-    ) -> None:
+    def __init__(self, settings: ModelSettings, *, scan_backend: str = "auto") -> None:
         super().__init__()
         self.scan_backend = scan_backend
-        channels = expand * dim
-        rank = math.ceil(dim / 16) if dt_rank == "auto" else dt_rank
+        dim, channels = settings.dim, settings.expand * settings.dim
         self.in_proj = nn.Linear(dim, 2 * channels, bias=False)
-        self.forward_branch = ScanBranch(channels, state=state, conv=conv, dt_rank=rank, reverse=False)
-        self.backward_branch = ScanBranch(channels, state=state, conv=conv, dt_rank=rank, reverse=True)
+        self.forward_branch = ScanBranch(settings, reverse=False)
+        self.backward_branch = ScanBranch(settings, reverse=True)
         self.out_proj = nn.Linear(channels, dim, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -120,10 +105,12 @@ class BidirectionalMamba(nn.Module):
 class MambaBlock(nn.Module):
     """Pre-norm residual block: tokens + drop_path(mixer(norm(tokens)))."""
 
-    def __init__(self, mixer: BidirectionalMamba, *, dim: int, drop_path: float) -> None:
+    def __init__(
+        self, settings: ModelSettings, *, drop_path: float, scan_backend: str = "auto"
+    ) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(dim, eps=_EPSILON)
-        self.mixer = mixer
+        self.norm = nn.RMSNorm(settings.dim, eps=_EPSILON)
+        self.mixer = BidirectionalMamba(settings, scan_backend=scan_backend)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -136,38 +123,19 @@ class MambaEncoder(nn.Module):
     """The MFRM's encoder: `depth` residual blocks of bidirectional Mamba, then RMSNorm; (b, l, dim) to (b, l, dim).
 
     Args:
-        dim: width of a token (the paper: 192).
-        depth: number of blocks (the paper: 8).
-        state: states per channel.
-        expand: width inside a block over `dim`.
-        conv: width of the depthwise causal convolutions.
-        drop_path: probability of leaving out the last block for an image; rises linearly from 0 at the first.
-        scan_backend: `auto` or a backend of `almrr_pipeline.model.kernels.scan`.
+        settings: widths and depth. The last block is left out for an image with probability
+            `drop_path`, which rises linearly from 0 at the first.
+        scan_backend: see `almrr_pipeline.model.kernels.scan`.
     """
 
-    def __init__(
-        self,
-        *,
-        dim: int,
-        depth: int,
-        state: int = 16,
-        expand: int = 2,
-        conv: int = 4,
-        drop_path: float = 0.1,
-        scan_backend: str = "auto",
-    ) -> None:
+    def __init__(self, settings: ModelSettings, *, scan_backend: str = "auto") -> None:
         super().__init__()
-        rates = torch.linspace(0.0, drop_path, depth).tolist()
+        rates = torch.linspace(0.0, settings.drop_path, settings.depth).tolist()
         self.blocks = nn.ModuleList(
-            MambaBlock(
-                BidirectionalMamba(dim, state=state, expand=expand, conv=conv, scan_backend=scan_backend),
-                dim=dim,
-                drop_path=rate,
-            )
-            for rate in rates
+            MambaBlock(settings, drop_path=rate, scan_backend=scan_backend) for rate in rates
         )
-        self.norm = nn.RMSNorm(dim, eps=_EPSILON)
-        self._scale_residuals(depth)
+        self.norm = nn.RMSNorm(settings.dim, eps=_EPSILON)
+        self._scale_residuals(settings.depth)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(b, l, dim) to (b, l, dim)."""

@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from almrr_pipeline.config import ModelSettings
 from almrr_pipeline.model.bimamba import MambaEncoder
 
 
@@ -17,46 +18,29 @@ class MFRM(nn.Module):
     """1x1 convolution, patch embedding, bidirectional Mamba blocks, decoder, 1x1 convolution.
 
     Args:
-        channels: channels of the features, 1792 for ResNet-50.
-        grid: rows and columns of the features; `patch` divides both.
-        latent: channels between the 1x1 convolutions and the rest.
-        dim: width of a token.
-        depth: bidirectional Mamba blocks.
-        state: states per channel of the scan.
-        expand: inner width of a block over `dim`.
-        conv: width of the blocks' depthwise convolutions.
-        patch: side of a patch; each becomes one token.
-        drop_path: probability of leaving out a block, rising linearly from 0 to this.
-        decoder: widths of the decoder's first two stages.
+        settings: widths and depths.
+        channels: C, channels of the features; 1792 for ResNet-50.
+        grid: rows and columns (h, w) of the features; `settings.patch` divides both.
         scan_backend: implementation of the selective scan.
     """
 
     def __init__(
         self,
+        settings: ModelSettings,
         *,
         channels: int,
         grid: tuple[int, int],
-        latent: int,
-        dim: int,
-        depth: int,
-        state: int,
-        expand: int,
-        conv: int,
-        patch: int,
-        drop_path: float,
-        decoder: tuple[int, int],
-        scan_backend: str,
+        scan_backend: str = "auto",
     ) -> None:
         super().__init__()
+        latent, dim, patch = settings.latent, settings.dim, settings.patch
         self.token_grid = (grid[0] // patch, grid[1] // patch)
         tokens = self.token_grid[0] * self.token_grid[1]
         self.reduce = nn.Conv2d(channels, latent, 1)
         self.patch_embedding = nn.Conv2d(latent, dim, patch, stride=patch)
         self.position = nn.Parameter(torch.zeros(1, tokens, dim))
-        self.encoder = MambaEncoder(
-            dim=dim, depth=depth, state=state, expand=expand, conv=conv, drop_path=drop_path, scan_backend=scan_backend
-        )
-        self.decoder = Decoder(dim, decoder, latent, size=grid)
+        self.encoder = MambaEncoder(settings, scan_backend=scan_backend)
+        self.decoder = Decoder(settings, size=grid)
         self.expand = nn.Conv2d(latent, channels, 1)
         # Vim's initialization of the patch embedding (LeCun's, by the fan-in) and of the position.
         nn.init.trunc_normal_(self.patch_embedding.weight, std=(latent * patch * patch) ** -0.5)
@@ -113,8 +97,9 @@ class Decoder(nn.Module):
     At the paper's size 16x16 tokens become 18x18, 20x20, 39x39 and 64x64.
     """
 
-    def __init__(self, dim: int, widths: tuple[int, int], latent: int, *, size: tuple[int, int]) -> None:
+    def __init__(self, settings: ModelSettings, *, size: tuple[int, int]) -> None:
         super().__init__()
+        dim, widths, latent = settings.dim, settings.decoder, settings.latent
         self.size = size
         # As the authors': no padding in the first two, so each grows the map by a ring of one cell.
         self.stage1 = nn.Sequential(nn.ConvTranspose2d(dim, widths[0], 3), nn.InstanceNorm2d(widths[0]), nn.ReLU())

@@ -6,50 +6,62 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from almrr_pipeline.common.errors import AlmrrError
+from almrr_pipeline.config import BackboneSettings, ModelSettings, Section, Side
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
-FORMAT = "almrr"
-FORMAT_VERSION = 1
+_FORMAT_KEYS = {"format", "version"}
+"""What config.json of version 0.1 had besides its sections."""
 
 
-def write_model(
-    folder: Path, *, tensors: Mapping[str, Tensor], backbone: Mapping[str, Any], model: Mapping[str, Any]
-) -> None:
-    """Write the two files into an existing folder; each is written beside its place and renamed."""
-    config = {"format": FORMAT, "version": FORMAT_VERSION, "backbone": dict(backbone), "model": dict(model)}
+class ModelConfig(Section):
+    """config.json: what is needed to build a model for its weights."""
+
+    backbone: BackboneSettings
+    """Where the weights came from (`weights`, `sha256`) is not written."""
+    image_size: tuple[Side, Side]
+    """Rows and columns of the network's input."""
+    model: ModelSettings
+
+
+def write_model(folder: Path, config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Write the two files into an existing folder; each appears complete or not at all."""
     with write_beside(folder / WEIGHTS_FILE) as path:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
     with write_beside(folder / CONFIG_FILE) as path:
-        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        text = config.model_dump_json(indent=2, exclude={"backbone": {"weights", "sha256"}})
+        path.write_text(text + "\n", encoding="utf-8")
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read the config.json of a saved model: its sections "backbone" and "model".
+def read_config(folder: Path) -> ModelConfig:
+    """Read the config.json of a saved model.
 
     Raises:
-        AlmrrError: it is missing, cannot be read, or is of another format or version.
+        AlmrrError: it is missing, cannot be read, or does not describe a model of this version.
     """
     path = folder / CONFIG_FILE
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(config, dict) and config.keys() >= _FORMAT_KEYS:
+            raise AlmrrError(
+                f"{folder} is a model of almrr-pipeline 0.1, which this version cannot read; "
+                "train it again, or use almrr-pipeline 0.1."
+            )
+        return ModelConfig.model_validate(config)
     except (FileNotFoundError, NotADirectoryError):
         raise AlmrrError(f"{folder} holds no model: there is no {CONFIG_FILE} in it.") from None
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise AlmrrError(f"{path}: unknown, missing or impossible values ({wrong}).") from error
     except (ValueError, OSError) as error:
         raise AlmrrError(f"{path} cannot be read ({error}).") from error
-    known = isinstance(config, dict) and config.get("format") == FORMAT
-    if not known or not all(isinstance(config.get(section), dict) for section in ("backbone", "model")):
-        raise AlmrrError(f"{path} does not describe an ALMRR model.")
-    if config.get("version") != FORMAT_VERSION:
-        raise AlmrrError(f"{path} is of format version {config.get('version')!r}; this package reads {FORMAT_VERSION}.")
-    return dict(config)
 
 
 def read_tensors(folder: Path, *, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:

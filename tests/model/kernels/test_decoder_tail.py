@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from almrr_pipeline.model import fusing
+from almrr_pipeline.inference.fuse import SubPixelConvolution, fuse, interleave
 from almrr_pipeline.model.kernels.cpu_kernels import spread
 from almrr_pipeline.model.kernels.decoder_tail import summarize_phases
-from almrr_pipeline.inference.fuse import SubPixelConvolution, interleave
 
 
 def draw_phases(batch: int, channels: int, n: int, m: int) -> list[list[Tensor]]:
@@ -65,9 +64,9 @@ def test_four_phases_equal_a_transposed_convolution(n: int, m: int) -> None:
 def test_the_fused_map_does_not_depend_on_the_kernels(
     build_model, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fused = build_model(refinement_input="projection", refinement_channels=2).fuse()
+    fused = fuse(build_model(refinement_input="projection", refinement_channels=2))
     with_kernels = fused(images)
-    monkeypatch.setattr(fusing, "_has_numba", lambda: False)
+    monkeypatch.setattr("almrr_pipeline.inference.fuse._has_numba", lambda: False)
     torch.testing.assert_close(fused(images), with_kernels, rtol=0, atol=1e-4)
 
 

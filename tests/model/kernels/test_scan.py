@@ -22,7 +22,12 @@ from torch import Tensor
 
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.model.kernels import scan
-from almrr_pipeline.model.kernels.scan import available_backends, causal_conv, resolve_backend, selective_scan
+from almrr_pipeline.model.kernels.scan import (
+    available_backends,
+    causal_conv,
+    resolve_backend,
+    selective_scan,
+)
 from almrr_pipeline.model.kernels.scan.operands import ScanOperands
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -382,7 +387,7 @@ def test_auto_says_once_what_it_took(forgetful: None, caplog: pytest.LogCaptureF
 
 
 def test_kernels_compile_where_no_cache_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    from almrr_pipeline.model import cpu_kernels
+    from almrr_pipeline.model.kernels import cpu_kernels
 
     def refuse_cache(*, cache: bool = False, **options: object) -> Callable[..., object]:
         if cache:

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 PROGRAM = """
-from almrr_pipeline.model import decoder_tail
+from almrr_pipeline.model.kernels import decoder_tail
 from almrr_pipeline.model.kernels.scan import numba_kernels as scan
 from almrr_pipeline.model.kernels.warm_up import warm_up
 

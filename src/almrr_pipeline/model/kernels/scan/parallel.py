@@ -19,7 +19,12 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from almrr_pipeline.model.kernels.scan.operands import ScanOperands
-from almrr_pipeline.model.kernels.scan.reference import discretize_delta, skip_and_gate, widen, without_autocast
+from almrr_pipeline.model.kernels.scan.reference import (
+    discretize_delta,
+    skip_and_gate,
+    widen,
+    without_autocast,
+)
 
 
 def scan_in_parallel(scan: ScanOperands) -> Tensor:
