@@ -18,9 +18,14 @@ from almrr_pipeline.reporting.examples import (
     caption_example,
     choose_examples,
     draw_examples,
+    pack_examples,
     read_examples,
-    write_examples,
 )
+
+
+def _write(files: dict[str, bytes], folder: Path) -> None:
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
 
 
 def table(**columns: list[object]) -> pd.DataFrame:
@@ -137,7 +142,7 @@ def test_examples_are_drawn_written_and_read(scores: pd.DataFrame, tmp_path: Pat
         return np.zeros((32, 32, 3), np.uint8), np.zeros((32, 32), bool), np.zeros((32, 32), np.float32)
 
     drawn = list(draw_examples(scores, count=2, load=load, threshold=0.5))
-    write_examples(drawn, tmp_path)
+    _write(pack_examples(drawn), tmp_path)
     read = read_examples(tmp_path)
     assert asked == ["d8.png", "d7.png", "d4.png", "n2.png", "d0.png", "n0.png"]
     assert [(o.kind, o.caption) for o in read] == [(o.kind, o.caption) for o in drawn]
@@ -146,14 +151,14 @@ def test_examples_are_drawn_written_and_read(scores: pd.DataFrame, tmp_path: Pat
 
 
 def test_no_examples_are_written_and_read_too(tmp_path: Path) -> None:
-    write_examples([], tmp_path)
+    _write(pack_examples([]), tmp_path)
     assert read_examples(tmp_path) == []
 
 
 def test_reading_names_what_is_missing_or_unknown(tmp_path: Path) -> None:
     with pytest.raises(AlmrrError, match=r"examples\.csv"):
         read_examples(tmp_path)
-    write_examples([Overlay("best", "x", b"")], tmp_path)
+    _write(pack_examples([Overlay("best", "x", b"")]), tmp_path)
     index = tmp_path / "examples.csv"
     index.write_text(index.read_text().replace("best,", "funny,"))
     with pytest.raises(AlmrrError, match="funny"):

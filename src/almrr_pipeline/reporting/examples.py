@@ -103,19 +103,20 @@ def draw_examples(
             yield Overlay(kind, caption_example(row), encode_image(panel))
 
 
-def write_examples(overlays: Iterable[Overlay], folder: Path) -> None:
-    """Write drawn examples into an existing, empty folder: an image each, and the index `read_examples` follows."""
+def pack_examples(overlays: Iterable[Overlay]) -> dict[str, bytes]:
+    """Content of the files of a folder of drawn examples by name: an image each, and the index `read_examples` reads."""
+    files: dict[str, bytes] = {}
     rows = []
     for number, overlay in enumerate(overlays, start=1):
         name = f"{number:02d}_{overlay.kind}.webp"
-        content = overlay.image if isinstance(overlay.image, bytes) else overlay.image.read_bytes()
-        (folder / name).write_bytes(content)
+        files[name] = overlay.image if isinstance(overlay.image, bytes) else overlay.image.read_bytes()
         rows.append({"file": name, "kind": overlay.kind, "caption": overlay.caption})
-    pd.DataFrame(rows, columns=["file", "kind", "caption"]).to_csv(folder / _INDEX, index=False)
+    index = pd.DataFrame(rows, columns=["file", "kind", "caption"])
+    return files | {_INDEX: index.to_csv(index=False, lineterminator="\n").encode()}
 
 
 def read_examples(folder: Path) -> list[Overlay]:
-    """List what `write_examples` wrote; the images stay on disk until they are shown.
+    """List what `pack_examples` packed; the images stay on disk until they are shown.
 
     Raises:
         AlmrrError: the index is missing or names an unknown kind.
