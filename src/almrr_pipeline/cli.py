@@ -341,13 +341,13 @@ def _report_unreadable(summary: Summary) -> None:
 
 
 def __getattr__(name: str) -> click.Command:
-    """Kedro looks for `cli` and `run` in this module; they bring all of Kedro, so they come only when asked for."""
+    """Kedro's `cli` and `run`, which Kedro looks for in this module; imported on demand, as they bring all of Kedro."""
     if name not in {"cli", "run"}:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from almrr_pipeline import kedro_cli
+    from almrr_pipeline.kedro_support import command
 
-    command: click.Command = getattr(kedro_cli, name)
-    return command
+    found: click.Command = getattr(command, name)
+    return found
 
 
 if __name__ == "__main__":

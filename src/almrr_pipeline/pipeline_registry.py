@@ -1,33 +1,34 @@
-"""The pipelines that `kedro run` knows; the categories they run on are those of params.yaml."""
+"""The pipelines that `kedro run` knows, for the categories and seeds of params.yaml."""
 
 from __future__ import annotations
 
 from kedro.pipeline import Pipeline
 
-from almrr_pipeline.config import load_parameters, split_seed
+from almrr_pipeline.config import load_parameters
+from almrr_pipeline.datasets.registry import dataset_for
+from almrr_pipeline.kedro_support.config_loader import project_root
 from almrr_pipeline.pipelines import evaluate, fetch, predict, report, synthesize, train
-from almrr_pipeline.kedro_support.project import project_root
-from almrr_pipeline.datasets.registry import source_for
 
 
 def register_pipelines() -> dict[str, Pipeline]:
     """All pipelines by name; `kedro run` without a name runs everything from fetch to report.
 
     Raises:
-        AlmrrError: params.yaml is wrong, or names a category that no source knows.
+        AlmrrError: params.yaml is wrong, or names a category that no dataset has.
     """
-    categories = load_parameters(project_root() / "params.yaml").categories
+    parameters = load_parameters(project_root() / "params.yaml")
+    categories, seeds = parameters.categories, parameters.seeds
     for category in categories:
-        source_for(split_seed(category)[0])  # an unknown one ends the run here, before any work
+        dataset_for(category)  # an unknown one ends the run here, before any work
     stages = {
         "fetch": fetch.create_pipeline(categories),
-        "synthesize": synthesize.create_pipeline(categories),
-        "train": train.create_pipeline(categories),
-        "evaluate": evaluate.create_pipeline(categories),
-        "report": report.create_pipeline(categories),
+        "synthesize": synthesize.create_pipeline(categories, seeds),
+        "train": train.create_pipeline(categories, seeds),
+        "evaluate": evaluate.create_pipeline(categories, seeds),
+        "report": report.create_pipeline(categories, seeds),
     }
     return {
         **stages,
-        "predict": predict.create_pipeline(categories),
+        "predict": predict.create_pipeline(categories, seeds),
         "__default__": sum(stages.values(), start=Pipeline([])),
     }

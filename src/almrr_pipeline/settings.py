@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from almrr_pipeline.kedro_support.config_loader import ParamsYamlLoader, tracking_uri
-from almrr_pipeline.kedro_support.hooks import TrackingHook
-from almrr_pipeline.kedro_support.fetch_checks import FetchChecks
-from almrr_pipeline.kedro_support.project import project_root
+from almrr_pipeline.kedro_support.config_loader import (
+    ParamsYamlLoader,
+    project_root,
+    tracking_uri,
+)
+from almrr_pipeline.kedro_support.hooks import FetchChecks, TrackingHook
 
 CONFIG_LOADER_CLASS = ParamsYamlLoader
 CONFIG_LOADER_ARGS = {
@@ -14,6 +16,6 @@ CONFIG_LOADER_ARGS = {
     "custom_resolvers": {"tracking_uri": lambda: tracking_uri(project_root())},
 }
 
-# TrackingHook is kedro-mlflow's hook with our parameters and tags; the plugin goes by either spelling of its name.
+# TrackingHook is kedro-mlflow's hook with our parameters and tags; both spellings of the plugin's name are met.
 DISABLE_HOOKS_FOR_PLUGINS = ("kedro-mlflow", "kedro_mlflow")
 HOOKS = (FetchChecks(), TrackingHook())

@@ -1,4 +1,4 @@
-"""Kedro's configuration, with params.yaml as the one source of values."""
+"""Kedro's configuration, with params.yaml as the one place of values."""
 
 from __future__ import annotations
 
@@ -9,41 +9,53 @@ from typing import Any
 from kedro.config import OmegaConfigLoader
 from omegaconf import OmegaConf
 
-from almrr_pipeline.config import Parameters, parse_parameters
 from almrr_pipeline.common.errors import AlmrrError
+from almrr_pipeline.config import Parameters, parse_parameters
 
 
 class ParamsYamlLoader(OmegaConfigLoader):
     """params.yaml < conf/base/parameters.yml < conf/ENV/parameters.yml < `--params`, checked as a whole.
 
-    Beside the sections stands one entry per category with its overrides merged in, so that a pipeline with the
-    category as its namespace is given its own `params:CATEGORY.train` and the like.
+    Next to the sections there is an entry per category with its overrides merged in, and in it an entry per seed, which
+    adds `category` and `seed`: a pipeline with the namespace CATEGORY receives `params:CATEGORY.data`, one with
+    the namespace CATEGORY.seed_N receives `params:CATEGORY.seed_N.train`, `params:CATEGORY.seed_N.seed` and so on.
     """
 
     def __getitem__(self, key: str) -> dict[str, Any]:
-        """Return the configuration of a kind; `parameters` begins with params.yaml."""
+        """Return one kind of configuration; `parameters` starts from params.yaml."""
         if key != "parameters" or key in self.data:
             return super().__getitem__(key)
-        parameters = parse_parameters(self._merged_parameters())
+        parameters = self.parameters
         values = parameters.model_dump(mode="json")
         for category in parameters.categories:
-            values[category] = {**parameters.for_category(category).model_dump(mode="json"), "category": category}
+            of_category = parameters.for_category(category).model_dump(mode="json")
+            of_category["category"] = category
+            seeds = {f"seed_{seed}": {**of_category, "seed": seed} for seed in parameters.seeds}
+            values[category] = of_category | seeds
         return values
 
     @property
     def parameters(self) -> Parameters:
         """The checked parameters, typed."""
-        return parse_parameters(self._merged_parameters())
-
-    def _merged_parameters(self) -> dict[str, Any]:
         path = Path(self.conf_source).resolve().parent / "params.yaml"
         if not path.is_file():
-            raise AlmrrError(f"There is no {path}; compose one with `dvc exp run -S suite=sample` or restore it.")
-        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.create(super().__getitem__("parameters")))
+            raise AlmrrError(
+                f"There is no {path}; compose one with `dvc exp run -S suite=sample` or restore it."
+            )
+        layers = OmegaConf.create(super().__getitem__("parameters"))
+        merged = OmegaConf.merge(OmegaConf.load(path), layers)
         values: dict[str, Any] = OmegaConf.to_container(merged, resolve=True)  # type: ignore[assignment]
-        return values
+        return parse_parameters(values)
+
+
+def project_root() -> Path:
+    """The project (with params.yaml and conf/base) around the working directory, else this package's checkout."""
+    for folder in (Path.cwd(), *Path.cwd().parents):
+        if (folder / "params.yaml").is_file() and (folder / "conf" / "base").is_dir():
+            return folder
+    return Path(__file__).resolve().parents[3]
 
 
 def tracking_uri(project: Path) -> str:
-    """MLflow's address: the environment's MLFLOW_TRACKING_URI, else a database at an absolute path in the project."""
+    """MLflow's address: the environment's MLFLOW_TRACKING_URI, else a database with an absolute path in the project."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(project / 'mlflow.db').as_posix()}"

@@ -1,29 +1,31 @@
-"""A Kedro dataset for things that fill a folder."""
+"""Kedro datasets for folders that a node has filled, and for arrays that a generator node yields."""
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from kedro.io import AbstractDataset
 from kedro.utils import load_obj
+from kedro_datasets.partitions import PartitionedDataset
 
-FillsFolder = Callable[[Path], object]
-"""Writes whatever it stands for into an existing, empty folder."""
+from almrr_pipeline.common.files import move_folder_into_place, write_atomically
+
+Array = npt.NDArray[Any]
 
 
-class FolderDataset(AbstractDataset[FillsFolder, Any]):
+class FolderDataset(AbstractDataset[Path, Any]):
     """A folder that is complete or absent.
 
-    What is saved is a function that fills an empty folder: it is given one beside the final place, which is renamed
-    when the function has returned and removed when it has failed. Loading returns the folder's path or, where `holds`
-    names a class, what that class's `load(folder)` returns.
+    A node fills a staging folder and returns its path; saving moves that folder into place, which replaces the one of
+    an earlier run. Loading returns the path or, where `holds` names a class, what that class's `load(folder)` returns.
     """
 
-    def __init__(self, *, filepath: str, holds: str | None = None, metadata: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, *, filepath: str, holds: str | None = None, metadata: dict[str, Any] | None = None
+    ) -> None:
         """Describe the folder.
 
         Args:
@@ -39,23 +41,51 @@ class FolderDataset(AbstractDataset[FillsFolder, Any]):
         """Return the folder's path, or the object it holds."""
         return load_obj(self._holds).load(self._folder) if self._holds else self._folder
 
-    def save(self, data: FillsFolder) -> None:
-        """Fill a folder beside the final one, then put it in its place."""
-        self._folder.parent.mkdir(parents=True, exist_ok=True)
-        for killed in self._folder.parent.glob(f".{self._folder.name}.????????"):
-            shutil.rmtree(killed)  # what a process left that had no time to clean up
-        beside = Path(tempfile.mkdtemp(prefix=f".{self._folder.name}.", dir=self._folder.parent))
-        try:
-            beside.chmod(0o755)  # mkdtemp's 0o700 would lock colleagues out of a shared disk
-            data(beside)
-            if self._folder.exists():
-                shutil.rmtree(self._folder)
-            beside.rename(self._folder)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
+    def save(self, data: Path) -> None:
+        """Move a finished folder into place."""
+        move_folder_into_place(data, self._folder)
 
     def _exists(self) -> bool:
         return self._folder.is_dir()
 
     def _describe(self) -> dict[str, Any]:
         return {"filepath": self._folder.as_posix(), "holds": self._holds}
+
+
+class ArrayDataset(AbstractDataset[Array, Array]):
+    """A numpy array in an .npy file, memory-mapped when it is loaded."""
+
+    def __init__(self, *, filepath: str, metadata: dict[str, Any] | None = None) -> None:
+        """Name the file; `metadata` is for Kedro-Viz and other tools."""
+        self._path = Path(filepath)
+        self.metadata = metadata
+
+    def load(self) -> Array:
+        """Open the array for reading."""
+        array: Array = np.load(self._path, mmap_mode="r")
+        return array
+
+    def save(self, data: Array) -> None:
+        """Write the array."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with write_atomically(self._path) as partial, partial.open("wb") as file:
+            np.save(file, data)
+
+    def _exists(self) -> bool:
+        return self._path.is_file()
+
+    def _describe(self) -> dict[str, Any]:
+        return {"filepath": self._path.as_posix()}
+
+
+class StreamedPartitions(PartitionedDataset):  # type: ignore[misc]  # kedro-datasets is not typed
+    """Kedro's partitioned dataset for a generator node, whose partitions are saved as they are yielded.
+
+    With `overwrite`, Kedro's own removes all partitions at each save: of a generator's only the last would remain.
+    Here the first save of a run removes those of earlier runs, and the following ones add to it.
+    """
+
+    def save(self, data: dict[str, Any]) -> None:
+        """Save one or several partitions."""
+        super().save(data)
+        self._overwrite = False

@@ -1,9 +1,7 @@
-"""What every MLflow run of this project carries: all parameters, flattened, and the tags that tell runs apart."""
+"""Kedro hooks: MLflow runs with all parameters and tags, and checks at the head of a run that fetches."""
 
 from __future__ import annotations
 
-import os
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -16,15 +14,18 @@ from kedro.pipeline import Pipeline
 from kedro.pipeline.node import Node
 from kedro_mlflow.framework.hooks import MlflowHook
 
+from almrr_pipeline.config import DataSettings
+from almrr_pipeline.datasets.registry import FetchRequest, check_request
+from almrr_pipeline.datasets.weights import check_backbone
 from almrr_pipeline.kedro_support.config_loader import ParamsYamlLoader
-from almrr_pipeline.kedro_support.redaction import shown_parameters
-
-LONGEST_VALUE = 500
-"""MLflow's limit for the text of a parameter, which it refuses to exceed."""
+from almrr_pipeline.kedro_support.tracking import flatten, helps_another_process, numbers, run_tags
 
 
 class TrackingHook(MlflowHook):  # type: ignore[misc]  # kedro-mlflow is not typed
-    """kedro-mlflow's hook, logging the parameters as a whole instead of each node's share."""
+    """kedro-mlflow's hook, logging the parameters as a whole instead of what each node takes.
+
+    Of one category and seed there is one run. Of several there is a parent run, and a child for each.
+    """
 
     @hook_impl
     def after_context_created(self, context: KedroContext) -> None:
@@ -34,7 +35,9 @@ class TrackingHook(MlflowHook):  # type: ignore[misc]  # kedro-mlflow is not typ
         self._project = Path(context.project_path)
 
     @hook_impl
-    def before_pipeline_run(self, run_params: dict[str, Any], pipeline: Pipeline, catalog: DataCatalog) -> None:
+    def before_pipeline_run(
+        self, run_params: dict[str, Any], pipeline: Pipeline, catalog: DataCatalog
+    ) -> None:
         """Start the run, then log its parameters and tags; of processes that train together, the first does."""
         if helps_another_process():
             self._is_mlflow_enabled = False
@@ -42,108 +45,112 @@ class TrackingHook(MlflowHook):  # type: ignore[misc]  # kedro-mlflow is not typ
         super().before_pipeline_run(run_params=run_params, pipeline=pipeline, catalog=catalog)
         if not self._is_mlflow_enabled:
             return
-        categories = list(run_params.get("namespaces") or self._parameters.categories)
-        own = self._parameters.for_category(categories[0]) if len(categories) == 1 else self._parameters
-        mlflow.log_params(flatten(shown_parameters(own)))
-        stages = run_params.get("pipeline_names") or ["all"]
-        self._stage = "+".join(stages)
-        mlflow.set_tags(run_tags(self._project, stage=self._stage, category="+".join(categories)))
-        self._by_category = len(run_params.get("namespaces") or ()) != 1
+        runs = sorted({node.namespace for node in pipeline.nodes if _is_run(node.namespace)})
+        named = run_params.get("namespaces") or ()
+        self._has_children = len(named) != 1 or len(runs) > 1
         self._children: dict[str, str] = {}
-        if len(categories) == 1:
-            mlflow.set_tag("mlflow.runName", f"{'+'.join(stages)} {categories[0]}")
+        self._stage = "+".join(run_params.get("pipeline_names") or ["all"])
+        categories = list(dict.fromkeys(name.partition(".")[0] for name in named))
+        self._describe_run(categories or self._parameters.categories, runs)
+        if len(named) == 1:
+            mlflow.set_tag("mlflow.runName", f"{self._stage} {named[0]}")
 
     @hook_impl
-    def before_node_run(self, node: Node, catalog: DataCatalog, inputs: dict[str, Any], is_async: bool) -> None:
-        """In a run of several categories, let what a node logs go to its category's child run."""
+    def before_node_run(
+        self, node: Node, catalog: DataCatalog, inputs: dict[str, Any], is_async: bool
+    ) -> None:
+        """In a run with children, let what a node logs go to the child of its category and seed."""
         super().before_node_run(node=node, catalog=catalog, inputs=inputs, is_async=is_async)
-        if self._is_mlflow_enabled and self._by_category and node.namespace:
-            self._start_child(node.namespace)
+        if self._logs_to_child(node):
+            self._start_child(str(node.namespace))
 
     @hook_impl
     def after_node_run(self, node: Node) -> None:
         """Return to the parent run."""
-        if self._is_mlflow_enabled and self._by_category and node.namespace:
+        if self._logs_to_child(node):
             mlflow.end_run()
 
     @hook_impl
     def after_dataset_saved(self, dataset_name: str, data: Any) -> None:  # noqa: ANN401  whatever was saved
-        """Log the metrics of a category as they are found, and those of a report with a child run per category."""
+        """Log metrics as they are found; those of a report with a child for each category and seed."""
         if not self._is_mlflow_enabled:
             return
-        category, _, name = dataset_name.rpartition(".")
-        if name == "metrics" and self._by_category:
-            self._log_child(category, data)
+        namespace, _, name = dataset_name.rpartition(".")
+        if name == "metrics" and self._has_children:
+            self._log_child(namespace, data)
         elif name == "metrics":
             mlflow.log_metrics(numbers(data))
         elif name == "summary":
             mlflow.log_metrics(numbers(data["mean"]))
-            for one, metrics in data["categories"].items():
-                self._log_child(one, metrics)
+            for category, seeds in data["runs"].items():
+                for seed, metrics in seeds.items():
+                    self._log_child(f"{category}.seed_{seed}", metrics)
 
-    def _log_child(self, category: str, metrics: Mapping[str, Any]) -> None:
-        self._start_child(category)
+    def _logs_to_child(self, node: Node) -> bool:
+        return self._is_mlflow_enabled and self._has_children and _is_run(node.namespace)
+
+    def _log_child(self, namespace: str, metrics: Mapping[str, Any]) -> None:
+        self._start_child(namespace)
         mlflow.log_metrics(numbers(metrics))
         mlflow.end_run()
 
-    def _start_child(self, category: str) -> None:
-        """Open a category's child run, again if there is one."""
-        if category in self._children:
-            mlflow.start_run(run_id=self._children[category], nested=True)
+    def _start_child(self, namespace: str) -> None:
+        """Open the child run of a category and seed, again if there is one."""
+        if namespace in self._children:
+            mlflow.start_run(run_id=self._children[namespace], nested=True)
             return
-        self._children[category] = mlflow.start_run(run_name=category, nested=True).info.run_id
-        mlflow.log_params(flatten(shown_parameters(self._parameters.for_category(category))))
-        mlflow.set_tags(run_tags(self._project, stage=self._stage, category=category))
+        run = mlflow.start_run(run_name=namespace, nested=True)
+        self._children[namespace] = run.info.run_id
+        self._describe_run([namespace.partition(".")[0]], [namespace])
+
+    def _describe_run(self, categories: list[str], runs: list[str]) -> None:
+        """Log the parameters (of one category its own) and the tags of the active run."""
+        own = self._parameters
+        if len(categories) == 1:
+            own = own.for_category(categories[0])
+        mlflow.log_params(flatten(own.redacted()))
+        seeds = dict.fromkeys(run.rpartition(".seed_")[2] for run in runs)
+        names = {"category": "+".join(categories), "seed": "+".join(seeds)}
+        mlflow.set_tags(run_tags(self._project, stage=self._stage, **names))
 
     def _log_param(self, name: str, value: Any) -> None:  # noqa: ANN401
         """Leave out kedro-mlflow's own logging, which would write each typed section as one string."""
 
 
-def helps_another_process() -> bool:
-    """Whether this is one of several processes of a distributed training, and not the first."""
-    return any(os.environ.get(rank, "0") != "0" for rank in ("LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+def _is_run(namespace: str | None) -> bool:
+    """Whether a namespace is that of a category and seed: CATEGORY.seed_N."""
+    return namespace is not None and "." in namespace
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested values as `section.name: text`, cut to the length that MLflow takes."""
-    flat: dict[str, str] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            flat.update(flatten(value, f"{prefix}{name}."))
-        else:
-            flat[f"{prefix}{name}"] = str(value)[:LONGEST_VALUE]
-    return flat
+class FetchChecks:
+    """Checks every category at the head of a run that fetches: Kedro runs independent nodes in any order."""
+
+    @hook_impl
+    def after_context_created(self, context: KedroContext) -> None:
+        """Keep the parameters for the run to come."""
+        self._parameters = cast(ParamsYamlLoader, context.config_loader).parameters
+
+    @hook_impl(tryfirst=True)
+    def before_pipeline_run(
+        self, run_params: dict[str, Any], pipeline: Pipeline, catalog: DataCatalog
+    ) -> None:
+        """Raise AlmrrError, in one sentence, for whatever the run would otherwise meet half-way."""
+        del run_params
+        if not any("fetch" in node.tags for node in pipeline.nodes):
+            return
+        request = fetch_request(self._parameters.data, catalog.load("scratch_folder"))
+        check_request(self._parameters.categories, request=request)
+        check_backbone(self._parameters.backbone)
 
 
-def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers at the top of a metrics.json: what is undefined, and what is nested, stays out."""
-    return {
-        name: float(value)
-        for name, value in metrics.items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
-    }
-
-
-def run_tags(project: Path, *, stage: str, category: str) -> dict[str, str]:
-    """Stage, category, git commit and the DVC experiment's name, where there is one."""
-    tags = {"stage": stage, "category": category, "git_commit": git_commit(project) or "unknown"}
-    if experiment := os.environ.get("DVC_EXP_NAME"):
-        tags["dvc_experiment"] = experiment
-    return tags
-
-
-def git_commit(project: Path) -> str | None:
-    """The commit that is checked out, followed by `with changes` where files differ from it; None outside of git.
-
-    dvc.lock does not count: DVC writes it while the stages run.
-    """
-    hash_ = ["git", "rev-parse", "--short=12", "HEAD"]
-    status = ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock"]
-    try:
-        commit, changes = (
-            subprocess.run(command, cwd=project, capture_output=True, text=True, check=True).stdout.strip()
-            for command in (hash_, status)
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return f"{commit} with changes" if changes else commit
+def fetch_request(data: DataSettings, scratch: Path) -> FetchRequest:
+    """Where to look for datasets, from the parameters."""
+    return FetchRequest(
+        scratch=scratch / "downloads",
+        mirror=data.mirror,
+        local=data.paths,
+        addresses=data.addresses,
+        sha256=data.sha256,
+        accept_licenses=frozenset(data.accept_licenses),
+        strict=data.strict,
+    )

@@ -1,39 +1,57 @@
-"""model + test images -> anomaly maps -> scores, metrics, curves, overlays, for each category."""
+"""model + test images -> anomaly maps -> scores, metrics, curves, overlays, for each category and seed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kedro.pipeline import Pipeline, node, pipeline
+from kedro.pipeline import Node, Pipeline
 
-from almrr_pipeline.pipelines.evaluate.nodes import draw_chosen_examples, map_anomalies, measure, score_images
-
-
-def create_pipeline(categories: Sequence[str]) -> Pipeline:
-    """A namespace per category."""
-    return sum((_of_category(category) for category in categories), start=Pipeline([]))
+from almrr_pipeline.pipelines.evaluate import nodes
+from almrr_pipeline.pipelines.per_category import per_category
 
 
-def _of_category(category: str) -> Pipeline:
-    return pipeline(
-        [
-            node(
-                map_anomalies,
-                ["model", "manifest", "data_folder", "params:scan", "params:evaluate"],
-                "anomaly_maps",
-            ),
-            node(score_images, ["anomaly_maps", "manifest", "model", "data_folder"], "scores"),
-            node(
-                measure,
-                ["anomaly_maps", "scores", "manifest", "model", "data_folder", "params:evaluate", "params:seed"],
-                ["metrics", "roc_curve", "pr_curve", "pro_curve", "image_roc_curve", "image_pr_curve"],
-            ),
-            node(
-                draw_chosen_examples,
-                ["anomaly_maps", "scores", "manifest", "model", "data_folder", "params:report"],
-                "overlays",
-            ),
-        ],
-        namespace=category,
-        inputs={"data_folder"},
+def create_pipeline(categories: Sequence[str], seeds: Sequence[int]) -> Pipeline:
+    """A namespace per category and seed.
+
+    Maps and overlays are written as partitions and read as a folder: two entries of the catalog for one place.
+    """
+    predict = Node(
+        nodes.predict_maps,
+        ["model", "manifest", "data_folder", "params:inference"],
+        "anomaly_maps@partitions",
+        name="predict_maps",
     )
+    score = Node(
+        nodes.score_images,
+        ["anomaly_maps@folder", "manifest", "model", "data_folder"],
+        "scores",
+        name="score_images",
+    )
+    measure = Node(
+        nodes.compute_metrics,
+        [
+            "anomaly_maps@folder",
+            "scores",
+            "manifest",
+            "model",
+            "data_folder",
+            "params:evaluate",
+            "params:seed",
+        ],
+        ["metrics", "curves"],
+        name="compute_metrics",
+    )
+    draw = Node(
+        nodes.draw_overlays,
+        [
+            "anomaly_maps@folder",
+            "scores",
+            "manifest",
+            "model",
+            "data_folder",
+            "params:report",
+        ],
+        "overlays@partitions",
+        name="draw_overlays",
+    )
+    return per_category([predict, score, measure, draw], categories, seeds)

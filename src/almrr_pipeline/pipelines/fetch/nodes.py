@@ -6,58 +6,43 @@ from pathlib import Path
 
 import pandas as pd
 
-from almrr_pipeline.config import BackboneSettings, DataSettings, split_seed
-from almrr_pipeline.kedro_support.datasets import FillsFolder
+from almrr_pipeline.common.files import staging_folder
+from almrr_pipeline.config import BackboneSettings, DataSettings
 from almrr_pipeline.datasets.manifest import build_manifest
-from almrr_pipeline.datasets.registry import FetchRequest, fetch_category, fetch_textures, source_for
+from almrr_pipeline.datasets.registry import dataset_for, fetch_category, fetch_textures
 from almrr_pipeline.datasets.weights import fetch_backbone
+from almrr_pipeline.kedro_support.hooks import fetch_request
 
 
-def request_textures(data: DataSettings, scratch: Path) -> FillsFolder:
-    """Fetch the textures into a folder."""
-    request = fetch_request(data, scratch)
-    return lambda folder: fetch_textures(data.textures, target=folder, request=request)
+def download_textures(data: DataSettings, scratch: Path) -> Path:
+    """Fetch the textures into a staging folder."""
+    with staging_folder(scratch) as folder:
+        fetch_textures(data.textures, target=folder, request=fetch_request(data, scratch))
+    return folder
 
 
-def request_backbone_weights(backbone: BackboneSettings) -> FillsFolder:
-    """Fetch the frozen backbone's weights into a folder."""
-    return lambda folder: fetch_backbone(
-        name=backbone.name,
-        weights=backbone.weights,
-        sha256=backbone.sha256,
-        stride_in_1x1=backbone.stride_in_1x1,
-        feature_location=backbone.feature_location,
-        target=folder,
-    )
+def download_backbone(backbone: BackboneSettings, scratch: Path) -> Path:
+    """Fetch the frozen backbone's weights into a staging folder."""
+    with staging_folder(scratch) as folder:
+        fetch_backbone(backbone, target=folder)
+    return folder
 
 
-def request_images(category: str, data: DataSettings, scratch: Path) -> FillsFolder:
-    """Fetch a category's images into a folder."""
-    data_set, _ = split_seed(category)
-    request = fetch_request(data, scratch)
-    return lambda folder: fetch_category(data_set, target=folder, request=request)
+def download_images(category: str, data: DataSettings, scratch: Path) -> Path:
+    """Fetch a category's images into a staging folder."""
+    with staging_folder(scratch) as folder:
+        fetch_category(category, target=folder, request=fetch_request(data, scratch))
+    return folder
 
 
-def list_images(category: str, images: Path, data_folder: Path, data: DataSettings) -> pd.DataFrame:
-    """Open every image once, and list them with their part in the protocol."""
-    data_set, _ = split_seed(category)
-    source = source_for(data_set)
+def list_images(
+    category: str, images: Path, data_folder: Path, data: DataSettings
+) -> pd.DataFrame:
+    """Open every image once, and list them with their split, label and mask."""
+    dataset = dataset_for(category)
     return build_manifest(
-        source.items(data_set, images),
+        dataset.items(category, images),
         root=data_folder,
-        expected=source.expected(data_set),
-        strict=data.strict,
-    )
-
-
-def fetch_request(data: DataSettings, scratch: Path) -> FetchRequest:
-    """Where to look, from the parameters."""
-    return FetchRequest(
-        scratch=scratch / "downloads",
-        mirror=data.mirror,
-        local=data.source,
-        addresses=data.addresses,
-        sha256=data.sha256,
-        accept_licenses=frozenset(data.accept_licenses),
+        expected=dataset.expected(category),
         strict=data.strict,
     )

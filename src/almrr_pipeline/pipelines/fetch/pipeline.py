@@ -1,38 +1,40 @@
-"""source -> images -> manifest, for each category; textures and backbone weights for all of them."""
+"""dataset -> images -> manifest, for each category; textures and backbone weights for all of them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kedro.pipeline import Pipeline, node, pipeline
+from kedro.pipeline import Node, Pipeline
 
-from almrr_pipeline.pipelines.fetch.nodes import (
-    list_images,
-    request_backbone_weights,
-    request_images,
-    request_textures,
-)
+from almrr_pipeline.pipelines.fetch import nodes
+from almrr_pipeline.pipelines.per_category import per_category
 
 
 def create_pipeline(categories: Sequence[str]) -> Pipeline:
-    """Two shared steps, tagged `shared`, and a namespace per category."""
-    shared = pipeline(
-        [
-            node(request_textures, ["params:data", "scratch_folder"], "textures"),
-            node(request_backbone_weights, "params:backbone", "backbone_weights"),
-        ],
-        tags={"fetch", "shared"},
+    """Two shared nodes, tagged `shared`, and a namespace per category."""
+    textures = Node(
+        nodes.download_textures,
+        ["params:data", "scratch_folder"],
+        "textures",
+        name="fetch_textures",
     )
-    return sum((_of_category(category) for category in categories), start=shared)
-
-
-def _of_category(category: str) -> Pipeline:
-    return pipeline(
-        [
-            node(request_images, ["params:category", "params:data", "scratch_folder"], "images"),
-            node(list_images, ["params:category", "images", "data_folder", "params:data"], "manifest"),
-        ],
-        namespace=category,
-        tags="fetch",
-        inputs={"data_folder", "scratch_folder"},
+    backbone = Node(
+        nodes.download_backbone,
+        ["params:backbone", "scratch_folder"],
+        "backbone_weights",
+        name="fetch_backbone",
     )
+    images = Node(
+        nodes.download_images,
+        ["params:category", "params:data", "scratch_folder"],
+        "images",
+        name="fetch_images",
+    )
+    manifest = Node(
+        nodes.list_images,
+        ["params:category", "images", "data_folder", "params:data"],
+        "manifest",
+        name="build_manifest",
+    )
+    shared = Pipeline([textures, backbone], tags={"fetch", "shared"})
+    return shared + per_category([images, manifest], categories, tags="fetch")

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from almrr_pipeline.config import EvaluateSettings, PredictSettings, ScanSettings
 from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.inference.predict_files import find_images, predict_files
+from almrr_pipeline.common.files import staging_folder
+from almrr_pipeline.config import InferenceSettings, PredictSettings
 from almrr_pipeline.inference.predictor import Predictor
-from almrr_pipeline.kedro_support.datasets import FillsFolder
+from almrr_pipeline.reporting.predict_files import find_images, predict_files
 
 
 def predict_images(
-    model: Path, predict: PredictSettings, scan: ScanSettings, evaluate: EvaluateSettings
-) -> FillsFolder:
+    model: Path, predict: PredictSettings, inference: InferenceSettings, scratch: Path
+) -> Path:
     """Predict the images that `predict.images` names.
 
     Raises:
@@ -22,5 +22,9 @@ def predict_images(
     if predict.images is None:
         raise AlmrrError("predict.images names no images; run with --params predict.images=FOLDER.")
     images = find_images([Path(predict.images)])
-    predictor = Predictor(model, batch_size=evaluate.batch_size, scan_backend=scan.backend)
-    return lambda folder: predict_files(predictor, images, folder)
+    predictor = Predictor(
+        model, batch_size=inference.batch_size, scan_backend=inference.scan_backend
+    )
+    with staging_folder(scratch) as folder:
+        predict_files(predictor, images, folder)
+    return folder

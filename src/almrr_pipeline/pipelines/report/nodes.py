@@ -3,86 +3,96 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from almrr_pipeline.config import DataSettings, parse_parameters, split_seed
-from almrr_pipeline.evaluation.summary import summarize, summarize_seeds
-from almrr_pipeline.kedro_support.hooks import git_commit, numbers
+from almrr_pipeline.config import DataSettings, parse_parameters
+from almrr_pipeline.datasets.manifest import has_validation, training_split
+from almrr_pipeline.datasets.registry import dataset_for
+from almrr_pipeline.evaluation.summary import summarize
+from almrr_pipeline.kedro_support.tracking import git_commit, numbers
 from almrr_pipeline.reporting.examples import read_examples
 from almrr_pipeline.reporting.page import CategoryReport, Report, render_report
-from almrr_pipeline.datasets.manifest import has_validation, training_split
-from almrr_pipeline.datasets.registry import source_for
 
-PACKAGES = ("almrr-pipeline", "torch", "timm", "lightning", "numpy", "scipy", "kedro", "dvc", "mlflow")
+PACKAGES = (
+    "almrr-pipeline", "torch", "timm", "lightning", "numpy", "scipy", "kedro", "dvc", "mlflow",
+)  # fmt: skip
 """Packages whose versions the page names."""
 
 
-def collect_category(
+def collect_results(
+    metrics: dict[str, Any],
+    scores: pd.DataFrame,
+    curves: Mapping[str, Callable[[], pd.DataFrame]],
+    overlays: Path,
+) -> dict[str, Any]:
+    """Read what the evaluation of one category and seed has written."""
+    return {
+        "metrics": metrics,
+        "scores": scores,
+        "curves": {name: load() for name, load in curves.items()},
+        "overlays": read_examples(overlays),
+    }
+
+
+def report_category(
     category: str,
+    seed: int,
     data: DataSettings,
     manifest: pd.DataFrame,
     model: Path,
-    metrics: dict[str, Any],
-    scores: pd.DataFrame,
-    overlays: Path,
-    roc: pd.DataFrame,
-    pr: pd.DataFrame,
-    pro: pd.DataFrame,
-    image_roc: pd.DataFrame,
-    image_pr: pd.DataFrame,
+    results: dict[str, Any],
 ) -> CategoryReport:
-    """Put together all that is known of one category."""
-    training, validation = training_split(manifest, fraction=data.calibration)
+    """Put together all that is known of one category and seed."""
+    training, validation = training_split(manifest, fraction=data.validation_fraction)
     return CategoryReport(
         category=category,
-        metrics=metrics,
+        seed=seed,
         history=pd.read_csv(model / "history.csv"),
-        scores=scores,
-        roc=roc,
-        pr=pr,
-        pro=pro,
-        image_roc=image_roc,
-        image_pr=image_pr,
-        overlays=read_examples(overlays),
         training_images=len(training),
         validation_images=len(validation),
         has_validation=has_validation(manifest),
-        source=source_for(split_seed(category)[0]).license,
+        license=dataset_for(category).license,
+        **results,
     )
 
 
-def summarize_categories(*reports: CategoryReport) -> tuple[dict[str, Any], pd.DataFrame]:
-    """Means over the categories, as metrics.json and as a table with a row per category."""
-    metrics = {report.category: report.metrics for report in reports}
-    mean = {name: entry["mean"] for name, entry in summarize(metrics).items()}
-    rows = [{"category": name, **numbers(values)} for name, values in {**metrics, "mean": mean}.items()]
-    summary = {"mean": mean, "categories": {name: numbers(values) for name, values in metrics.items()}}
-    repeated = _summarize_repeated(metrics)
-    return summary | ({"seeds": repeated} if repeated else {}), pd.DataFrame(rows)
+def summarize_runs(*reports: CategoryReport) -> tuple[dict[str, Any], pd.DataFrame]:
+    """Means over the categories, as metrics.json and as a table with a row per category and seed."""
+    summary = summarize(_metrics_by_run(reports))
+    rows = [
+        {"category": report.category, "seed": report.seed, **numbers(report.metrics)}
+        for report in reports
+    ]
+    rows.append({"category": "mean", **numbers(summary["mean"])})
+    return summary, pd.DataFrame(rows).astype({"seed": "Int64"})
 
 
-def write_page(parameters: dict[str, Any], data_folder: Path, *reports: CategoryReport) -> str:
+def render_page(parameters: dict[str, Any], data_folder: Path, *reports: CategoryReport) -> str:
     """Render the report."""
-    typed = parse_parameters({name: parameters[name] for name in parameters if name not in parameters["categories"]})
-    metrics = {report.category: report.metrics for report in reports}
-    versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    sections = {
+        name: parameters[name] for name in parameters if name not in parameters["categories"]
+    }
     return render_report(
         Report(
-            parameters=typed,
+            parameters=parse_parameters(sections),
             categories=reports,
-            summary=summarize(metrics),
-            seeds=_summarize_repeated(metrics),
-            versions=versions,
+            summary=summarize(_metrics_by_run(reports)),
+            versions={
+                "python": platform.python_version(),
+                **{name: version(name) for name in PACKAGES},
+            },
             commit=git_commit(data_folder.parent),
         )
     )
 
 
-def _summarize_repeated(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean and std of the data sets whose runs all name their seed."""
-    return {name: spread for name, spread in summarize_seeds(metrics).items() if name not in metrics}
+def _metrics_by_run(reports: Sequence[CategoryReport]) -> dict[str, dict[int, dict[str, Any]]]:
+    metrics: dict[str, dict[int, dict[str, Any]]] = {}
+    for report in reports:
+        metrics.setdefault(report.category, {})[report.seed] = dict(report.metrics)
+    return metrics

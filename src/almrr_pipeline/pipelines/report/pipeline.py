@@ -1,39 +1,41 @@
-"""everything of every category -> summary, table and page."""
+"""everything of every category and seed -> summary, table and page."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kedro.pipeline import Pipeline, node, pipeline
+from kedro.pipeline import Node, Pipeline
 
-from almrr_pipeline.pipelines.report.nodes import collect_category, summarize_categories, write_page
+from almrr_pipeline.pipelines.per_category import per_category
+from almrr_pipeline.pipelines.report import nodes
 
 
-def create_pipeline(categories: Sequence[str]) -> Pipeline:
-    """A namespace per category, then one table and one page of them all."""
-    reports = [f"{category}.category_report" for category in categories]
-    together = pipeline(
-        [
-            node(summarize_categories, reports, ["summary", "summary_table"]),
-            node(write_page, ["parameters", "data_folder", *reports], "report_page"),
-        ]
+def create_pipeline(categories: Sequence[str], seeds: Sequence[int]) -> Pipeline:
+    """A namespace per category and seed, then one table and one page of them all."""
+    collect = Node(
+        nodes.collect_results,
+        ["metrics", "scores", "curves", "overlays@folder"],
+        "results",
+        name="collect_results",
     )
-    return sum((_of_category(category) for category in categories), start=together)
-
-
-def _of_category(category: str) -> Pipeline:
-    inputs = [
-        "params:category",
-        "params:data",
-        "manifest",
-        "model",
-        "metrics",
-        "scores",
-        "overlays",
-        "roc_curve",
-        "pr_curve",
-        "pro_curve",
-        "image_roc_curve",
-        "image_pr_curve",
-    ]
-    return pipeline([node(collect_category, inputs, "category_report")], namespace=category)
+    report = Node(
+        nodes.report_category,
+        ["params:category", "params:seed", "params:data", "manifest", "model", "results"],
+        "category_report",
+        name="report_category",
+    )
+    reports = [f"{name}.seed_{seed}.category_report" for name in categories for seed in seeds]
+    summarize = Node(
+        nodes.summarize_runs,
+        reports,
+        ["summary", "summary_table"],
+        name="summarize_runs",
+    )
+    render = Node(
+        nodes.render_page,
+        ["parameters", "data_folder", *reports],
+        "report_page",
+        name="render_page",
+    )
+    of_runs = per_category([collect, report], categories, seeds)
+    return of_runs + Pipeline([summarize, render])

@@ -6,31 +6,38 @@ from pathlib import Path
 
 import pandas as pd
 
-from almrr_pipeline.config import DataSettings, SynthesisSettings
+from almrr_pipeline.common.files import staging_folder
 from almrr_pipeline.common.images import IMAGE_SUFFIXES
-from almrr_pipeline.kedro_support.datasets import FillsFolder
+from almrr_pipeline.config import DataSettings, SynthesisSettings
 from almrr_pipeline.datasets.manifest import training_split
-from almrr_pipeline.synthesis.synthetic_set import synthesize
+from almrr_pipeline.synthesis.synthetic_set import ImagePaths, synthesize
 
 
-def simulate(
+def simulate_anomalies(
     manifest: pd.DataFrame,
     textures: Path,
     data_folder: Path,
     data: DataSettings,
     synthesis: SynthesisSettings,
     seed: int,
-) -> FillsFolder:
-    """Simulate anomalies on the normal training images; the images held out for the thresholds stay out."""
-    training, validation = training_split(manifest, fraction=data.calibration)
-    synthetic_set = synthesize(
-        [data_folder / name for name in training],
-        [data_folder / name for name in validation],
-        sorted(path for path in textures.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES),
+    scratch: Path,
+) -> Path:
+    """Simulate anomalies on the normal training images, and apart from them on the validation images."""
+    training, validation = training_split(manifest, fraction=data.validation_fraction)
+    texture_paths = [path for path in textures.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES]
+    images = ImagePaths(
         root=data_folder,
-        image_size=data.image_size,
-        tiling=data.tiling,
-        seed=seed,
-        **synthesis.model_dump(),
+        training=[data_folder / name for name in training],
+        validation=[data_folder / name for name in validation],
+        textures=sorted(texture_paths),
     )
-    return synthetic_set.save
+    with staging_folder(scratch) as folder:
+        synthesize(
+            images,
+            synthesis,
+            folder=folder,
+            image_size=data.image_size,
+            tiling=data.tiling,
+            seed=seed,
+        )
+    return folder

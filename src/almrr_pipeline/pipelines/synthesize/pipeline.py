@@ -1,28 +1,29 @@
-"""manifest + textures -> synthetic set, for each category."""
+"""manifest + textures -> synthetic set, for each category and seed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kedro.pipeline import Pipeline, node, pipeline
+from kedro.pipeline import Node, Pipeline
 
-from almrr_pipeline.pipelines.synthesize.nodes import simulate
-
-
-def create_pipeline(categories: Sequence[str]) -> Pipeline:
-    """A namespace per category."""
-    return sum((_of_category(category) for category in categories), start=Pipeline([]))
+from almrr_pipeline.pipelines.per_category import per_category
+from almrr_pipeline.pipelines.synthesize.nodes import simulate_anomalies
 
 
-def _of_category(category: str) -> Pipeline:
-    return pipeline(
+def create_pipeline(categories: Sequence[str], seeds: Sequence[int]) -> Pipeline:
+    """A namespace per category and seed."""
+    node = Node(
+        simulate_anomalies,
         [
-            node(
-                simulate,
-                ["manifest", "textures", "data_folder", "params:data", "params:synthesis", "params:seed"],
-                "synthetic_set",
-            )
+            "manifest",
+            "textures",
+            "data_folder",
+            "params:data",
+            "params:synthesis",
+            "params:seed",
+            "scratch_folder",
         ],
-        namespace=category,
-        inputs={"textures", "data_folder"},
+        "synthetic_set",
+        name="simulate_anomalies",
     )
+    return per_category([node], categories, seeds)

@@ -3,54 +3,52 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 
-import mlflow
 import pandas as pd
 import torch
 
+from almrr_pipeline.common.files import staging_folder
 from almrr_pipeline.config import (
     BackboneSettings,
     DataSettings,
-    EvaluateSettings,
+    InferenceSettings,
     ModelSettings,
-    ScanSettings,
-    ThresholdSettings,
     TrainSettings,
 )
+from almrr_pipeline.datasets.manifest import training_split
 from almrr_pipeline.inference.calibration import calibrate
-from almrr_pipeline.inference.tta import average_flips
-from almrr_pipeline.inference.predictor import resolve_device
 from almrr_pipeline.inference.inference_config import InferenceConfig
+from almrr_pipeline.inference.map_predictor import MapPredictor
+from almrr_pipeline.kedro_support.tracking import log_live
 from almrr_pipeline.model.almrr import ALMRR
 from almrr_pipeline.model.backbone import build_backbone
-from almrr_pipeline.kedro_support.datasets import FillsFolder
-from almrr_pipeline.datasets.manifest import training_split
 from almrr_pipeline.synthesis.synthetic_set import SyntheticSet
 from almrr_pipeline.training.checkpoints import fingerprint, source_files
-from almrr_pipeline.training.train import fit
 from almrr_pipeline.training.randomness import isolated_randomness
 from almrr_pipeline.training.selection import METRIC
+from almrr_pipeline.training.train import fit
 
 
-def assemble_network(
+def build_model(
     backbone_weights: Path,
     backbone: BackboneSettings,
     data: DataSettings,
     model: ModelSettings,
-    scan: ScanSettings,
+    inference: InferenceSettings,
     seed: int,
 ) -> ALMRR:
-    """Build the untrained network around the frozen backbone; its initial weights derive from the seed."""
+    """Build the untrained model around the frozen backbone; its initial weights derive from the seed."""
     frozen = build_backbone(backbone, weights=backbone_weights / "backbone.safetensors")
     with isolated_randomness():
         torch.manual_seed(seed)
-        return ALMRR(frozen, model, image_size=data.image_size, scan_backend=scan.backend)
+        return ALMRR(
+            frozen, model, image_size=data.image_size, scan_backend=inference.scan_backend
+        )
 
 
-def fit_network(
-    network: ALMRR,
+def fit_model(
+    untrained: ALMRR,
     synthetic_set: SyntheticSet,
     manifest: pd.DataFrame,
     backbone_weights: Path,
@@ -59,81 +57,70 @@ def fit_network(
     seed: int,
     scratch: Path,
 ) -> tuple[ALMRR, pd.DataFrame]:
-    """Train; an interrupted training of equal parameters, data and code goes on where its last checkpoint stands."""
+    """Train; an interrupted training of equal parameters, data and code resumes from its last checkpoint."""
     data_and_code = fingerprint(
         {"images": list(manifest["sha256"]), "synthetic_set": synthetic_set.description},
         [backbone_weights / "backbone.json", *source_files()],
     )
     history = fit(
-        network,
+        untrained,
         synthetic_set,
         train,
         seed=seed,
-        scratch=_checkpoints(scratch, category),
+        scratch=_checkpoint_folder(scratch, category, seed),
         fingerprint=data_and_code,
-        on_metrics=_log_live,
-        keep_checkpoints=True,  # until the model lies in its place, see forget_checkpoints
+        on_metrics=log_live,
+        keep_checkpoints=True,  # until the model is in its place, see remove_checkpoints
     )
-    return network, history
+    return untrained, history
 
 
-def find_thresholds(
-    network: ALMRR,
+def calibrate_thresholds(
+    trained: ALMRR,
+    history: pd.DataFrame,
     manifest: pd.DataFrame,
     data_folder: Path,
     data: DataSettings,
-    threshold: ThresholdSettings,
-    evaluate: EvaluateSettings,
+    inference: InferenceSettings,
     category: str,
 ) -> InferenceConfig:
-    """Derive the thresholds from normal training images that the training has not seen."""
-    _, validation = training_split(manifest, fraction=data.calibration)
-    device = resolve_device("auto")  # the one that will predict: its rounding, and the backends that it alone has
+    """Choose the thresholds on validation images, which were not trained on.
+
+    Where the history reports that the weights were chosen on these images, the thresholds lose their guarantee.
+    """
+    _, validation = training_split(manifest, fraction=data.validation_fraction)
     thresholds = calibrate(
-        average_flips(network.fuse(), evaluate.flips).to(device),
+        MapPredictor.build(trained, inference, tiling=data.tiling),
         [data_folder / name for name in validation],
-        image_size=data.image_size,
-        tiling=data.tiling,
-        batch_size=evaluate.batch_size,
-        device=device,
-        smoothing=evaluate.smoothing,
-        false_alarm_rate=threshold.false_alarm_rate,
+        smoothing=inference.smoothing,
+        false_alarm_rate=inference.false_alarm_rate,
     )
-    return InferenceConfig(
+    config = InferenceConfig(
         category=category,
         image_size=data.image_size,
         tiling=data.tiling,
-        smoothing=evaluate.smoothing,
-        flips=evaluate.flips,
+        smoothing=inference.smoothing,
+        flips=inference.flips,
         thresholds=thresholds,
     )
+    return config.without_guarantee() if METRIC in history else config
 
 
-def pack_model(network: ALMRR, history: pd.DataFrame, inference: InferenceConfig) -> FillsFolder:
-    """Put weights, architecture, history and thresholds into one folder that predicts by itself.
-
-    Where the history says that the weights were chosen on the validation images, the thresholds lose their guarantee.
-    """
-    if METRIC in history:
-        inference = inference.without_guarantee()
-
-    def fill(folder: Path) -> None:
-        network.save(folder)
-        inference.save(folder)
+def save_model(
+    trained: ALMRR, history: pd.DataFrame, inference_config: InferenceConfig, scratch: Path
+) -> Path:
+    """Write weights, architecture, history and thresholds into one folder, all that prediction needs."""
+    with staging_folder(scratch) as folder:
+        trained.save(folder)
+        inference_config.save(folder)
         history.to_csv(folder / "history.csv", index=False)
+    return folder
 
-    return fill
 
-
-def forget_checkpoints(model: Path, category: str, scratch: Path) -> None:
+def remove_checkpoints(model: Path, category: str, seed: int, scratch: Path) -> None:
     """Remove the checkpoints, once the finished model is in its place."""
-    shutil.rmtree(_checkpoints(scratch, category), ignore_errors=True)
+    shutil.rmtree(_checkpoint_folder(scratch, category, seed), ignore_errors=True)
 
 
-def _checkpoints(scratch: Path, category: str) -> Path:
-    return scratch / "training" / category
-
-
-def _log_live(step: int, values: Mapping[str, float]) -> None:
-    if mlflow.active_run():
-        mlflow.log_metrics(dict(values), step=step)
+def _checkpoint_folder(scratch: Path, category: str, seed: int) -> Path:
+    return scratch / "training" / category / f"seed_{seed}"

@@ -1,0 +1,71 @@
+"""What an MLflow run of this project carries: flattened parameters, metrics, and the tags that tell runs apart."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlflow
+
+LONGEST_VALUE = 500
+"""MLflow's limit for the text of a parameter, which it refuses to exceed."""
+
+
+def helps_another_process() -> bool:
+    """Whether this is one of several processes of a distributed training, and not the first."""
+    return any(os.environ.get(rank, "0") != "0" for rank in ("LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested values as `section.name: text`, cut to the length that MLflow takes."""
+    flat: dict[str, str] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{prefix}{name}."))
+        else:
+            flat[f"{prefix}{name}"] = str(value)[:LONGEST_VALUE]
+    return flat
+
+
+def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers at the top of a metrics.json, without what is undefined (null) or nested."""
+    return {
+        name: float(value)
+        for name, value in metrics.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+def log_live(step: int, values: Mapping[str, float]) -> None:
+    """Log the losses of a training step, if an MLflow run is active."""
+    if mlflow.active_run():
+        mlflow.log_metrics(dict(values), step=step)
+
+
+def run_tags(project: Path, *, stage: str, category: str, seed: str) -> dict[str, str]:
+    """Stage, category, seed, git commit and the name of DVC's experiment, where there is one."""
+    commit = git_commit(project) or "unknown"
+    tags = {"stage": stage, "category": category, "seed": seed, "git_commit": commit}
+    if experiment := os.environ.get("DVC_EXP_NAME"):
+        tags["dvc_experiment"] = experiment
+    return tags
+
+
+def git_commit(project: Path) -> str | None:
+    """The commit that is checked out, followed by `with changes` where files differ from it; None outside of git.
+
+    dvc.lock does not count: DVC writes it while the stages run.
+    """
+    revision = ["git", "rev-parse", "--short=12", "HEAD"]
+    status = ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock"]
+    try:
+        commit, changes = (
+            subprocess.run(command, cwd=project, capture_output=True, text=True, check=True).stdout.strip()
+            for command in (revision, status)
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{commit} with changes" if changes else commit
