@@ -22,10 +22,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from almrr_pipeline.common.images import read_image, resize_image
+from almrr_pipeline.common.images import MaskArray, read_image, resize_image
+from almrr_pipeline.config import SynthesisSettings, Tiling
 from almrr_pipeline.synthesis.blend import blend_anomaly
 from almrr_pipeline.synthesis.perlin import perlin_mask, perlin_noise
-from almrr_pipeline.synthesis.synthetic_set import synthesize
+from almrr_pipeline.synthesis.synthetic_set import ImagePaths, synthesize
 from almrr_pipeline.synthesis.textures import OPERATIONS, alter_texture
 
 CATEGORY = "sample_gravel"
@@ -56,18 +57,15 @@ def collect_images(folder: Path) -> tuple[list[Path], list[Path]]:
 def measure_synthetic_set(normals: list[Path], textures: list[Path], *, samples: int, size: int, workers: int) -> Cost:
     """Simulate a synthetic set once."""
     with tempfile.TemporaryDirectory() as folder:
-        synthetic_set = synthesize(
-            normals,
-            [],
-            textures,
-            root=normals[0].parent,
-            image_size=(size, size),
-            samples=samples,
-            seed=0,
-            workers=workers,
-        )
         begun, used = time.perf_counter(), _processor_seconds()
-        synthetic_set.save(Path(folder))
+        synthesize(
+            ImagePaths(normals[0].parent, training=normals, validation=[], textures=textures),
+            SynthesisSettings(samples=samples, workers=workers),
+            folder=Path(folder),
+            image_size=(size, size),
+            tiling=Tiling(),
+            seed=0,
+        )
         seconds = time.perf_counter() - begun
     return Cost(samples / seconds, 1e3 * (_processor_seconds() - used) / samples)
 
@@ -76,10 +74,20 @@ def measure_steps(normals: list[Path], textures: list[Path], *, size: int) -> di
     """Time the steps of one simulated anomaly; returns milliseconds, medians of 100 draws."""
     normal, texture = (resize_image(read_image(paths[0]), (size, size)) for paths in (normals, textures))
     generator = np.random.default_rng(0)
-    mask = perlin_mask((size, size), generator=generator)
+    settings = SynthesisSettings()
+
+    def draw_mask() -> MaskArray:
+        return perlin_mask(
+            (size, size),
+            grid_exponents=settings.grid_exponents,
+            threshold=settings.threshold,
+            generator=generator,
+        )
+
+    mask = draw_mask()
     steps: dict[str, Callable[[], object]] = {
         "noise, 8 x 8 cells": lambda: perlin_noise((size, size), cells=(8, 8), generator=generator),
-        "mask (noise, rotation, redraws)": lambda: perlin_mask((size, size), generator=generator),
+        "mask (noise, rotation, redraws)": draw_mask,
         f"3 of {len(OPERATIONS)} operations": lambda: alter_texture(texture, count=3, generator=generator),
         "blending": lambda: blend_anomaly(normal, texture, mask, opacity=0.4),
     }

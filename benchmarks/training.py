@@ -34,15 +34,20 @@ from timing import Timing, measure
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from almrr_pipeline.config import TrainSettings
 from almrr_pipeline.common.images import ImageArray, read_image, resize_image
-from almrr_pipeline.config import BackboneSettings, ModelSettings
+from almrr_pipeline.config import (
+    BackboneSettings,
+    ModelSettings,
+    SynthesisSettings,
+    Tiling,
+    TrainSettings,
+)
 from almrr_pipeline.model.almrr import ALMRR
 from almrr_pipeline.model.backbone import Backbone, build_backbone
 from almrr_pipeline.datasets.package_textures import write_package_textures
 from almrr_pipeline.datasets.registry import FetchRequest, source_for
-from almrr_pipeline.synthesis.synthetic_set import SyntheticSet, synthesize
-from almrr_pipeline.synthesis.simulate import AnomalyRecipe, simulate_sample
+from almrr_pipeline.synthesis.simulate import simulate_sample
+from almrr_pipeline.synthesis.synthetic_set import ImagePaths, SyntheticSet, synthesize
 from almrr_pipeline.training.train import fit
 from almrr_pipeline.training.data import SyntheticBatches, SampleOrder, choose_residence, to_images
 from almrr_pipeline.training.losses import focal_loss, reconstruction_loss
@@ -72,10 +77,10 @@ class Row:
 class SimulatedOnTheFly(Dataset[dict[str, Tensor]]):
     """The authors' way: image and texture are read, resized and blended whenever a sample is asked for."""
 
-    def __init__(self, normals: list[Path], textures: list[Path], recipe: AnomalyRecipe) -> None:
+    def __init__(self, normals: list[Path], textures: list[Path]) -> None:
         self._normals = normals
         self._textures = textures
-        self._recipe = recipe
+        self._settings = SynthesisSettings()
 
     def __len__(self) -> int:
         return 10**6
@@ -83,7 +88,9 @@ class SimulatedOnTheFly(Dataset[dict[str, Tensor]]):
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         normal = self._read(self._normals[number % len(self._normals)])
         texture = self._read(self._textures[number % len(self._textures)])
-        augmented, mask, _ = simulate_sample(number, normals=normal[None], textures=texture[None], recipe=self._recipe)
+        augmented, mask, _ = simulate_sample(
+            number, normals=normal[None], textures=texture[None], settings=self._settings, seed=0
+        )
         images = {"normal": normal, "augmented": augmented}
         images = {name: torch.from_numpy(one).permute(2, 0, 1).float() / 255 for name, one in images.items()}
         return {**images, "mask": torch.from_numpy(mask)}
@@ -108,8 +115,13 @@ def make_synthetic_set(folder: Path, normals: list[Path], textures: list[Path], 
     """Make our synthetic set; returns it with the seconds that a sample took."""
     (folder / "synthetic_set").mkdir()
     begun = time.perf_counter()
-    synthesize(normals, [], textures, root=folder, image_size=SIZE, samples=samples, seed=0, workers=0).save(
-        folder / "synthetic_set"
+    synthesize(
+        ImagePaths(root=folder, training=normals, validation=[], textures=textures),
+        SynthesisSettings(samples=samples),
+        folder=folder / "synthetic_set",
+        image_size=SIZE,
+        tiling=Tiling(),
+        seed=0,
     )
     return SyntheticSet.load(folder / "synthetic_set"), (time.perf_counter() - begun) / samples
 
@@ -192,10 +204,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> tuple[list[Row], flo
     device = torch.device(arguments.device)
     normals, textures = collect_images(folder)
     synthetic_set, synthetic_set_seconds = make_synthetic_set(folder, normals, textures, arguments.samples)
-    recipe = AnomalyRecipe(
-        anomaly_free=0.5, grid_exponents=(0, 5), threshold=0.5, opacity=(0.0, 0.8), operations=3, seed=0
-    )
-    on_the_fly = SimulatedOnTheFly(normals, textures, recipe)
+    on_the_fly = SimulatedOnTheFly(normals, textures)
     alone = make_loader(on_the_fly, batch=arguments.batch, workers=0)
     simulated = measure(lambda: next(alone), repeats=20)
 

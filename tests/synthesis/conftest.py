@@ -10,9 +10,10 @@ from PIL import Image
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """A small data set on disk, all images different and of different sizes.
+    """A small dataset on disk, all images different and of different sizes.
 
-    root: its folder. training, held_out, test: paths of gray normal images. textures: paths of colored ones.
+    root: its folder. training, validation, test: paths of gray normal images. textures: paths of
+    colored ones.
     """
     root = tmp_path_factory.mktemp("data")
     generator = np.random.default_rng(0)
@@ -24,14 +25,16 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
             size = (60 + 7 * number, 90 - 5 * number)
             path = root / folder / f"{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(generator.integers(low, high, (*size, channels), dtype=np.uint8).squeeze()).save(path)
+            Image.fromarray(
+                generator.integers(low, high, (*size, channels), dtype=np.uint8).squeeze()
+            ).save(path)
             paths.append(path)
         return paths
 
     return SimpleNamespace(
         root=root,
         training=write("train", 4, 1),
-        validation=write("held", 2, 1),
+        validation=write("validation", 2, 1),
         test=write("test", 3, 1),
         textures=write("textures", 3, 3),
     )

@@ -30,7 +30,9 @@ def test_blend_by_hand() -> None:
 @pytest.mark.parametrize(("opacity", "expected"), [(0.0, 200), (1.0, 100)])
 def test_opacity_goes_from_anomaly_to_normal_image(opacity: float, expected: int) -> None:
     normal, anomaly = np.full((3, 3, 3), 100, np.uint8), np.full((3, 3, 3), 200, np.uint8)
-    assert (blend_anomaly(normal, anomaly, np.ones((3, 3), bool), opacity=opacity) == expected).all()
+    assert (
+        blend_anomaly(normal, anomaly, np.ones((3, 3), bool), opacity=opacity) == expected
+    ).all()
 
 
 def test_the_normal_image_is_not_changed() -> None:

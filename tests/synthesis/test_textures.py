@@ -15,7 +15,9 @@ GENERATOR_SEED = 11
 def texture() -> ImageArray:
     """Colors of all kinds, every value of each channel present."""
     values = np.random.default_rng(0).integers(0, 256, (32, 40, 3), dtype=np.uint8)
-    values[..., 0].flat[:256] = values[..., 1].flat[:256] = values[..., 2].flat[:256] = np.arange(256)
+    values[..., 0].flat[:256] = values[..., 1].flat[:256] = values[..., 2].flat[:256] = np.arange(
+        256
+    )
     return values
 
 
@@ -33,7 +35,7 @@ def test_there_are_ten_different_operations() -> None:
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_operation_depends_on_its_generator_alone_and_keeps_size_and_kind(
+def test_operation_depends_on_its_generator_alone_and_keeps_size_and_dtype(
     operation: Operation, texture: ImageArray
 ) -> None:
     before = texture.copy()
@@ -64,12 +66,12 @@ def test_sharpness_leaves_a_uniform_image_alone_and_changes_an_edge() -> None:
     assert (apply(textures.adjust_sharpness, edge) != edge).any()
 
 
-def test_hue_turns_while_the_value_stays() -> None:
+def test_hue_rotates_while_the_value_stays() -> None:
     red = np.zeros((4, 4, 3), dtype=np.uint8)
     red[..., 0] = 200
-    turned = apply(textures.shift_hue_and_saturation, red)
-    assert turned.max() == 200
-    assert (turned != red).any()
+    rotated = apply(textures.shift_hue_and_saturation, red)
+    assert rotated.max() == 200
+    assert (rotated != red).any()
 
 
 def test_solarize_inverts_from_the_threshold_upwards(texture: ImageArray) -> None:
@@ -80,7 +82,9 @@ def test_solarize_inverts_from_the_threshold_upwards(texture: ImageArray) -> Non
 
 def test_posterize_keeps_the_highest_bits(texture: ImageArray) -> None:
     bits = int(draws().integers(1, 9))
-    np.testing.assert_array_equal(apply(textures.posterize, texture), texture >> (8 - bits) << (8 - bits))
+    np.testing.assert_array_equal(
+        apply(textures.posterize, texture), texture >> (8 - bits) << (8 - bits)
+    )
 
 
 def test_invert_takes_each_value_from_255(texture: ImageArray) -> None:
@@ -94,7 +98,9 @@ def test_contrast_is_stretched_over_the_whole_range() -> None:
 
 
 def test_equalize_makes_a_skewed_histogram_flat() -> None:
-    skewed = np.repeat(np.linspace(0, 1, 64 * 64).reshape(64, 64, 1) ** 4 * 255, 3, axis=2).astype(np.uint8)
+    skewed = np.repeat(np.linspace(0, 1, 64 * 64).reshape(64, 64, 1) ** 4 * 255, 3, axis=2).astype(
+        np.uint8
+    )
     flat = apply(textures.equalize, skewed)
     assert np.median(skewed) < 20
     assert 110 < np.median(flat) < 145
@@ -102,12 +108,14 @@ def test_equalize_makes_a_skewed_histogram_flat() -> None:
 
 def test_rotation_keeps_the_middle_and_fills_the_corners_with_black() -> None:
     image = np.full((41, 41, 3), 180, dtype=np.uint8)
-    turned = apply(textures.rotate, image)
-    assert (turned[15:26, 15:26] == 180).all()
-    assert (turned[0, 0] == 0).all()
+    rotated = apply(textures.rotate, image)
+    assert (rotated[15:26, 15:26] == 180).all()
+    assert (rotated[0, 0] == 0).all()
 
 
-def test_as_many_different_operations_as_asked_are_applied_in_the_drawn_order(texture: ImageArray) -> None:
+def test_as_many_different_operations_as_requested_are_applied_in_the_drawn_order(
+    texture: ImageArray,
+) -> None:
     for seed in range(10):
         generator = np.random.default_rng(seed)
         chosen = generator.permutation(10)[:3]
@@ -120,4 +128,6 @@ def test_as_many_different_operations_as_asked_are_applied_in_the_drawn_order(te
 
 
 def test_no_operation_leaves_the_texture_as_it_is(texture: ImageArray) -> None:
-    np.testing.assert_array_equal(alter_texture(texture, count=0, generator=np.random.default_rng(0)), texture)
+    np.testing.assert_array_equal(
+        alter_texture(texture, count=0, generator=np.random.default_rng(0)), texture
+    )

@@ -9,10 +9,11 @@ from almrr_pipeline.synthesis.workers import count_processes, spread_over
 
 
 @pytest.mark.parametrize(
-    ("asked", "work", "expected"), [(1, 10_000, 1), (4, 10_000, 4), (4, 250, 2), (4, 10, 1), (3, 0, 1)]
+    ("requested", "work", "expected"),
+    [(1, 10_000, 1), (4, 10_000, 4), (4, 250, 2), (4, 10, 1), (3, 0, 1)],
 )
-def test_no_more_processes_than_there_is_work_for(asked: int, work: int, expected: int) -> None:
-    assert count_processes(asked, work=work, least_work=100) == expected
+def test_no_more_processes_than_there_is_work_for(requested: int, work: int, expected: int) -> None:
+    assert count_processes(requested, work=work, least_work=100) == expected
 
 
 def test_zero_takes_one_process_per_core() -> None:
@@ -32,6 +33,6 @@ def test_one_process_is_this_one() -> None:
     assert seen == [1, 2]
 
 
-def test_process_that_dies_is_an_error_that_says_what_to_try() -> None:
+def test_process_that_dies_is_an_error_with_a_remedy() -> None:
     with pytest.raises(AlmrrError, match=r"synthesis\.workers"), spread_over(2) as spread:
         list(spread(os._exit, [3]))

@@ -1,1 +1,1 @@
-"""Stage 1 of the paper: anomalies simulated on normal images, streamed to disk as a synthetic set to train on."""
+"""Stage 1 of the paper: anomalies simulated on normal images, kept as a synthetic set."""

@@ -1,19 +1,20 @@
-"""Putting an anomaly into a normal image: I_a = (1 - M) I + (1 - b) M A + b M I (stage 1 of ALMRR, arXiv 2407.17705).
+"""Blending of an anomaly into a normal image (stage 1 of ALMRR, arXiv 2407.17705).
 
-Images are blended by their values in [0, 1] (stored as uint8), never after the ImageNet normalization, which belongs
-to the backbone.
+    I_a = (1 - M) I + (1 - b) M A + b M I
+
+Images are blended by their values in [0, 1], stored as uint8; the ImageNet normalization belongs to
+the backbone and comes later.
 """
 
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
-from almrr_pipeline.common.images import ImageArray
+from almrr_pipeline.common.images import ImageArray, MaskArray
 
 
 def blend_anomaly(
-    normal: ImageArray, anomaly: ImageArray, mask: npt.NDArray[np.bool_], *, opacity: float
+    normal: ImageArray, anomaly: ImageArray, mask: MaskArray, *, opacity: float
 ) -> ImageArray:
     """Blend a texture into a normal image where the mask is set.
 
@@ -21,15 +22,15 @@ def blend_anomaly(
 
     Args:
         normal: I, uint8 in [0, 255], shape (H, W, 3); it is not changed.
-        anomaly: A, of the same kind and shape.
+        anomaly: A, uint8 in [0, 255], shape (H, W, 3).
         mask: M, bool, shape (H, W).
-        opacity: b in [0, 1], the share of the normal image that shines through.
+        opacity: b in [0, 1], the fraction of the normal image that shines through.
 
     Returns:
-        I_a, uint8 in [0, 255], shape (H, W, 3): the formula's value, rounded to the nearest of 255 steps.
+        I_a, uint8 in [0, 255], shape (H, W, 3): the formula's value, rounded to one of 255 steps.
     """
-    share = np.float32(opacity)
-    mixed = (1 - share) * anomaly[mask] + share * normal[mask]  # float32 (pixels, 3); 255 times the formula's value
+    b = np.float32(opacity)
+    mixed = (1 - b) * anomaly[mask] + b * normal[mask]  # (pixels, 3), float32 in [0, 255]
     augmented = normal.copy()
     augmented[mask] = np.rint(mixed)
     return augmented

@@ -1,7 +1,8 @@
-"""Perlin noise, and the masks cut from it (stage 1 of ALMRR, arXiv 2407.17705; section 3.1 of DRAEM, 2108.07610).
+"""Perlin noise and masks cut from it (stage 1 of ALMRR, arXiv 2407.17705; DRAEM, 2108.07610, 3.1).
 
-The noise follows K. Perlin's "Improving noise" (SIGGRAPH 2002) with DRAEM's choices: gradients of length 1 at the nodes
-of a grid, the fade curve 6 t^5 - 15 t^4 + 10 t^3, and the factor sqrt(2) that brings the range to [-1, 1].
+The noise follows K. Perlin, "Improving noise" (SIGGRAPH 2002), with DRAEM's choices: gradients of
+length 1 at the nodes of a grid, the fade curve 6 t^5 - 15 t^4 + 10 t^3, and the factor sqrt(2) that
+brings the range to [-1, 1].
 """
 
 from __future__ import annotations
@@ -14,21 +15,21 @@ import numpy.typing as npt
 from PIL import Image
 
 from almrr_pipeline.common.errors import AlmrrError
+from almrr_pipeline.common.images import MaskArray
 
 Noise = npt.NDArray[np.float32]
-BinaryMask = npt.NDArray[np.bool_]
 
 LARGEST_ROTATION = 90.0
-"""Degrees: the noise is turned by up to this angle either way."""
+"""Degrees: the noise is rotated by up to this angle either way, as in DRAEM."""
 MOST_DRAWS = 200
-"""Masks drawn in search of one that is not empty."""
+"""Masks drawn in search of one that is not empty; about one in 18 is, with the paper's values."""
 
 
 class _Axis(NamedTuple):
-    """Where an axis's pixels lie in the grid; each array has shape (length,)."""
+    """Positions of an axis's pixels in the grid; each array has shape (length,)."""
 
     cell: npt.NDArray[np.intp]
-    """Which cell: the node before; the node after is one more."""
+    """Index of the node before; the node after is one more."""
     before: Noise
     """Distance to the node before, in cells, in [0, 1)."""
     after: Noise
@@ -37,12 +38,15 @@ class _Axis(NamedTuple):
     """Weight of the node after, in [0, 1); the node before has the rest."""
 
 
-def perlin_noise(shape: tuple[int, int], *, cells: tuple[int, int], generator: np.random.Generator) -> Noise:
+def perlin_noise(
+    shape: tuple[int, int], *, cells: tuple[int, int], generator: np.random.Generator
+) -> Noise:
     """Draw an image of Perlin noise.
 
-    Pixel p of an axis with n pixels and c cells lies at p c / n, so the first pixel lies on a node; n need not be a
-    multiple of c. Noise is linear in the gradients and its weights are products of one factor per axis: gradients are
-    combined along x once for each row of nodes, then along y for each pixel.
+    Pixel p of an axis with n pixels and c cells is at p c / n, so the first pixel is on a node; n
+    need not be a multiple of c. Noise is linear in the gradients and its weights are products of
+    one factor per axis: gradients are combined along x once for each row of nodes, then along y for
+    each pixel.
 
     Args:
         shape: rows and columns, in pixels.
@@ -52,15 +56,19 @@ def perlin_noise(shape: tuple[int, int], *, cells: tuple[int, int], generator: n
     Returns:
         float32 in [-1, 1], shape `shape`; 0 at the nodes.
     """
-    angles = generator.uniform(0.0, 2.0 * np.pi, (cells[0] + 1, cells[1] + 1)).astype(np.float32)
+    nodes = (cells[0] + 1, cells[1] + 1)
+    angles = generator.uniform(0.0, 2.0 * np.pi, nodes).astype(np.float32)
     y, x = _lay_axis(shape[0], cells[0]), _lay_axis(shape[1], cells[1])
     gradient_y, gradient_x = np.sin(angles), np.cos(angles)
     left, right = 1.0 - x.fade, x.fade
-    # Along a row of nodes, for every column: what the gradients give per unit of y, and what they give from x alone.
-    slope = gradient_y[:, x.cell] * left + gradient_y[:, x.cell + 1] * right  # (rows of nodes, columns)
-    level = gradient_x[:, x.cell] * (left * x.before) + gradient_x[:, x.cell + 1] * (right * x.after)
-    above = slope[y.cell] * y.before[:, None] + level[y.cell]  # (rows, columns)
-    below = slope[y.cell + 1] * y.after[:, None] + level[y.cell + 1]
+    # Along a row of nodes, for every column: the gradients' contribution per unit of y (slope) and
+    # from x alone (offset); both have shape (rows of nodes, columns).
+    slope = gradient_y[:, x.cell] * left + gradient_y[:, x.cell + 1] * right
+    offset = gradient_x[:, x.cell] * (left * x.before) + gradient_x[:, x.cell + 1] * (
+        right * x.after
+    )
+    above = slope[y.cell] * y.before[:, None] + offset[y.cell]  # (rows, columns)
+    below = slope[y.cell + 1] * y.after[:, None] + offset[y.cell + 1]
     noise: Noise = np.float32(np.sqrt(2.0)) * (above + y.fade[:, None] * (below - above))
     return noise
 
@@ -68,18 +76,19 @@ def perlin_noise(shape: tuple[int, int], *, cells: tuple[int, int], generator: n
 def perlin_mask(
     shape: tuple[int, int],
     *,
-    grid_exponents: tuple[int, int] = (0, 5),
-    threshold: float = 0.5,
+    grid_exponents: tuple[int, int],
+    threshold: float,
     generator: np.random.Generator,
-) -> BinaryMask:
-    """Draw the mask of one simulated anomaly: Perlin noise, turned, above a threshold.
+) -> MaskArray:
+    """Draw the mask of one simulated anomaly: rotated Perlin noise above a threshold.
 
-    A mask without any pixel is drawn again. DRAEM counts such a sample as free of anomalies instead; then the share of
-    anomaly-free samples would not be the one that was asked for. With the paper's values about one mask in 18 is empty.
+    An empty mask is drawn again. DRAEM counts such a sample as free of anomalies instead, which
+    makes their fraction larger than the one that was set.
 
     Args:
         shape: rows and columns, in pixels.
-        grid_exponents: the grid has 2^k cells per axis, k drawn per axis from this range, ends included.
+        grid_exponents: the grid has 2^k cells per axis, k drawn per axis from this range, ends
+            included.
         threshold: noise above it is anomalous; in (0, 1).
         generator: draws exponents, gradients and the angle in [-90, 90] degrees.
 
@@ -87,26 +96,26 @@ def perlin_mask(
         bool, shape `shape`; at least one pixel is True.
 
     Raises:
-        AlmrrError: no mask came out in 200 draws, because the threshold is too close to 1.
+        AlmrrError: no mask in 200 draws, because the threshold is too close to 1.
     """
     lowest, highest = grid_exponents
     for _ in range(MOST_DRAWS):
         rows, columns = 2 ** generator.integers(lowest, highest, 2, endpoint=True)
         noise = perlin_noise(shape, cells=(int(rows), int(columns)), generator=generator)
         angle = generator.uniform(-LARGEST_ROTATION, LARGEST_ROTATION)
-        mask: BinaryMask = _rotate(noise, angle) > threshold
+        mask: MaskArray = _rotate(noise, angle) > threshold
         if mask.any():
             return mask
     raise AlmrrError(
-        f"synthesis.threshold: no Perlin noise above {threshold} in {MOST_DRAWS} draws with 2^{lowest} to 2^{highest} "
-        "cells per axis; lower the threshold (the paper takes 0.5)."
+        f"synthesis.threshold: no Perlin noise above {threshold} in {MOST_DRAWS} draws with "
+        f"2^{lowest} to 2^{highest} cells per axis; lower the threshold (the paper takes 0.5)."
     )
 
 
 def _rotate(noise: Noise, degrees: float) -> Noise:
-    """Turn counter-clockwise about the center, bilinear; what comes from outside is 0, as in DRAEM."""
-    turned = Image.fromarray(noise).rotate(degrees, resample=Image.Resampling.BILINEAR, fillcolor=0.0)
-    return np.asarray(turned)
+    """Rotate counter-clockwise about the center, bilinear, with 0 outside, as in DRAEM."""
+    image = Image.fromarray(noise)
+    return np.asarray(image.rotate(degrees, resample=Image.Resampling.BILINEAR, fillcolor=0.0))
 
 
 @lru_cache(maxsize=64)

@@ -1,7 +1,7 @@
-"""Anomaly sources: ten photometric and geometric operations, of which a few change each texture.
+"""Ten photometric and geometric operations, of which a few alter each anomaly texture.
 
-The operations and their ranges are those of DRAEM (arXiv 2108.07610, section 3.1), where they come from imgaug; here
-Pillow does the work. The randomness of one operation is drawn from the generator that it is given, and nowhere else.
+The operations and their ranges are those of DRAEM (arXiv 2108.07610, section 3.1), where they come
+from imgaug; here Pillow does the work. All randomness is drawn from the generator passed in.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from almrr_pipeline.common.images import ImageArray
 
 EXPOSURE = (0.2, 0.8)
-"""Least and largest logarithm of the factor between two exposures: a fifth, and a bit more than twofold."""
+"""Least and largest logarithm of the factor between two exposures: factors of 1.22 and 2.23."""
 
 Operation = Callable[[Image.Image, np.random.Generator], Image.Image]
 
@@ -29,7 +29,8 @@ def adjust_gamma(texture: Image.Image, generator: np.random.Generator) -> Image.
 
 def adjust_brightness(texture: Image.Image, generator: np.random.Generator) -> Image.Image:
     """Multiply by a factor in [0.8, 1.2] and add a value in [-30, 30] of 255."""
-    curve = np.arange(256) * generator.uniform(0.8, 1.2) + generator.uniform(-30.0, 30.0)
+    gain = generator.uniform(0.8, 1.2)
+    curve = np.arange(256) * gain + generator.uniform(-30.0, 30.0)
     return texture.point(_as_table(np.tile(curve, 3)))
 
 
@@ -39,7 +40,7 @@ def adjust_sharpness(texture: Image.Image, generator: np.random.Generator) -> Im
 
 
 def shift_hue_and_saturation(texture: Image.Image, generator: np.random.Generator) -> Image.Image:
-    """Turn the hue and shift the saturation, each by a value of its own in [-50, 50] of 255."""
+    """Rotate the hue and shift the saturation, each by its own value in [-50, 50] of 255."""
     hue, saturation = generator.integers(-50, 50, 2, endpoint=True)
     values = np.arange(256)
     curves = ((values + hue) % 256, values + saturation, values)
@@ -62,7 +63,7 @@ def invert(texture: Image.Image, generator: np.random.Generator) -> Image.Image:
 
 
 def stretch_contrast(texture: Image.Image, generator: np.random.Generator) -> Image.Image:
-    """Autocontrast: spread the values over the whole range after cutting off 0 to 20 % at each end."""
+    """Spread the values over the whole range, cutting off 0 to 20 % at each end (autocontrast)."""
     return ImageOps.autocontrast(texture, cutoff=float(generator.uniform(0.0, 20.0)))
 
 
@@ -72,7 +73,7 @@ def equalize(texture: Image.Image, generator: np.random.Generator) -> Image.Imag
 
 
 def rotate(texture: Image.Image, generator: np.random.Generator) -> Image.Image:
-    """Turn by an angle in [-45, 45] degrees about the center; what comes from outside is black."""
+    """Rotate by an angle in [-45, 45] degrees about the center, with black outside."""
     return texture.rotate(generator.uniform(-45.0, 45.0), resample=Image.Resampling.BILINEAR)
 
 
@@ -109,10 +110,10 @@ def alter_texture(texture: ImageArray, *, count: int, generator: np.random.Gener
 
 
 def change_exposure(image: ImageArray, *, generator: np.random.Generator) -> ImageArray:
-    """Take an image again as if lit or ground otherwise: brighter or darker, and of more or less contrast.
+    """Change brightness and contrast, as if the surface were lit or ground otherwise.
 
-    A value v becomes gain * (mean + contrast * (v - mean)), cut to [0, 255]. Gain and contrast are log-uniform; the
-    gain departs from 1, either way, by at least the lower end of `EXPOSURE`.
+    A value v becomes gain * (mean + contrast * (v - mean)), cut to [0, 255]. Gain and contrast are
+    log-uniform; the gain differs from 1, either way, by at least the lower end of `EXPOSURE`.
 
     Args:
         image: uint8 in [0, 255], shape (H, W, 3); it is not changed.

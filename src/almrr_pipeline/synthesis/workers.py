@@ -4,42 +4,35 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from typing import Protocol, TypeVar
 
 from almrr_pipeline.common.errors import AlmrrError
 
-_Task = TypeVar("_Task")
+Spread = Callable[..., Iterator[int]]
+"""Like the built-in `map`: calls a function on each task, yields the results in their order."""
 
 
-class Spread(Protocol):
-    """Does work on tasks, as the built-in `map` does; results come in the order of the tasks."""
-
-    def __call__(self, work: Callable[[_Task], int], tasks: Iterable[_Task], /) -> Iterator[int]:
-        """Return the amounts done."""
-        ...
-
-
-def count_processes(asked: int, *, work: int, least_work: int) -> int:
+def count_processes(requested: int, *, work: int, least_work: int) -> int:
     """Return how many processes to start.
 
     Args:
-        asked: a number, or 0 for one per core that this process may use.
+        requested: a number, or 0 for one per core that this process may use.
         work: pieces of work there are.
-        least_work: pieces for which a process is worth its start, which takes some tenths of a second.
+        least_work: pieces for which a process is worth its start, which takes some tenths of a
+            second.
     """
-    return max(1, min(asked or _count_cores(), work // least_work))
+    return max(1, min(requested or _count_cores(), work // least_work))
 
 
 @contextmanager
 def spread_over(processes: int) -> Iterator[Spread]:
-    """Give a `map` that works in so many processes; with 1 in this one.
+    """Provide a `map` that works in so many processes; with 1 in this one.
 
-    Processes are spawned, not forked: a fork copies the locks of libraries whose threads it does not copy. So functions
-    and tasks have to be importable and picklable.
+    Processes are spawned, not forked: a fork copies the locks of libraries whose threads it does
+    not copy. So functions and tasks have to be importable and picklable.
 
     Yields:
         A function like `map`; an error in a task ends it and is raised here.
@@ -50,13 +43,14 @@ def spread_over(processes: int) -> Iterator[Spread]:
     if processes == 1:
         yield map
         return
+    spawn = multiprocessing.get_context("spawn")
     try:
-        with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as executor:
+        with ProcessPoolExecutor(processes, mp_context=spawn) as executor:
             yield executor.map
     except BrokenProcessPool as error:
         raise AlmrrError(
-            f"One of {processes} processes ended without an answer, for want of memory perhaps; set synthesis.workers "
-            "to a smaller number (1 works without further processes)."
+            f"One of {processes} processes ended without an answer, perhaps for lack of memory; "
+            "set synthesis.workers to a smaller number (1 starts no further processes)."
         ) from error
 
 
