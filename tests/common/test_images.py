@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.common.images import decode_image, read_image, read_mask, resize_image, resize_mask
+from almrr_pipeline.common.images import (
+    decode_image,
+    read_image,
+    read_mask,
+    resize_image,
+    resize_mask,
+)
 
 GRAY = np.arange(12 * 20, dtype=np.uint8).reshape(12, 20)
 COLOR = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
@@ -29,20 +35,27 @@ def as_rgb(gray: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("suffix", ["png", "bmp", "tif", "webp"])
 def test_rgb_is_read_as_it_was_saved(tmp_path: Path, suffix: str) -> None:
-    path = save(Image.fromarray(COLOR), tmp_path / f"a.{suffix}", **({"lossless": True} if suffix == "webp" else {}))
+    path = save(
+        Image.fromarray(COLOR),
+        tmp_path / f"a.{suffix}",
+        **({"lossless": True} if suffix == "webp" else {}),
+    )
 
     np.testing.assert_array_equal(read_image(path), COLOR)
 
 
 def test_gray_is_repeated_three_times(tmp_path: Path) -> None:
-    np.testing.assert_array_equal(read_image(save(Image.fromarray(GRAY), tmp_path / "a.png")), as_rgb(GRAY))
+    np.testing.assert_array_equal(
+        read_image(save(Image.fromarray(GRAY), tmp_path / "a.png")), as_rgb(GRAY)
+    )
 
 
 def test_one_bit_is_black_and_white(tmp_path: Path) -> None:
     bits = GRAY % 3 == 0
 
     np.testing.assert_array_equal(
-        read_image(save(Image.fromarray(bits), tmp_path / "a.png")), as_rgb(bits.astype(np.uint8) * 255)
+        read_image(save(Image.fromarray(bits), tmp_path / "a.png")),
+        as_rgb(bits.astype(np.uint8) * 255),
     )
 
 
@@ -50,7 +63,9 @@ def test_one_bit_is_black_and_white(tmp_path: Path) -> None:
 def test_sixteen_bit_is_divided_by_257(tmp_path: Path, suffix: str) -> None:
     deep = GRAY.astype(np.uint16) * 257
 
-    np.testing.assert_array_equal(read_image(save(Image.fromarray(deep), tmp_path / f"a.{suffix}")), as_rgb(GRAY))
+    np.testing.assert_array_equal(
+        read_image(save(Image.fromarray(deep), tmp_path / f"a.{suffix}")), as_rgb(GRAY)
+    )
 
 
 def test_a_dark_sixteen_bit_image_stays_dark(tmp_path: Path) -> None:
@@ -76,7 +91,9 @@ def test_fractional_numbers_are_scaled_by_what_they_reach(tmp_path: Path, white:
     image = Image.fromarray((GRAY / 239 * white).astype(np.float32))
     expected = np.rint(GRAY / 239 * 255).astype(np.uint8)
 
-    np.testing.assert_allclose(read_image(save(image, tmp_path / "a.tif")), as_rgb(expected), atol=1)
+    np.testing.assert_allclose(
+        read_image(save(image, tmp_path / "a.tif")), as_rgb(expected), atol=1
+    )
 
 
 def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
@@ -108,7 +125,11 @@ def test_alpha_is_dropped_not_blended(tmp_path: Path, mode: str) -> None:
 @pytest.mark.parametrize("suffix", ["tif", "jpg"])
 def test_cmyk_becomes_rgb(tmp_path: Path, suffix: str) -> None:
     red = Image.new("RGB", (16, 16), (255, 0, 0))
-    path = save(red.convert("CMYK"), tmp_path / f"a.{suffix}", **({"quality": 100} if suffix == "jpg" else {}))
+    path = save(
+        red.convert("CMYK"),
+        tmp_path / f"a.{suffix}",
+        **({"quality": 100} if suffix == "jpg" else {}),
+    )
 
     np.testing.assert_allclose(read_image(path), np.asarray(red), atol=3)
 
@@ -131,10 +152,27 @@ def test_exif_orientation_is_turned_upright(tmp_path: Path, suffix: str, orienta
     }[orientation]
     exif = Image.Exif()
     exif[0x0112] = orientation
-    lossless = {"webp": {"lossless": True}, "jpg": {"quality": 95, "subsampling": 0}}.get(suffix, {})
-    path = save(Image.fromarray(np.ascontiguousarray(stored)), tmp_path / f"a.{suffix}", exif=exif, **lossless)
+    lossless = {"webp": {"lossless": True}, "jpg": {"quality": 95, "subsampling": 0}}.get(
+        suffix, {}
+    )
+    path = save(
+        Image.fromarray(np.ascontiguousarray(stored)),
+        tmp_path / f"a.{suffix}",
+        exif=exif,
+        **lossless,
+    )
 
     np.testing.assert_allclose(read_image(path), upright, atol=8)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_a_sixteen_bit_image_is_turned_upright_too(tmp_path: Path, suffix: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = np.ascontiguousarray(np.rot90(GRAY)).astype(np.uint16) * 257
+    path = save(Image.fromarray(stored), tmp_path / f"a.{suffix}", exif=exif)
+
+    np.testing.assert_array_equal(read_image(path), as_rgb(GRAY))
 
 
 def test_the_array_may_be_written_to(tmp_path: Path) -> None:
@@ -180,14 +218,18 @@ def test_a_truncated_image_is_refused(tmp_path: Path, suffix: str) -> None:
 
 
 def test_a_mask_counts_values_above_127(tmp_path: Path) -> None:
-    np.testing.assert_array_equal(read_mask(save(Image.fromarray(GRAY), tmp_path / "a.png")), GRAY > 127)
+    np.testing.assert_array_equal(
+        read_mask(save(Image.fromarray(GRAY), tmp_path / "a.png")), GRAY > 127
+    )
 
 
 @pytest.mark.parametrize("factor", [1, 257])
 def test_a_sixteen_bit_mask_may_hold_eight_bit_values(tmp_path: Path, factor: int) -> None:
     mask = (GRAY > 100) * np.uint16(255 * factor)
 
-    np.testing.assert_array_equal(read_mask(save(Image.fromarray(mask), tmp_path / "a.png")), GRAY > 100)
+    np.testing.assert_array_equal(
+        read_mask(save(Image.fromarray(mask), tmp_path / "a.png")), GRAY > 100
+    )
 
 
 def test_a_palette_mask_is_read_by_brightness(tmp_path: Path) -> None:
@@ -209,7 +251,9 @@ def test_resizing_gives_rows_and_columns_and_keeps_a_mask_boolean() -> None:
 def test_doubling_a_mask_repeats_its_pixels() -> None:
     mask = GRAY % 5 == 0
 
-    np.testing.assert_array_equal(resize_mask(mask, (24, 40)), mask.repeat(2, axis=0).repeat(2, axis=1))
+    np.testing.assert_array_equal(
+        resize_mask(mask, (24, 40)), mask.repeat(2, axis=0).repeat(2, axis=1)
+    )
 
 
 FORMATS = {
@@ -227,7 +271,9 @@ def images(draw: st.DrawFn) -> tuple[bytes, tuple[int, int]]:
     kind = draw(st.sampled_from(sorted(FORMATS)))
     mode = draw(st.sampled_from(FORMATS[kind]))
     width, height = draw(st.integers(1, 33)), draw(st.integers(1, 33))
-    values = np.random.default_rng(draw(st.integers(0, 99))).integers(0, 256, (height, width), dtype=np.uint8)
+    values = np.random.default_rng(draw(st.integers(0, 99))).integers(
+        0, 256, (height, width), dtype=np.uint8
+    )
     if mode == "I;16":
         image = Image.fromarray(values.astype(np.uint16) * 257)
     elif mode == "LAB":

@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import logging
 import sys
+import time
 
 import pytest
 
-from almrr_pipeline import progress
-from almrr_pipeline.common.progress import show_amount, track
+from almrr_pipeline.common import progress
+from almrr_pipeline.common.progress import format_amount, track
 
 
 class Terminal(io.StringIO):
@@ -27,6 +28,17 @@ def test_a_terminal_shows_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "download a.zip:  50%" in terminal.getvalue()
 
 
+def test_a_bar_shows_values_next_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+
+    with track(2, unit="steps", description="train") as advance:
+        time.sleep(0.2)  # a bar is drawn ten times a second
+        advance(2, loss=0.125)
+
+    assert "loss=0.125" in terminal.getvalue()
+
+
 def test_elsewhere_a_line_is_logged_now_and_then(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -42,6 +54,20 @@ def test_elsewhere_a_line_is_logged_now_and_then(
     assert [record.getMessage() for record in caplog.records] == ["check wood: 2 images (50 %)"]
 
 
+def test_a_line_names_the_values(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    clock = iter([0.0, 11.0, 11.0])
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+
+    with track(4, unit="steps", description="train", done=1) as advance:
+        advance(1, loss=0.123456, stage="last")
+
+    assert caplog.messages == ["train: 2 steps (50 %), loss 0.1235, stage last"]
+
+
 @pytest.mark.parametrize(
     ("amount", "unit", "shown"),
     [
@@ -53,4 +79,4 @@ def test_elsewhere_a_line_is_logged_now_and_then(
     ],
 )
 def test_bytes_are_shown_for_people(amount: int, unit: str, shown: str) -> None:
-    assert show_amount(amount, unit) == shown
+    assert format_amount(amount, unit) == shown

@@ -18,7 +18,7 @@ from PIL import Image
 
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.datasets import obtain, unpack
-from almrr_pipeline.common.files import DiskError
+from almrr_pipeline.common.errors import DiskError
 from almrr_pipeline.datasets.registry import check_request, source_for
 from almrr_pipeline.datasets.weights import check_backbone
 

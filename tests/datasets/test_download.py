@@ -12,7 +12,7 @@ import pytest
 
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.datasets.download import downloaded, shown
-from almrr_pipeline.common.files import DiskError
+from almrr_pipeline.common.errors import DiskError
 from almrr_pipeline.datasets.base import RetryPolicy
 
 CONTENT = np.random.default_rng(0).bytes(300_000)

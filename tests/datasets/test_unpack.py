@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.common.files import DiskError
+from almrr_pipeline.common.errors import DiskError
 from almrr_pipeline.datasets.unpack import Limits, unpack
 
 KINDS = ["zip", "tar", "tar.gz", "tar.bz2", "tar.xz"]

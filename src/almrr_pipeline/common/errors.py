@@ -1,10 +1,14 @@
-"""The one kind of error whose message is meant for the person at the keyboard."""
+"""Errors whose message is written for the user."""
 
 from __future__ import annotations
 
 
 class AlmrrError(Exception):
-    """Something the user can put right; the message says what was wrong, where, and what to do.
+    """An error that the user can correct; the message states what is wrong, where, and what to do.
 
-    The doors (`kedro run`, `almrr`) print the message alone, without a traceback, and exit with status 1.
+    `kedro run` and `almrr` print the message without a traceback and exit with status 1.
     """
+
+
+class DiskError(AlmrrError):
+    """The disk is full or cannot be written, so that trying another address would not help."""

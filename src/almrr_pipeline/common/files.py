@@ -1,17 +1,19 @@
-"""Writing to disk so that what goes wrong is said in one sentence, and nothing half-done remains."""
+"""Atomic writing, moving, copying and hashing of files and folders, with disk errors in one sentence."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import logging
+import os
 import shutil
-from collections.abc import Iterable, Iterator
+import socket
+import tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.common.images import IMAGE_SUFFIXES
+from almrr_pipeline.common.errors import DiskError
 from almrr_pipeline.common.progress import track
 
 logger = logging.getLogger(__name__)
@@ -19,15 +21,16 @@ logger = logging.getLogger(__name__)
 _FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 _BLOCK = 1 << 20
-
-
-class DiskError(AlmrrError):
-    """The disk is full or may not be written: no other address would help."""
+_HASHED_WITHOUT_PROGRESS = 100_000_000
+"""Bytes that are hashed in less than a second."""
 
 
 @contextmanager
 def report_disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk and a folder that may not be written into a sentence; `path` is what is being written.
+    """Turn the OSError of a full disk or a missing permission into one sentence.
+
+    Args:
+        path: what is being written; named in the message.
 
     Raises:
         DiskError: in place of the OSError.
@@ -36,38 +39,129 @@ def report_disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in _FULL:
-            raise DiskError(f"The disk is full: {path} could not be written. Free some space and run again.") from error
+            raise DiskError(
+                f"The disk is full: {path} could not be written. Free some space and run again."
+            ) from error
         if error.errno in _FORBIDDEN:
             raise DiskError(
-                f"{path} may not be written ({error.strerror}); change its permissions or work in another folder."
+                f"{path} cannot be written ({error.strerror}); change its permissions or work in "
+                "another folder."
             ) from error
         raise
 
 
-def list_images(folder: Path, suffixes: Iterable[str] = IMAGE_SUFFIXES) -> list[Path]:
-    """Return the images directly in `folder`, sorted by name; hidden files (._copy.png) are none."""
-    wanted = {suffix.lower() for suffix in suffixes}
-    if not folder.is_dir():
-        return []
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in wanted and not path.name.startswith(".") and path.is_file()
-    )
+@contextmanager
+def write_atomically(path: Path) -> Iterator[Path]:
+    """Write a file all or nothing, also if the machine loses power.
+
+    Yields:
+        A temporary path in the same folder, with the same suffix, to write to. It replaces `path`
+        when the block ends, and is removed when the block raises.
+
+    Raises:
+        DiskError: the disk is full, or the folder cannot be written.
+    """
+    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    with report_disk_errors(path):
+        try:
+            yield partial
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def staging_folder(parent: Path) -> Iterator[Path]:
+    """Make a new empty folder in `parent`, which is created; removed only if the block raises.
+
+    What killed processes of this machine have left in `parent` is removed first.
+
+    Raises:
+        DiskError: the disk is full, or `parent` cannot be written.
+    """
+    mine = f".staging@{socket.gethostname()}@"  # "@" is in no host name
+    with report_disk_errors(parent):
+        parent.mkdir(parents=True, exist_ok=True)
+        for leftover in parent.glob(f"{mine}*"):
+            if not _is_running(int(leftover.name.split("@")[2])):
+                remove_folder(leftover)
+        folder = Path(tempfile.mkdtemp(prefix=f"{mine}{os.getpid()}@", dir=parent))
+        try:
+            folder.chmod(0o755)  # mkdtemp's 0o700 would lock out others on a shared disk
+            yield folder
+        except BaseException:
+            remove_folder(folder)
+            raise
+
+
+def _is_running(pid: int) -> bool:
+    if os.name != "posix":  # elsewhere os.kill(pid, 0) is not a mere question
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # a process of somebody else
+        return True
+    return True
+
+
+def move_folder_into_place(staged: Path, target: Path) -> None:
+    """Move a complete folder to `target`, replacing an older one.
+
+    From another disk, it is first copied next to the target, so that the target is complete or
+    absent at any time. What a killed copy has left is removed.
+
+    Raises:
+        DiskError: the disk is full, or the target cannot be written.
+    """
+    partial = target.with_name(f".{target.name}.partial")
+    with report_disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove_folder(partial)
+        if staged.stat().st_dev != target.parent.stat().st_dev:
+            try:
+                shutil.copytree(staged, partial, copy_function=shutil.copyfile)
+            except BaseException:
+                remove_folder(partial)
+                raise
+            remove_folder(staged)
+            staged = partial
+        if target.exists():
+            shutil.rmtree(target)
+        staged.rename(target)
+
+
+def hash_file(path: Path) -> str:
+    """Return the sha256 of a file as 64 hexadecimal digits; large files show progress."""
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        if size <= _HASHED_WITHOUT_PROGRESS:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        with track(size, unit="B", description=f"checksum of {path.name}") as advance:
+            while block := stream.read(_BLOCK):
+                digest.update(block)
+                advance(len(block))
+    return digest.hexdigest()
 
 
 def list_folders(folder: Path) -> list[Path]:
-    """Return the folders directly in `folder`, sorted by name, hidden ones left out."""
+    """Return the folders directly in `folder`, sorted by name, without hidden ones."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return sorted(
+        path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")
+    )
 
 
 def find_folder(root: Path, *children: str, name: str | None = None, depth: int = 3) -> Path | None:
-    """Find the folder that holds all `children`, at most `depth` levels below `root`, the highest one first.
+    """Find the folder that contains all `children`, at most `depth` levels below `root`.
 
-    Archives wrap their data in folders of changing names; what lies inside is what counts.
-    With `name`, a folder of that name goes before any other on its level, and below `root` no other is taken.
+    Archives wrap their data in folders of changing names. The highest folder is taken; with
+    `name`, only `root` and folders of that name are considered.
     """
     level = [root]
     for below in range(depth + 1):
@@ -79,62 +173,45 @@ def find_folder(root: Path, *children: str, name: str | None = None, depth: int 
     return None
 
 
-def transfer(parts: Iterable[Path], target: Path, *, move: bool) -> None:
-    """Bring files and folders into `target` under their own names.
+def transfer(paths: list[Path], target: Path, *, move: bool) -> None:
+    """Move or copy files and folders into `target` under their own names.
 
-    They are moved when they lie in a folder of ours that is thrown away, else copied: never linked, because DVC takes
-    hold of what lies in data/. Links are followed; permissions are not copied, so that a read-only mirror does not end
-    as a data folder that nobody can delete.
+    Copies are never links, because DVC takes hold of the files in data/. Links are followed;
+    permissions are not copied, so that data from a read-only mirror can be deleted later.
 
     Raises:
-        DiskError: the disk is full, or the target may not be written.
+        DiskError: the disk is full, or the target cannot be written.
     """
     with report_disk_errors(target):
         target.mkdir(parents=True, exist_ok=True)
         if move:
-            for part in parts:
-                shutil.move(part, target / part.name)
-        else:
-            _copy(list(parts), target)
-
-
-def _copy(parts: list[Path], target: Path) -> None:
-    files = [(path, target / path.relative_to(part.parent)) for part in parts for path in _files_below(part)]
-    with track(len(files), unit="files", description=f"copy to {target.name}") as advance:
-        for path, copy in files:
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copy)
-            advance(1)
-
-
-def _files_below(part: Path) -> list[Path]:
-    if part.is_file():
-        return [part]
-    return sorted(path for path in part.rglob("*") if path.is_file() and not path.name.startswith("."))
+            for path in paths:
+                shutil.move(path, target / path.name)
+            return
+        files = [
+            (file, target / file.relative_to(path.parent))
+            for path in paths
+            for file in ([path] if path.is_file() else sorted(path.rglob("*")))
+            if file.is_file() and (file == path or not file.name.startswith("."))
+        ]
+        with track(len(files), unit="files", description=f"copy to {target.name}") as advance:
+            for file, copy in files:
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, copy)
+                advance(1)
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder of ours with all that lies in it; what cannot be removed is logged, not raised."""
+    """Remove a folder, if it exists, with its contents; a failure is logged, not raised."""
     shutil.rmtree(folder, ignore_errors=True)
     if folder.exists():
         logger.warning("%s could not be removed", folder)
 
 
 def empty_folder(folder: Path) -> None:
-    """Remove what lies in `folder`, but not the folder."""
+    """Remove the contents of `folder`, but not the folder."""
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             remove_folder(path)
         else:
             path.unlink()
-
-
-def hash_file(path: Path) -> str:
-    """Return the sha256 of a file's bytes as 64 hexadecimal digits; reads in blocks, so any size will do."""
-    digest = hashlib.sha256()
-    size = path.stat().st_size
-    with path.open("rb") as stream, track(size, unit="B", description=f"checksum of {path.name}") as advance:
-        while block := stream.read(_BLOCK):
-            digest.update(block)
-            advance(len(block))
-    return digest.hexdigest()

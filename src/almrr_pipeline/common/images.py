@@ -1,35 +1,33 @@
-"""Images in, arrays out: every image in this package is read and resized here, once and the same way."""
+"""Reading and resizing of images and masks, the only place where either is done."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
-from PIL import ExifTags, Image
+from PIL import Image, ImageOps
 
+from almrr_pipeline.common.arrays import ImageArray, MaskArray
 from almrr_pipeline.common.errors import AlmrrError
-
-ImageArray = npt.NDArray[np.uint8]
-"""RGB image, uint8 in [0, 255], shape (H, W, 3)."""
-MaskArray = npt.NDArray[np.bool_]
-"""Ground truth, True where defective, shape (H, W)."""
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
 _DEFECTIVE_ABOVE = 127
 _DEEP = 65535
 """White in a 16-bit image: 257 times the white of 8 bits."""
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""EXIF orientation: what turns the stored image upright (EXIF 2.32, tag 0x0112)."""
+
+
+def list_images(folder: Path, suffixes: Iterable[str] = IMAGE_SUFFIXES) -> list[Path]:
+    """Return the images directly in `folder`, sorted by name; hidden files (._copy.png) are skipped."""
+    wanted = {suffix.lower() for suffix in suffixes}
+    if not folder.is_dir():
+        return []
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in wanted and not path.name.startswith(".") and path.is_file()
+    )
 
 
 def read_image(path: Path) -> ImageArray:
@@ -92,7 +90,9 @@ def _read_bytes(path: Path) -> bytes:
     except FileNotFoundError:
         raise AlmrrError(f"There is no image at {path}; check the path.") from None
     except OSError as error:
-        raise AlmrrError(f"{path} cannot be read ({error.strerror}); check its permissions.") from error
+        raise AlmrrError(
+            f"{path} cannot be read ({error.strerror}); check its permissions."
+        ) from error
 
 
 def _decoded(data: bytes, path: Path, *, mode: str) -> Image.Image:
@@ -102,14 +102,18 @@ def _decoded(data: bytes, path: Path, *, mode: str) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
-            orientation = image.getexif().get(ExifTags.Base.Orientation)
-            even = _as_eight_bit(image, is_mask=mode == "L")
-            even.info.pop("transparency", None)  # alpha is dropped, and Pillow would warn of it
-            turn = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
-            return (even if turn is None else even.transpose(turn)).convert(mode)
+            upright = _as_eight_bit(ImageOps.exif_transpose(image), is_mask=mode == "L")
+            upright.info.pop("transparency", None)  # alpha is dropped; Pillow would warn of it
+            return upright.convert(mode)
     except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything
-        reason = "it is not an image" if "cannot identify" in str(error) else str(error) or type(error).__name__
-        raise AlmrrError(f"{path} cannot be read as an image ({reason}); replace or remove it.") from error
+        reason = (
+            "it is not an image"
+            if "cannot identify" in str(error)
+            else str(error) or type(error).__name__
+        )
+        raise AlmrrError(
+            f"{path} cannot be read as an image ({reason}); replace or remove it."
+        ) from error
 
 
 def _as_eight_bit(image: Image.Image, *, is_mask: bool) -> Image.Image:
@@ -121,5 +125,11 @@ def _as_eight_bit(image: Image.Image, *, is_mask: bool) -> Image.Image:
         raise ValueError("it holds values that are not finite")
     white = float(_DEEP)
     if image.mode == "F" or is_mask:
-        white = 1.0 if image.mode == "F" and values.max() <= 1.0 else 255.0 if values.max() <= 255 else white
+        white = (
+            1.0
+            if image.mode == "F" and values.max() <= 1.0
+            else 255.0
+            if values.max() <= 255
+            else white
+        )
     return Image.fromarray(np.clip(np.rint(values * (255 / white)), 0, 255).astype(np.uint8))

@@ -1,12 +1,13 @@
-"""Progress of things that take long: a bar on a terminal, plain log lines elsewhere."""
+"""Progress of long tasks: a bar on a terminal, log lines elsewhere."""
 
 from __future__ import annotations
 
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from tqdm import tqdm
 
@@ -15,15 +16,21 @@ logger = logging.getLogger(__name__)
 _SECONDS_BETWEEN_LINES = 10.0
 
 
+class Advance(Protocol):
+    """Reports work just done; keyword values, such as loss=0.1, are shown next to the progress."""
+
+    def __call__(self, amount: int, **shown: float | str) -> None: ...  # noqa: D102
+
+
 @contextmanager
-def track(total: int | None, *, unit: str, description: str, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """Show how far a task is.
+def track(total: int | None, *, unit: str, description: str, done: int = 0) -> Iterator[Advance]:
+    """Show the progress of a task.
 
     Args:
-        total: amount of work, or None if nobody knows.
+        total: amount of work, or None if it is unknown.
         unit: what is counted; "B" for bytes, shown as KiB, MiB, GiB.
         description: what is being done.
-        done: work that was done before, by an interrupted run.
+        done: work that an interrupted run has done before.
 
     Yields:
         A function that is called with the amount of work just done.
@@ -31,33 +38,45 @@ def track(total: int | None, *, unit: str, description: str, done: int = 0) -> I
     if not sys.stderr.isatty():
         yield _log_lines(total, unit=unit, description=description, done=done)
         return
-    scaled = unit == "B"
     with tqdm(
-        total=total, unit=unit, desc=description, initial=done, unit_scale=scaled, unit_divisor=1024, leave=False
+        total=total,
+        unit=unit,
+        desc=description,
+        initial=done,
+        unit_scale=unit == "B",
+        unit_divisor=1024,
+        leave=False,
     ) as bar:
 
-        def advance(amount: int) -> None:
+        def advance(amount: int, **shown: float | str) -> None:
+            if shown:
+                bar.set_postfix(shown, refresh=False)
             bar.update(amount)
 
         yield advance
 
 
-def _log_lines(total: int | None, *, unit: str, description: str, done: int) -> Callable[[int], None]:
-    state = {"done": done, "next": time.monotonic() + _SECONDS_BETWEEN_LINES}
+def _log_lines(total: int | None, *, unit: str, description: str, done: int) -> Advance:
+    next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
 
-    def advance(amount: int) -> None:
-        state["done"] += amount
-        if time.monotonic() < state["next"]:
+    def advance(amount: int, **shown: float | str) -> None:
+        nonlocal done, next_line
+        done += amount
+        if time.monotonic() < next_line:
             return
-        state["next"] = time.monotonic() + _SECONDS_BETWEEN_LINES
-        share = f" ({100 * state['done'] / total:.0f} %)" if total else ""
-        logger.info("%s: %s%s", description, show_amount(int(state["done"]), unit), share)
+        next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
+        percent = f" ({100 * done / total:.0f} %)" if total else ""
+        values = "".join(
+            f", {name} {value if isinstance(value, str) else format(value, '.4g')}"
+            for name, value in shown.items()
+        )
+        logger.info("%s: %s%s%s", description, format_amount(done, unit), percent, values)
 
     return advance
 
 
-def show_amount(amount: int, unit: str) -> str:
-    """Return an amount for people: bytes with a binary prefix, anything else as it is."""
+def format_amount(amount: int, unit: str) -> str:
+    """Return an amount as text: bytes with a binary prefix, anything else as it is."""
     if unit != "B":
         return f"{amount} {unit}"
     size = float(amount)

@@ -20,8 +20,9 @@ import urllib3
 from requests.adapters import HTTPAdapter
 
 from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.common.progress import show_amount, track
-from almrr_pipeline.common.files import DiskError, hash_file, remove_folder, report_disk_errors
+from almrr_pipeline.common.progress import format_amount, track
+from almrr_pipeline.common.errors import DiskError
+from almrr_pipeline.common.files import hash_file, remove_folder, report_disk_errors
 from almrr_pipeline.datasets.base import RetryPolicy
 
 logger = logging.getLogger(__name__)
@@ -163,7 +164,7 @@ def _receive_checked(
 ) -> None:
     kept = partial.size
     if kept:
-        logger.info("%s: %s have arrived before", partial.data.name, show_amount(kept, "B"))
+        logger.info("%s: %s have arrived before", partial.data.name, format_amount(kept, "B"))
     _receive(session, address, partial, retry_policy)
     found = hash_file(partial.data) if sha256 else None
     if sha256 and found != sha256.lower():
@@ -224,7 +225,7 @@ def _write_body(response: requests.Response, partial: _Partial) -> None:
                 stream.write(block)
                 advance(len(block))
     except urllib3.exceptions.HTTPError as error:
-        raise _BrokenOffError(f"the connection broke off after {show_amount(partial.size, 'B')}") from error
+        raise _BrokenOffError(f"the connection broke off after {format_amount(partial.size, 'B')}") from error
     if size is not None and partial.size != size:
         raise _BrokenOffError(f"the connection ended after {partial.size} of {size} bytes")
 

@@ -6,7 +6,8 @@ import logging
 from pathlib import Path
 
 from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.common.files import find_folder, list_folders, list_images, transfer
+from almrr_pipeline.common.files import find_folder, list_folders, transfer
+from almrr_pipeline.common.images import list_images
 from almrr_pipeline.datasets.manifest import check_images
 from almrr_pipeline.datasets.obtain import Archive, DownloadSpec, obtain
 from almrr_pipeline.datasets.base import FetchRequest

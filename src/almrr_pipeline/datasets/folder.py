@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.common.files import find_folder, list_folders, list_images, transfer
+from almrr_pipeline.common.files import find_folder, list_folders, transfer
+from almrr_pipeline.common.images import list_images
 from almrr_pipeline.datasets.layout import GOOD, list_normal, list_test
 from almrr_pipeline.datasets.manifest import Item
 from almrr_pipeline.datasets.obtain import Archive, DownloadSpec, obtain

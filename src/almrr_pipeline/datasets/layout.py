@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Literal
 
 from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.common.files import list_folders, list_images
+from almrr_pipeline.common.files import list_folders
+from almrr_pipeline.common.images import list_images
 from almrr_pipeline.datasets.manifest import Item
 
 GOOD = "good"

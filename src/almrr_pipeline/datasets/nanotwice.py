@@ -6,7 +6,8 @@ import logging
 from pathlib import Path
 
 from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.common.files import find_folder, list_images, transfer
+from almrr_pipeline.common.files import find_folder, transfer
+from almrr_pipeline.common.images import list_images
 from almrr_pipeline.datasets.layout import GOOD
 from almrr_pipeline.datasets.manifest import Counts, Item, check_counts
 from almrr_pipeline.datasets.obtain import Archive, DownloadSpec, obtain

@@ -17,7 +17,8 @@ from urllib.request import url2pathname
 
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.datasets.download import downloaded, shown
-from almrr_pipeline.common.files import DiskError, empty_folder, hash_file, remove_folder
+from almrr_pipeline.common.errors import DiskError
+from almrr_pipeline.common.files import empty_folder, hash_file, remove_folder
 from almrr_pipeline.datasets.base import FetchRequest
 from almrr_pipeline.datasets.unpack import unpack
 

@@ -15,7 +15,8 @@ import numpy as np
 from PIL import Image
 
 from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.common.images import ImageArray, read_image, resize_image
+from almrr_pipeline.common.arrays import ImageArray
+from almrr_pipeline.common.images import read_image, resize_image
 from almrr_pipeline.common.progress import track
 
 IMAGES = (

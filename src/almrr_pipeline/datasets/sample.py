@@ -19,7 +19,7 @@ from PIL import Image
 from scipy import ndimage
 
 from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.common.images import MaskArray
+from almrr_pipeline.common.arrays import MaskArray
 from almrr_pipeline.common.progress import track
 from almrr_pipeline.datasets.drawn_defects import DRAWINGS, Field
 from almrr_pipeline.datasets.layout import list_normal, list_test

@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, Literal, cast
 
 from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.common.progress import show_amount, track
+from almrr_pipeline.common.progress import format_amount, track
 from almrr_pipeline.common.files import remove_folder, report_disk_errors
 
 _BLOCK = 1 << 20
@@ -75,7 +75,7 @@ class _Budget:
         self._spent += amount
         if self._spent > self.bytes:
             raise AlmrrError(
-                f"{self.archive} unpacks to more than {show_amount(self.bytes, 'B')}, which no honest archive of its "
+                f"{self.archive} unpacks to more than {format_amount(self.bytes, 'B')}, which no honest archive of its "
                 "size does; nothing was unpacked. Fetch it from a place that you trust."
             )
 
