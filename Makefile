@@ -24,6 +24,7 @@ check: $(VENV)/installed
 	ruff check .
 	ruff format --check .
 	mypy
+	lint-imports
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12")'
