@@ -1,36 +1,34 @@
 """The `almrr` command: predict, calibrate, export, info, categories.
 
-Built on click, which Kedro brings along. Whatever is slow to import is imported inside the commands, so that `--help`
-answers at once.
+What is slow to import is imported inside the commands, so that `--help` answers at once, and torch only
+after the paths have been checked.
 """
 
 from __future__ import annotations
 
 import logging
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from almrr_pipeline.common.errors import AlmrrError
 
 if TYPE_CHECKING:
-    from almrr_pipeline.inference.predict_files import Summary
     from almrr_pipeline.inference.predictor import Predictor
-
-Item = TypeVar("Item")
+    from almrr_pipeline.reporting.predict_files import Summary
 
 SCAN_BACKENDS = ("auto", "mamba_ssm", "triton", "numba", "torch")
+"""Those of `config.ScanBackend`, which would bring pydantic; a test compares the two."""
 EXPORT_SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
 _LISTED_UNREADABLE = 20
 """Unreadable images named at the end; more are counted."""
 
 _folder = click.Path(path_type=Path)
 _output_file = click.Path(path_type=Path, dir_okay=False)
-_recursive = click.option("-r", "--recursive", is_flag=True, help="Look for images in sub-folders too.")
+_recursive = click.option(
+    "-r", "--recursive", is_flag=True, help="Look for images in sub-folders too."
+)
 _device = click.option(
     "--device",
     default="auto",
@@ -43,7 +41,7 @@ _batch_size = click.option(
     type=click.IntRange(min=1),
     default=8,
     show_default=True,
-    help="Images (or tiles) that go through the network together.",
+    help="Images (or tiles) per forward pass.",
 )
 _scan_backend = click.option(
     "--scan-backend",
@@ -64,43 +62,52 @@ class _Group(click.Group):
             raise click.ClickException(str(error)) from error
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=_Group,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.version_option(package_name="almrr-pipeline", prog_name="almrr")
-@click.option("-v", "--verbose", is_flag=True, help="Say more: the device, the scan backend, each step.")
+@click.option(
+    "-v", "--verbose", is_flag=True, help="Log the device, the scan backend and each step."
+)
 def almrr(verbose: bool) -> None:
     """Find and outline defects on textured surfaces with a trained model.
 
     \b
     A model is a folder with model.safetensors, config.json and inference.json,
-    such as data/06_models/sample_brick after `dvc repro`. Begin with:
+    such as data/06_models/sample_brick/seed_0 after `dvc repro`. Begin with:
 
     \b
-      almrr info data/06_models/sample_brick
-      almrr predict data/06_models/sample_brick photographs/ --output results
+      almrr info data/06_models/sample_brick/seed_0
+      almrr predict data/06_models/sample_brick/seed_0 photographs/ --output results
 
     `almrr COMMAND --help` explains a command.
     """  # noqa: D301 - click reads \b as: keep these lines as they are
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s: %(message)s")
+    level = logging.INFO if verbose else logging.WARNING
+    logging.basicConfig(level=level, format="%(levelname)s: %(message)s")
+    logging.getLogger("almrr_pipeline.common.progress").setLevel(logging.INFO)
 
 
 @almrr.command(short_help="Overlays, scores and verdicts for images.")
 @click.argument("model_folder", type=_folder)
 @click.argument("images", type=_folder, nargs=-1, required=True)
-@click.option(
-    "-o", "--output", type=_folder, required=True, help="Folder for the results; made when it does not exist."
-)
+@click.option("-o", "--output", type=_folder, required=True,
+              help="Folder for the results; made when it does not exist.")  # fmt: skip
 @_recursive
 @click.option("--maps", type=click.Choice(["npy", "png", "none"]), default="none", show_default=True,
               help="Also write the anomaly maps: npy is float32 in [0, 1], png is 16-bit gray.")  # fmt: skip
-@click.option("--no-overlays", is_flag=True, help="Write no overlays: scores.csv comes much sooner.")
+@click.option(
+    "--no-overlays", is_flag=True, help="Write no overlays: scores.csv comes much sooner."
+)
 @click.option("--threshold", type=click.FloatRange(min=0.0), metavar="SCORE",
               help="Call an image anomalous above this score, in place of the model's threshold.")  # fmt: skip
 @click.option("--pixel-threshold", type=click.FloatRange(min=0.0), metavar="VALUE",
-              help="Outline where the map lies above this value, in place of the model's threshold.")  # fmt: skip
+              help="Outline where the map is above this value, in place of the model's threshold.")  # fmt: skip
 @_device
 @_batch_size
 @_scan_backend
-@click.option("--overwrite", is_flag=True, help="Replace the results of an earlier run in the output folder.")
+@click.option("--overwrite", is_flag=True,
+              help="Replace the results of an earlier run in the output folder.")  # fmt: skip
 def predict(
     model_folder: Path,
     images: tuple[Path, ...],
@@ -121,29 +128,29 @@ def predict(
     The output folder receives
       scores.csv   image, score, threshold, is_anomalous (score > threshold)
       overlays/    each image with its heat, its outlined defects and the verdict
-      maps/        the anomaly maps, if asked for by --maps
+      maps/        the anomaly maps, with --maps
 
     \b
     Examples:
-      almrr predict data/06_models/sample_brick photographs/ -o results
+      almrr predict data/06_models/sample_brick/seed_0 photographs/ -o results
       almrr predict model/ a.png b.jpg -o results --maps png
       almrr predict model/ line_3/ -o results -r --device cuda --batch-size 32
       almrr predict model/ photographs/ -o results --threshold 0.35 --overwrite
 
-    An image that cannot be read is reported, the others are predicted all the same, and the exit code is 1. Results
-    appear in the output folder only when all are complete.
+    An image that cannot be read is reported, the others are predicted all the same, and the exit
+    code is 1. Results appear in the output folder only when all are complete.
 
     \b
     Exit codes: 0 every image was predicted, anomalous or not;
                 1 something was wrong, or an image could not be read;
                 2 the command line was wrong.
     """  # noqa: D301
-    from almrr_pipeline.inference.predict_files import check_output, find_images, predict_files
     from almrr_pipeline.inference.inference_config import InferenceConfig
+    from almrr_pipeline.reporting.predict_files import check_output, find_images, predict_files
 
     InferenceConfig.load(model_folder)
-    images = find_images(images, recursive=recursive)
-    check_output(output, images, overwrite=overwrite)
+    paths = find_images(images, recursive=recursive)
+    check_output(output, paths, overwrite=overwrite)
 
     from almrr_pipeline.inference.predictor import Predictor
 
@@ -155,16 +162,9 @@ def predict(
         image_threshold=threshold,
         pixel_threshold=pixel_threshold,
     )
-    with _progress(len(images), "images") as advance:
-        summary = predict_files(
-            predictor,
-            images,
-            output,
-            overlays=not no_overlays,
-            maps=maps,
-            overwrite=overwrite,
-            on_image=advance,
-        )
+    summary = predict_files(
+        predictor, paths, output, overlays=not no_overlays, maps=maps, overwrite=overwrite
+    )
     _print_summary(summary, predictor, output, chosen=threshold is not None)
     _report_unreadable(summary)
 
@@ -172,8 +172,9 @@ def predict(
 @almrr.command(short_help="New thresholds from normal images of your own.")
 @click.argument("model_folder", type=_folder)
 @click.argument("images", type=_folder, nargs=-1, required=True)
-@click.option("--false-alarm-rate", type=click.FloatRange(0.0, 1.0, min_open=True, max_open=True), default=0.05,
-              show_default=True, help="Largest share of normal images that may be called anomalous.")  # fmt: skip
+@click.option("--false-alarm-rate", default=0.05, show_default=True,
+              type=click.FloatRange(0.0, 1.0, min_open=True, max_open=True),
+              help="Largest fraction of normal images that may be called anomalous.")  # fmt: skip
 @_recursive
 @_device
 @_batch_size
@@ -187,78 +188,85 @@ def calibrate(
     batch_size: int,
     scan_backend: str,
 ) -> None:
-    """Choose the thresholds of the model in MODEL_FOLDER anew, from IMAGES of normal surfaces.
+    """Choose new thresholds for the model in MODEL_FOLDER, from IMAGES of normal surfaces.
 
-    The images must be free of defects, must not have been trained on, and should come from the process that will be
-    watched: the thresholds promise a false-alarm rate for images like these. At least 1/rate - 1 are needed, 19
-    for 0.05. The thresholds in inference.json are replaced. Where DVC owns the folder, copy it first.
+    The images must be free of defects, must not have been trained on, and should come from the
+    process that will be watched: the thresholds guarantee a false-alarm rate for images like these.
+    At least 1/rate - 1 are needed, 19 for 0.05. The thresholds in inference.json are replaced. Where
+    DVC owns the folder, copy it first.
 
     \b
     Example:
       almrr calibrate models/brick_line_3/ normal/line_3/ --false-alarm-rate 0.01
     """  # noqa: D301
-    from almrr_pipeline.inference.predict_files import find_images
     from almrr_pipeline.inference.inference_config import InferenceConfig
+    from almrr_pipeline.reporting.predict_files import find_images
 
-    settings = InferenceConfig.load(model_folder)
-    images = find_images(images, recursive=recursive)
+    config = InferenceConfig.load(model_folder)
+    paths = find_images(images, recursive=recursive)
 
-    from almrr_pipeline.inference.calibration import choose_thresholds
+    from almrr_pipeline.inference.calibration import calibrate as choose_thresholds
     from almrr_pipeline.inference.predictor import Predictor
 
-    predictor = Predictor(model_folder, device=device, batch_size=batch_size, scan_backend=scan_backend)
-    with _progress(len(images), "images") as advance:
-        maps = _counted(predictor.maps(images, at="network"), advance)
-        thresholds = choose_thresholds(maps, smoothing=settings.smoothing, false_alarm_rate=false_alarm_rate)
-    settings.model_copy(update={"thresholds": thresholds}).save(model_folder)
+    predictor = Predictor(
+        model_folder, device=device, batch_size=batch_size, scan_backend=scan_backend
+    )
+    thresholds = choose_thresholds(
+        predictor.map_predictor,
+        paths,
+        smoothing=config.smoothing,
+        false_alarm_rate=false_alarm_rate,
+    )
+    config.model_copy(update={"thresholds": thresholds}).save(model_folder)
     click.echo(f"Image threshold {thresholds.image.value:.6g}. {thresholds.image.guarantee}")
     click.echo(f"Pixel threshold {thresholds.pixel.value:.6g}. {thresholds.pixel.guarantee}")
 
 
 @almrr.command(short_help="One file that runs without this package: ONNX or torch.export.")
 @click.argument("model_folder", type=_folder)
-@click.option("--format", "kind", type=click.Choice(list(EXPORT_SUFFIXES)), required=True,
+@click.option("--format", "file_format", type=click.Choice(list(EXPORT_SUFFIXES)), required=True,
               help="onnx for onnxruntime and others, torch for torch.export.load.")  # fmt: skip
 @click.option("-o", "--output", type=_output_file,
               help="File to write; CATEGORY.onnx or CATEGORY.pt2 in the current folder if not given.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
-def export(model_folder: Path, kind: str, output: Path | None, overwrite: bool) -> None:
-    """Export the model in MODEL_FOLDER, fused for inference, to one file that runs without this package.
+def export(model_folder: Path, file_format: str, output: Path | None, overwrite: bool) -> None:
+    """Export the model in MODEL_FOLDER, fused, to one file that runs without this package.
 
     \b
     The exported model takes float32 RGB in [0, 1] of shape (batch, 3, rows, columns),
-    any batch, rows and columns as `almrr info` says, and returns anomaly maps of shape
+    any batch, rows and columns as in `almrr info`, and returns anomaly maps of shape
     (batch, rows, columns). inference.json in MODEL_FOLDER holds the thresholds.
 
     \b
     Examples:
-      almrr export data/06_models/sample_brick --format onnx
-      almrr export data/06_models/sample_brick --format torch --output brick.pt2
+      almrr export data/06_models/sample_brick/seed_0 --format onnx
+      almrr export data/06_models/sample_brick/seed_0 --format torch --output brick.pt2
     """  # noqa: D301
     from almrr_pipeline.inference.inference_config import InferenceConfig
 
-    settings = InferenceConfig.load(model_folder)
-    target = output or Path(settings.category + EXPORT_SUFFIXES[kind])
+    config = InferenceConfig.load(model_folder)
+    target = output or Path(config.category + EXPORT_SUFFIXES[file_format])
     if target.exists() and not overwrite:
         raise AlmrrError(f"{target} exists; name another file, or replace it with --overwrite.")
 
     from almrr_pipeline.inference.export import export_onnx, export_torch
     from almrr_pipeline.model.almrr import ALMRR
 
-    write = {"onnx": export_onnx, "torch": export_torch}[kind]
-    write(ALMRR.load(model_folder), target, flips=settings.flips)
-    rows, columns = settings.image_size
-    click.echo(f"Wrote {target}: {target.stat().st_size / 2**20:.1f} MiB, input (batch, 3, {rows}, {columns}).")
+    write = {"onnx": export_onnx, "torch": export_torch}[file_format]
+    write(ALMRR.load(model_folder), target, flips=config.flips)
+    rows, columns = config.image_size
+    size = target.stat().st_size / 2**20
+    click.echo(f"Wrote {target}: {size:.1f} MiB, input (batch, 3, {rows}, {columns}).")
 
 
-@almrr.command(short_help="What a model is, its thresholds and their guarantee.")
+@almrr.command(short_help="A model's network, thresholds and their guarantee.")
 @click.argument("model_folder", type=_folder)
 def info(model_folder: Path) -> None:
-    """Say what the model in MODEL_FOLDER is: network, input, thresholds with their guarantee, parameters.
+    """Describe the model in MODEL_FOLDER: network, input, thresholds, guarantee, parameters.
 
     \b
     Example:
-      almrr info data/06_models/sample_brick
+      almrr info data/06_models/sample_brick/seed_0
     """  # noqa: D301
     from almrr_pipeline.inference.describe import describe_model
 
@@ -269,16 +277,18 @@ def info(model_folder: Path) -> None:
 def categories() -> None:
     """List the categories that this package can fetch, and the license of each.
 
-    Any of them can stand under `categories` in params.yaml. For images of your own there is folder_NAME.
+    Any of them can be listed under `categories` in params.yaml; images of your own are folder_NAME.
     """
-    from almrr_pipeline.datasets.registry import known_categories, source_for
+    from almrr_pipeline.datasets.registry import dataset_for, known_categories
 
     by_license: dict[str, list[str]] = {}
     for name in known_categories():
-        by_license.setdefault(source_for(name).license, []).append(name)
+        by_license.setdefault(dataset_for(name).license, []).append(name)
+    indent = "    "
     for terms, names in by_license.items():
         click.echo("\n".join(names))
-        click.echo(click.wrap_text(terms, width=100, initial_indent="    ", subsequent_indent="    ") + "\n")
+        text = click.wrap_text(terms, width=100, initial_indent=indent, subsequent_indent=indent)
+        click.echo(text + "\n")
 
 
 def main() -> None:
@@ -286,42 +296,22 @@ def main() -> None:
     almrr(prog_name="almrr")
 
 
-@contextmanager
-def _progress(total: int, unit: str) -> Iterator[Callable[[], None]]:
-    """Show progress on standard error: a bar on a terminal, else a line whenever another tenth is done."""
-    if sys.stderr.isatty():
-        with click.progressbar(length=total, label=f"{total} {unit}", file=sys.stderr, show_pos=True) as bar:
-            yield lambda: bar.update(1)
-        return
-    done = 0
-
-    def advance() -> None:
-        nonlocal done
-        done += 1
-        if done * 10 // total > (done - 1) * 10 // total:
-            click.echo(f"{done} of {total} {unit}", err=True)
-
-    yield advance
-
-
-def _counted(items: Iterable[Item], advance: Callable[[], None]) -> Iterator[Item]:
-    """Hand items on and call `advance` for each."""
-    for item in items:
-        yield item
-        advance()
-
-
 def _print_summary(summary: Summary, predictor: Predictor, output: Path, *, chosen: bool) -> None:
     count, threshold = len(summary.verdicts), predictor.image_threshold
     anomalous = sum(verdict.is_anomalous is True for verdict in summary.verdicts)
-    stored = predictor.settings.thresholds
+    stored = predictor.config.thresholds
     if threshold is None:
         reason = stored.image.undefined if stored else "the model was never calibrated"
-        click.echo(f"{count} images scored, none judged: there is no threshold ({reason}). Give one by --threshold.")
+        click.echo(
+            f"{count} images scored, none judged: there is no threshold ({reason}). "
+            "Give one by --threshold."
+        )
     else:
         click.echo(f"{count} images: {anomalous} anomalous, {count - anomalous} normal.")
-        origin = stored.image.guarantee if stored and not chosen else "Chosen by --threshold, without a guarantee."
-        click.echo(f"Threshold {threshold:.6g}. {origin}")
+        guarantee = "Chosen by --threshold, without a guarantee."
+        if stored and not chosen:
+            guarantee = stored.image.guarantee
+        click.echo(f"Threshold {threshold:.6g}. {guarantee}")
     highest = max(summary.verdicts, key=lambda verdict: verdict.score)
     click.echo(f"Highest score {highest.score:.6g}: {highest.image}")
     click.echo(f"Results: {output}")
@@ -341,7 +331,7 @@ def _report_unreadable(summary: Summary) -> None:
 
 
 def __getattr__(name: str) -> click.Command:
-    """Kedro's `cli` and `run`, which Kedro looks for in this module; imported on demand, as they bring all of Kedro."""
+    """`cli` and `run`, which Kedro looks for in this module; late, as they import all of Kedro."""
     if name not in {"cli", "run"}:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from almrr_pipeline.kedro_support import command

@@ -1,22 +1,9 @@
-"""Small networks with known answers, and a real model of the smallest size."""
+"""A small network with known answers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
-import numpy as np
 import pytest
-import torch
-from PIL import Image
 from torch import Tensor, nn
-
-from almrr_pipeline.config import BackboneSettings, ModelSettings, Tiling
-from almrr_pipeline.evaluation.thresholds import conformal_threshold
-from almrr_pipeline.common.images import ImageArray
-from almrr_pipeline.inference.inference_config import InferenceConfig, Thresholds
-from almrr_pipeline.model.almrr import ALMRR
-from almrr_pipeline.model.backbone import build_backbone
 
 
 class Brightness(nn.Module):
@@ -34,77 +21,3 @@ class Brightness(nn.Module):
 @pytest.fixture
 def brightness() -> Brightness:
     return Brightness().eval()
-
-
-@pytest.fixture(scope="session")
-def noise() -> list[ImageArray]:
-    """Seven images of noise, of various sizes, smaller and larger than the small networks' tiles."""
-    generator = np.random.default_rng(0)
-    sizes = [(20, 30), (150, 40), (64, 96), (33, 131), (128, 128), (31, 49), (90, 90)]
-    return [generator.integers(0, 256, size=(*size, 3), dtype=np.uint8) for size in sizes]
-
-
-@pytest.fixture(scope="session")
-def noise_paths(noise: list[ImageArray], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The same as files."""
-    return _write(noise, tmp_path_factory.mktemp("noise"))
-
-
-@pytest.fixture
-def write_images(tmp_path: Path) -> Callable[[list[ImageArray]], list[Path]]:
-    """Writes images as 00.png, 01.png, ... and gives their paths."""
-    return lambda images: _write(images, tmp_path)
-
-
-def _write(images: list[ImageArray], folder: Path) -> list[Path]:
-    paths = [folder / f"{position:02d}.png" for position in range(len(images))]
-    for path, image in zip(paths, images, strict=True):
-        Image.fromarray(image).save(path)
-    return paths
-
-
-def save_model(folder: Path, *, tiling: Tiling | None = None, flips: bool = False, calibrated: bool = True) -> Path:
-    """A complete model folder with random weights, and thresholds as if from 19 normal images."""
-    folder.mkdir(parents=True)
-    torch.manual_seed(0)
-    model = ALMRR(
-        build_backbone(BackboneSettings(name="test_resnet"), weights=None),
-        ModelSettings(latent=16, dim=16, depth=1, state=4, decoder=(16, 16), refinement_width=4),
-        image_size=(128, 128),
-        scan_backend="torch",
-    )
-    model.save(folder)
-    threshold = conformal_threshold(np.linspace(0.1, 0.5, 19), 0.05)
-    InferenceConfig(
-        category="sample_brick",
-        image_size=(128, 128),
-        tiling=tiling or Tiling(),
-        smoothing=9,
-        flips=flips,
-        thresholds=Thresholds(image=threshold, pixel=threshold) if calibrated else None,
-    ).save(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A calibrated model that resizes whole images."""
-    return save_model(tmp_path_factory.mktemp("models") / "whole")
-
-
-@pytest.fixture(scope="session")
-def tiling_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A calibrated model that works on tiles."""
-    return save_model(tmp_path_factory.mktemp("models") / "tiling", tiling=Tiling(enabled=True, overlap=0.25))
-
-
-@pytest.fixture(scope="session")
-def mirrored_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A calibrated model whose maps are means over mirror images."""
-    return save_model(tmp_path_factory.mktemp("models") / "flips", flips=True)
-
-
-@pytest.fixture(scope="session")
-def uncalibrated_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model without thresholds."""
-    return save_model(tmp_path_factory.mktemp("models") / "uncalibrated", calibrated=False)

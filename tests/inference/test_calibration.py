@@ -4,24 +4,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 from almrr_pipeline.config import Tiling
 from almrr_pipeline.inference.calibration import calibrate
 from almrr_pipeline.inference.inference_config import Thresholds
+from almrr_pipeline.inference.map_predictor import MapPredictor
 
 
 def _calibrate(model: nn.Module, paths: list[Path], *, rate: float = 0.25, tiling: Tiling | None = None) -> Thresholds:
-    return calibrate(
-        model,
-        paths,
-        image_size=(32, 32),
-        tiling=tiling or Tiling(),
-        batch_size=2,
-        device="cpu",
-        smoothing=3,
-        false_alarm_rate=rate,
-    )
+    predictor = MapPredictor(model, (32, 32), tiling or Tiling(), 2, torch.device("cpu"))
+    return calibrate(predictor, paths, smoothing=3, false_alarm_rate=rate)
 
 
 def _dots(levels: list[int]) -> list[np.ndarray]:

@@ -36,11 +36,11 @@ def test_description_says_how_images_are_cut(tiling_model_folder: Path) -> None:
     assert "overlap by 25%" in describe_model(tiling_model_folder)
 
 
-def test_description_says_that_maps_are_means_over_mirror_images(
-    model_folder: Path, mirrored_model_folder: Path
+def test_description_says_that_maps_are_means_over_flips(
+    model_folder: Path, flips_model_folder: Path
 ) -> None:
-    assert "three mirror images" in describe_model(mirrored_model_folder)
-    assert "three mirror images" not in describe_model(model_folder)
+    assert "three flips" in describe_model(flips_model_folder)
+    assert "three flips" not in describe_model(model_folder)
 
 
 def test_description_says_that_there_is_no_threshold(uncalibrated_folder: Path) -> None:

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from almrr_pipeline.cli import almrr
-from almrr_pipeline.common.images import ImageArray
+from almrr_pipeline.common.arrays import ImageArray
 from almrr_pipeline.inference.predictor import Predictor
 from almrr_pipeline.inference.tiling import TileGrid
 

@@ -12,6 +12,7 @@ import torch
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.config import BackboneSettings, ModelSettings
 from almrr_pipeline.inference.export import export_onnx, export_torch
+from almrr_pipeline.inference.fuse import fuse
 from almrr_pipeline.inference.tta import FlipAveraged
 from almrr_pipeline.model.almrr import ALMRR
 from almrr_pipeline.model.backbone import build_backbone
@@ -83,7 +84,7 @@ def test_weights_are_inside_the_one_file(onnx_file: Path) -> None:
 
 
 def test_torch_export_gives_the_models_maps(model: ALMRR, tmp_path: Path) -> None:
-    export_torch(model.fuse(), tmp_path / "model.pt2")  # fused before or not: both are taken
+    export_torch(fuse(model), tmp_path / "model.pt2")  # fused before or not: both are taken
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt2"]
     program = torch.export.load(tmp_path / "model.pt2").module()
     for batch in (1, 3):
@@ -92,7 +93,7 @@ def test_torch_export_gives_the_models_maps(model: ALMRR, tmp_path: Path) -> Non
         np.testing.assert_allclose(given, map_with_torch(model, images), rtol=0, atol=1e-4)
 
 
-def test_both_formats_take_the_mean_over_mirror_images(model: ALMRR, tmp_path: Path) -> None:
+def test_both_formats_take_the_mean_over_flips(model: ALMRR, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     export_onnx(model, tmp_path / "model.onnx", flips=True)
     export_torch(model, tmp_path / "model.pt2", flips=True)

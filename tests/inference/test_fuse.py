@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from almrr_pipeline.inference.fuse import EmbedThenResize, FusedALMRR, ResizeThenEmbed, fuse_batch_norms
+from almrr_pipeline.inference.fuse import EmbedThenResize, FusedALMRR, ResizeThenEmbed, fuse, fuse_batch_norms
 
 SIZE = (128, 160)
 KINDS = [{}, {"standardize": True}, {"refinement_input": "projection", "refinement_channels": 3, "standardize": True}]
@@ -22,7 +22,7 @@ def test_fusing_is_exact(build_model, images: Tensor, patch: int, kind: dict[str
     with torch.no_grad():
         expected = model(images.double())
     assert float(expected.std()) > 0.05
-    torch.testing.assert_close(model.fuse()(images.double()), expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(fuse(model)(images.double()), expected, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=["mean", "standardized", "projection"])
@@ -30,7 +30,7 @@ def test_rounding_differs_by_less_than_1e_4_in_float32(build_model, images: Tens
     model = build_model(**kind)
     with torch.no_grad():
         expected = model(images)
-    torch.testing.assert_close(model.fuse()(images), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(fuse(model)(images), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_every_backbone_fuses(
     model, images = build_model(backbone, location).double(), images.double()
     with torch.no_grad():
         expected = model(images)
-    fused = model.fuse()
+    fused = fuse(model)
     torch.testing.assert_close(fused(images), expected, rtol=0, atol=1e-9)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
     assert caplog.records == []
@@ -51,9 +51,9 @@ def test_every_backbone_fuses(
 
 def test_fusing_under_autocast_folds_the_same(build_model) -> None:
     model = build_model().eval()
-    plain = model.fuse()
+    plain = fuse(model)
     with torch.autocast("cpu", torch.bfloat16):
-        fused = model.fuse()
+        fused = fuse(model)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
     for name, tensor in plain.state_dict().items():
         assert torch.equal(tensor, fused.state_dict()[name]), name
@@ -69,7 +69,7 @@ def test_both_orders_of_a_stage_agree() -> None:
 
 
 def test_the_cheaper_order_is_taken_for_each_stage(build_model) -> None:
-    orders = {patch: [type(stage) for stage in build_model(patch=patch).fuse().embedding.stages] for patch in (1, 2, 4)}
+    orders = {patch: [type(stage) for stage in fuse(build_model(patch=patch)).embedding.stages] for patch in (1, 2, 4)}
     assert orders == {
         4: [ResizeThenEmbed, ResizeThenEmbed, EmbedThenResize],
         2: [ResizeThenEmbed, EmbedThenResize, EmbedThenResize],
@@ -80,14 +80,14 @@ def test_the_cheaper_order_is_taken_for_each_stage(build_model) -> None:
 def test_fusing_leaves_the_callers_random_state_alone(build_model) -> None:
     model = build_model()
     before = torch.get_rng_state()
-    model.fuse()
+    fuse(model)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_fusing_leaves_the_model_alone(build_model) -> None:
     model, images = build_model(), torch.rand(1, 3, *SIZE)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    fused = model.fuse()
+    fused = fuse(model)
     expected = fused(images)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(p.requires_grad for p in model.trainable_parameters())
@@ -101,13 +101,13 @@ def test_a_model_in_training_folds_to_its_evaluation(build_model, images: Tensor
     model, images = build_model(drop_path=0.5).double(), images.double()
     with torch.no_grad():
         expected = model(images)
-    fused = model.train().fuse()
+    fused = fuse(model.train())
     torch.testing.assert_close(fused(images), expected, rtol=0, atol=1e-9)
     assert not any(module.training for module in fused.modules())
 
 
 def test_the_fused_map_carries_no_gradient(build_model) -> None:
-    fused: FusedALMRR = build_model().fuse()
+    fused: FusedALMRR = fuse(build_model())
     assert not fused(torch.rand(1, 3, *SIZE)).requires_grad
     assert not any(parameter.requires_grad for parameter in fused.parameters())
 
@@ -139,4 +139,4 @@ def test_the_fused_map_is_the_same_on_a_gpu(build_model, images: Tensor) -> None
     model = build_model()
     with torch.no_grad():
         expected = model(images)
-    torch.testing.assert_close(model.to("cuda").fuse()(images.to("cuda")).cpu(), expected, rtol=0, atol=1e-3)
+    torch.testing.assert_close(fuse(model.to("cuda"))(images.to("cuda")).cpu(), expected, rtol=0, atol=1e-3)

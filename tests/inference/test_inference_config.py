@@ -85,8 +85,8 @@ def test_a_file_is_no_model_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        ("{", "Expecting property name"),
-        ("[]", "valid dictionary"),
+        ("{", "Invalid JSON"),
+        ("[]", "an object"),
         ('{"category": "x", "image_size": [100, 128]}', r"image_size\.0"),
         ('{"category": "x", "image_size": [128, 128], "color": 1}', "color: Extra inputs"),
         ('{"image_size": [128, 128]}', "category: Field required"),
@@ -96,6 +96,15 @@ def test_wrong_content_is_explained(tmp_path: Path, content: str, complaint: str
     (_fill(tmp_path, _settings()) / "inference.json").write_text(content)
     with pytest.raises(AlmrrError, match=complaint):
         InferenceConfig.load(tmp_path)
+
+
+def test_a_model_of_version_0_1_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    content = '{"category": "x", "image_size": [128, 128], "mirrored": false}'
+    (_fill(tmp_path, _settings()) / "inference.json").write_text(content)
+    with pytest.raises(AlmrrError, match=r"is a model of almrr-pipeline 0\.1") as caught:
+        InferenceConfig.load(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    assert "mirrored" not in str(caught.value)
 
 
 def test_weights_chosen_on_the_calibration_images_take_the_guarantee_away() -> None:

@@ -4,7 +4,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import FrozenInstanceError
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -15,10 +17,12 @@ from PIL import Image
 from skimage.transform import resize
 from torch import Tensor, nn
 
-from almrr_pipeline.config import Tiling
+from almrr_pipeline.config import InferenceSettings, Tiling
 from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.common.images import ImageArray, resize_image
-from almrr_pipeline.inference.predictor import Predictor, image_score, predict_maps, resolve_device
+from almrr_pipeline.common.arrays import ImageArray
+from almrr_pipeline.common.images import resize_image
+from almrr_pipeline.inference.map_predictor import MapPredictor, resolve_device
+from almrr_pipeline.inference.predictor import Predictor, image_score
 from almrr_pipeline.inference.inference_config import InferenceConfig
 from almrr_pipeline.model.almrr import ALMRR
 
@@ -26,9 +30,20 @@ WHOLE = Tiling()
 TILES = Tiling(enabled=True, overlap=0.25)
 
 
-def _maps(model: nn.Module, images: list, **changes: object) -> list[np.ndarray]:
-    arguments = {"image_size": (32, 48), "tiling": WHOLE, "batch_size": 4, "device": "cpu", "at": "network", **changes}
-    return list(predict_maps(model, images, **arguments))  # type: ignore[arg-type]
+def _predictor(
+    model: nn.Module,
+    *,
+    image_size: tuple[int, int] = (32, 48),
+    tiling: Tiling = WHOLE,
+    batch_size: int = 4,
+) -> MapPredictor:
+    return MapPredictor(model, image_size, tiling, batch_size, torch.device("cpu"))
+
+
+def _maps(
+    model: nn.Module, images: list, *, at: Literal["network", "image"] = "network", **changes: Any
+) -> list[np.ndarray]:
+    return list(_predictor(model, **changes).maps(images, at=at))
 
 
 # --- maps ---
@@ -94,7 +109,7 @@ def test_images_are_drawn_only_a_little_ahead(brightness: nn.Module) -> None:
             drawn.append(position)
             yield np.zeros((40, 40, 3), dtype=np.uint8)
 
-    maps = predict_maps(brightness, draw(), image_size=(32, 32), tiling=WHOLE, batch_size=2, device="cpu", at="network")
+    maps = _predictor(brightness, batch_size=2).maps(draw(), at="network")
     next(maps)
     assert len(drawn) <= 2 + 2 * 2 + 1  # a batch, and two batches ahead
     maps.close()
@@ -117,8 +132,7 @@ def test_decoding_does_not_happen_in_the_callers_thread(
 
 
 def test_inference_mode_does_not_leak_out(brightness: nn.Module, noise: list[ImageArray]) -> None:
-    arguments = {"image_size": (32, 32), "tiling": WHOLE, "batch_size": 2, "device": "cpu", "at": "network"}
-    for _ in predict_maps(brightness, noise, **arguments):  # type: ignore[arg-type]
+    for _ in _predictor(brightness, batch_size=2).maps(noise, at="network"):
         assert not torch.is_inference_mode_enabled()
 
 
@@ -182,10 +196,8 @@ def test_an_unreadable_image_is_named_in_its_turn(
 ) -> None:
     text = tmp_path / "text.png"
     text.write_text("no image")
-    maps = predict_maps(
-        brightness, [noise_paths[0], text], image_size=(32, 32), tiling=WHOLE, batch_size=1, device="cpu", at="network"
-    )
-    assert next(maps).shape == (32, 32)
+    maps = _predictor(brightness, batch_size=8).maps([noise_paths[0], text], at="network")
+    assert next(maps).shape == (32, 48)
     with pytest.raises(AlmrrError, match=r"text\.png"):
         next(maps)
 
@@ -259,7 +271,7 @@ def test_predictions_have_the_images_sizes_and_follow_the_definition(
 
 
 def test_maps_are_those_that_the_scores_are_taken_from(predictor: Predictor, noise: list[ImageArray]) -> None:
-    scores = [image_score(anomaly_map, 9) for anomaly_map in predictor.maps(noise, at="network")]
+    scores = [image_score(anomaly_map, 9) for anomaly_map in predictor.map_predictor.maps(noise, at="network")]
     assert scores == pytest.approx([found.score for found in predictor(noise)], abs=1e-6)
 
 
@@ -294,16 +306,69 @@ def test_without_threshold_the_verdict_stays_open(uncalibrated_folder: Path, noi
     assert Predictor(uncalibrated_folder, device="cpu")(noise[:1])[0].is_anomalous is None
 
 
-def test_errors_take_the_place_of_unreadable_images(
-    predictor: Predictor, noise_paths: list[Path], tmp_path: Path
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_unreadable_images_are_reported_in_their_turn_and_the_others_go_on(
+    model_folder: Path, noise_paths: list[Path], tmp_path: Path, batch_size: int
 ) -> None:
+    predictor = Predictor(model_folder, device="cpu", batch_size=batch_size)
     missing = tmp_path / "missing.png"
     images = [missing, noise_paths[0], missing, missing, noise_paths[1], missing]
-    outcomes = list(predictor.try_stream(images))
-    assert [isinstance(outcome, AlmrrError) for outcome in outcomes] == [True, False, True, True, False, True]
-    assert "missing.png" in str(outcomes[0])
+    events: list[object] = []
+    errors: list[AlmrrError] = []
+
+    def report(image: object, error: AlmrrError) -> None:
+        events.append(image)
+        errors.append(error)
+
+    for prediction in predictor.stream(images, on_unreadable=report):
+        events.append(prediction.index)
+    assert events == [missing, 1, missing, missing, 4, missing]
+    assert "missing.png" in str(errors[0])
     with pytest.raises(AlmrrError, match=r"missing\.png"):
         predictor(images)
+
+
+def test_maps_leave_unreadable_images_out(
+    brightness: nn.Module, noise_paths: list[Path], tmp_path: Path
+) -> None:
+    missing, unreadable = tmp_path / "missing.png", []
+    maps = _predictor(brightness).maps(
+        [noise_paths[0], missing, noise_paths[1]],
+        at="image",
+        on_unreadable=lambda image, _: unreadable.append(image),
+    )
+    assert [anomaly_map.shape for anomaly_map in maps] == [(20, 30), (150, 40)]
+    assert unreadable == [missing]
+
+
+def test_what_a_callback_raises_ends_the_run(
+    predictor: Predictor, noise_paths: list[Path], tmp_path: Path
+) -> None:
+    def refuse(image: object, error: AlmrrError) -> None:
+        raise KeyError(image)
+
+    with pytest.raises(KeyError):
+        list(predictor.stream([tmp_path / "missing.png", noise_paths[0]], on_unreadable=refuse))
+
+
+def test_the_map_predictor_is_frozen(predictor: Predictor) -> None:
+    with pytest.raises(FrozenInstanceError):
+        predictor.map_predictor.batch_size = 3  # type: ignore[misc]
+
+
+def test_it_is_built_from_the_inference_section(
+    model_folder: Path, flips_model_folder: Path, noise: list[ImageArray]
+) -> None:
+    settings = InferenceSettings(batch_size=3, flips=True)
+    built = MapPredictor.build(ALMRR.load(model_folder), settings, tiling=WHOLE, device="cpu")
+    assert (built.batch_size, built.image_size, built.tiling) == (3, (128, 128), WHOLE)
+    expected = Predictor(flips_model_folder, device="cpu", batch_size=3)  # of equal weights
+    for given, prediction in zip(built.maps(noise, at="image"), expected(noise), strict=True):
+        np.testing.assert_array_equal(given, prediction.anomaly_map)
+
+
+def test_a_folder_may_be_named_by_a_string(model_folder: Path) -> None:
+    assert Predictor(str(model_folder), device="cpu").config.category == "sample_brick"
 
 
 def test_settings_of_another_model_are_refused(tmp_path: Path, model_folder: Path) -> None:
@@ -323,16 +388,16 @@ def test_images_of_one_pixel_and_of_one_row(predictor: Predictor, tiling_model_f
 @pytest.mark.gpu
 def test_cuda_agrees_with_the_cpu(model_folder: Path, noise: list[ImageArray]) -> None:
     on_gpu = Predictor(model_folder, device="cuda")
-    assert on_gpu.device.type == "cuda"
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in on_gpu._model.modules())
-    assert {tensor.device.type for tensor in on_gpu._model.state_dict().values()} == {"cuda"}
+    assert on_gpu.map_predictor.device.type == "cuda"
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in on_gpu.map_predictor.model.modules())
+    assert {tensor.device.type for tensor in on_gpu.map_predictor.model.state_dict().values()} == {"cuda"}
     for expected, found in zip(Predictor(model_folder, device="cpu")(noise), on_gpu(noise), strict=True):
         np.testing.assert_allclose(found.anomaly_map, expected.anomaly_map, atol=2e-3)
 
 
 def test_inference_needs_neither_mlflow_nor_kedro() -> None:
     code = (
-        "import sys, almrr_pipeline.inference.predictor, almrr_pipeline.inference.predict_files, "
+        "import sys, almrr_pipeline.inference.predictor, almrr_pipeline.reporting.predict_files, "
         "almrr_pipeline.inference.calibration, almrr_pipeline.inference.describe; "
         "print(sorted({'mlflow', 'kedro', 'dvc'} & set(sys.modules)))"
     )

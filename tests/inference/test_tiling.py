@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from almrr_pipeline.common.images import ImageArray
+from almrr_pipeline.common.arrays import ImageArray
 from almrr_pipeline.inference.tiling import AnomalyMap, Axis, Blend, TileGrid
 
 LENGTHS = st.integers(1, 120)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from almrr_pipeline.common.images import ImageArray
+from almrr_pipeline.common.arrays import ImageArray
 from almrr_pipeline.inference.tta import FlipAveraged, average_flips
 from almrr_pipeline.inference.predictor import Predictor
 
@@ -56,10 +56,10 @@ def test_whether_it_trains_is_whether_the_model_does() -> None:
 
 
 def test_a_predictor_follows_the_models_settings(
-    model_folder: Path, mirrored_model_folder: Path, noise: list[ImageArray]
+    model_folder: Path, flips_model_folder: Path, noise: list[ImageArray]
 ) -> None:
     square = [np.ascontiguousarray(np.resize(image, (128, 128, 3))) for image in noise]
-    plain, flips = Predictor(model_folder), Predictor(mirrored_model_folder)  # of equal weights
+    plain, flips = Predictor(model_folder), Predictor(flips_model_folder)  # of equal weights
     mirrors = [[image, image[:, ::-1], image[::-1], image[::-1, ::-1]] for image in square]
 
     for given, four in zip(flips(square), mirrors, strict=True):

@@ -1,4 +1,4 @@
-"""What a model folder holds, in words; read from its files without building the network."""
+"""Description of a model folder, read from its files without building the network."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from almrr_pipeline.config import Tiling
 from almrr_pipeline.common.errors import AlmrrError
+from almrr_pipeline.config import Tiling
 from almrr_pipeline.evaluation.thresholds import Threshold
 from almrr_pipeline.inference.inference_config import InferenceConfig
-from almrr_pipeline.model.weights_io import read_config
+from almrr_pipeline.model.weights_io import WEIGHTS_FILE, read_config
 
-_PARTS = {
+_MODULES = {
     "backbone": "backbone (frozen)",
     "mfrm": "reconstruction (MFRM)",
     "summary": "projection",
@@ -25,57 +25,60 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def describe_model(folder: Path) -> str:
-    """Say in a few lines what a model is: network, input, thresholds with their guarantee, numbers of parameters.
+    """Describe a model in a few lines: network, input, thresholds and guarantee, parameter counts.
 
     Raises:
         AlmrrError: `folder` is no model folder, or one of its files cannot be read.
     """
-    settings = InferenceConfig.load(folder)
-    backbone = read_config(folder).backbone
-    rows, columns = settings.image_size
-    lines = [
-        f"ALMRR model of {settings.category}",
-        f"backbone          {backbone.name}",
-        f"input             {rows} x {columns} pixels, {_describe_tiling(settings.tiling)}",
-        f"anomaly map       {_describe_mirrors(settings.flips)}",
-        f"image score       largest mean over {settings.smoothing} x {settings.smoothing} pixels of the map",
-    ]
-    for kind in ("image", "pixel"):
-        threshold = getattr(settings.thresholds, kind) if settings.thresholds else None
-        lines.append(f"{kind} threshold   {_describe_threshold(threshold)}")
+    config = InferenceConfig.load(folder)
+    rows, columns = config.image_size
+    side = config.smoothing
+    flips = "mean over the image and its three flips" if config.flips else "of the image as it is"
+    image, pixel = (
+        (config.thresholds.image, config.thresholds.pixel) if config.thresholds else (None, None)
+    )
     counts = count_parameters(folder)
-    lines.append(f"parameters        {_millions(sum(counts.values()))}")
-    lines += [f"  {part:<24}{_millions(count)}" for part, count in counts.items()]
-    return "\n".join(lines)
+    return "\n".join(
+        [
+            f"ALMRR model of {config.category}",
+            f"backbone          {read_config(folder).backbone.name}",
+            f"input             {rows} x {columns} pixels, {_describe_tiling(config.tiling)}",
+            f"anomaly map       {flips}",
+            f"image score       largest mean over {side} x {side} pixels of the map",
+            f"image threshold   {_describe_threshold(image)}",
+            f"pixel threshold   {_describe_threshold(pixel)}",
+            f"parameters        {_millions(sum(counts.values()))}",
+            *(f"  {module:<24}{_millions(count)}" for module, count in counts.items()),
+        ]
+    )
 
 
 def count_parameters(folder: Path) -> dict[str, int]:
-    """Parameters of each part of a saved model, from the header of its weights file; the frozen backbone's included.
+    """Parameters of each module of a saved model, from the header of its weights file.
 
     Raises:
         AlmrrError: the weights file cannot be read.
     """
-    path = folder / "model.safetensors"
+    path = folder / WEIGHTS_FILE
     counts: Counter[str] = Counter()
     try:
         with safe_open(path, framework="numpy") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - the file is no mapping
-                part, _, rest = name.partition(".")
-                if part in _PARTS and rest.rpartition(".")[2] not in _STATISTICS:
-                    counts[_PARTS[part]] += math.prod(tensors.get_slice(name).get_shape())
+                module, _, rest = name.partition(".")
+                if module in _MODULES and rest.rpartition(".")[2] not in _STATISTICS:
+                    counts[module] += math.prod(tensors.get_slice(name).get_shape())
     except (SafetensorError, OSError) as error:
         raise AlmrrError(f"{path} cannot be read as weights ({error}).") from error
-    return {part: counts[part] for part in _PARTS.values() if counts[part]}
+    return {label: counts[module] for module, label in _MODULES.items() if counts[module]}
 
 
 def _describe_tiling(tiling: Tiling) -> str:
     if not tiling.enabled:
         return "images are resized to it"
-    return f"images are scaled by {tiling.scale:g} and cut into tiles that overlap by {tiling.overlap:.0%} or more"
-
-
-def _describe_mirrors(flips: bool) -> str:
-    return "mean over the image and its three mirror images" if flips else "of the image as it is"
+    return (
+        f"images are scaled by {tiling.scale:g} and cut into tiles that overlap by "
+        f"{tiling.overlap:.0%} or more"
+    )
 
 
 def _describe_threshold(threshold: Threshold | None) -> str:

@@ -20,7 +20,6 @@ import copy
 import importlib.util
 import logging
 from functools import cache
-from typing import TYPE_CHECKING
 
 import torch
 from einops import rearrange
@@ -28,20 +27,30 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from almrr_pipeline.model.almrr import ALMRR
+from almrr_pipeline.model.backbone import Backbone
+from almrr_pipeline.model.frm import FRM
 from almrr_pipeline.model.inputs import check_images
+from almrr_pipeline.model.kernels.scan.reference import without_autocast
 from almrr_pipeline.model.mfrm import Decoder, to_map, to_tokens
-from almrr_pipeline.model.resizing import apply_separably
-
-if TYPE_CHECKING:
-    from almrr_pipeline.model.almrr import ALMRR
-    from almrr_pipeline.model.backbone import Backbone
-    from almrr_pipeline.model.frm import FRM
+from almrr_pipeline.model.kernels.embedding import compose_convolutions
+from almrr_pipeline.model.kernels.resizing import apply_separably
 
 _TOLERANCE = 1e-3
 """Largest relative change of a network's output that fusing its batch norms may make; rounding makes about 1e-6."""
 _EPSILON = 1e-5
 """Of the instance norms, torch's default."""
 _logger = logging.getLogger(__name__)
+
+
+def fuse(model: ALMRR) -> FusedALMRR:
+    """Fuse a model for inference: equal to its `forward` in evaluation mode within 1e-4 in float32.
+
+    The model stays as it is, and the result does not follow later changes of it.
+    """
+    # Outputs are compared while fusing; half precision would blur them.
+    with without_autocast(model.mfrm.position):
+        return FusedALMRR(model)
 
 
 class FusedALMRR(nn.Module):
@@ -83,11 +92,15 @@ class FusedALMRR(nn.Module):
         """What `forward` does, without looking at the input."""
         maps = self.backbone(images)  # (B, C_i, H / s_i, W / s_i) for s = 4, 8, 16
         tokens = self.encoder(self.embedding(maps))  # (B, n, dim)
-        repaired = self.decoder(to_map(tokens, self.token_grid))  # (B, k, h, w), the summary of F_hat
+        repaired = self.decoder(
+            to_map(tokens, self.token_grid)
+        )  # (B, k, h, w), the summary of F_hat
         stacked = torch.cat([repaired, self.summary(maps)], dim=1)  # (B, 2 k, h, w)
         # The softmax of two logits is the logistic function of their difference.
         probability = self.frm(stacked).sigmoid()  # (B, 1, h, w)
-        resized = F.interpolate(probability, size=self.image_size, mode="bilinear", align_corners=True)
+        resized = F.interpolate(
+            probability, size=self.image_size, mode="bilinear", align_corners=True
+        )
         return resized[:, 0]  # (B, H, W)
 
 
@@ -103,7 +116,9 @@ class FusedBackbone(nn.Module):
         # explicitly padded copy of the image, which costs as much as the normalization.
         self.register_buffer("scale", 1 / backbone.std)
         self.register_buffer("shift", -backbone.mean / backbone.std)
-        self.network = fuse_batch_norms(backbone.network, _draw_example(3, *image_size).to(backbone.mean))
+        self.network = fuse_batch_norms(
+            backbone.network, _draw_example(3, *image_size).to(backbone.mean)
+        )
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Extract features, as `Backbone.forward` does."""
@@ -118,12 +133,18 @@ class FusedEmbedding(nn.Module):
     def __init__(self, model: ALMRR, scale: Tensor, offset: Tensor) -> None:
         super().__init__()
         with torch.no_grad():
-            weight, bias = model.mfrm.composed_embedding(torch.float64)
+            weight, bias = compose_convolutions(
+                model.mfrm.reduce, model.mfrm.patch_embedding, torch.float64
+            )
         bias = bias + torch.einsum("dcyx,c->d", weight, offset)
         self.register_buffer("position", model.mfrm.position.detach().double() + bias)
         weights = torch.split(weight * scale[:, None, None], list(model.backbone.channels), dim=1)
         self.stages = nn.ModuleList(
-            _embed_stage(stage_weight, *model.regional_features.matrices(stage), tokens=self.position.shape[1])
+            _embed_stage(
+                stage_weight,
+                *model.regional_features.matrices(stage),
+                tokens=self.position.shape[1],
+            )
             for stage, stage_weight in enumerate(weights)
         )
 
@@ -170,8 +191,12 @@ class EmbedThenResize(nn.Module):
         self.dim, _, self.patch, _ = weight.shape
         self.register_buffer("weight", rearrange(weight, "d c a b -> c (a b d)").contiguous())
         # One row for each row of tokens, one column for each (row of the map, place in the patch).
-        self.register_buffer("rows", rearrange(rows, "(i a) n -> i (n a)", a=self.patch).contiguous())
-        self.register_buffer("columns", rearrange(columns, "(j b) m -> j (m b)", b=self.patch).contiguous())
+        self.register_buffer(
+            "rows", rearrange(rows, "(i a) n -> i (n a)", a=self.patch).contiguous()
+        )
+        self.register_buffer(
+            "columns", rearrange(columns, "(j b) m -> j (m b)", b=self.patch).contiguous()
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, n, m) -> (B, tokens, dim)."""
@@ -194,13 +219,17 @@ class FusedSummary(nn.Module):
         self.regional_features = copy.deepcopy(model.regional_features)
         weights = torch.split(summary * scale, list(model.backbone.channels), dim=1)
         for stage, weight in enumerate(weights):
-            self.register_buffer(f"weight{stage}", weight[:, :, None, None].clone())  # (k, C_i, 1, 1)
+            self.register_buffer(
+                f"weight{stage}", weight[:, :, None, None].clone()
+            )  # (k, C_i, 1, 1)
 
     def forward(self, maps: list[Tensor]) -> Tensor:
         """(B, C_i, n_i, m_i) for each stage -> (B, k, h, w)."""
         total = self.constant
         for stage, x in enumerate(maps):
-            total = total + self.regional_features.transform(stage, F.conv2d(x, self.get_buffer(f"weight{stage}")))
+            total = total + self.regional_features.transform(
+                stage, F.conv2d(x, self.get_buffer(f"weight{stage}"))
+            )
         return total
 
 
@@ -216,9 +245,13 @@ class FusedDecoder(nn.Module):
         assert isinstance(last, nn.ConvTranspose2d)
         assert expand.bias is not None
         self.size = decoder.size
-        self.stages = nn.ModuleList(_without_bias(stage[0]) for stage in (decoder.stage1, decoder.stage2))
+        self.stages = nn.ModuleList(
+            _without_bias(stage[0]) for stage in (decoder.stage1, decoder.stage2)
+        )
         self.last = SubPixelConvolution(last.weight)
-        self.register_buffer("weight", summary @ expand.weight.detach().flatten(1).double())  # (k, latent)
+        self.register_buffer(
+            "weight", summary @ expand.weight.detach().flatten(1).double()
+        )  # (k, latent)
         self.register_buffer("bias", summary @ expand.bias.detach().double())  # (k,)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -229,9 +262,13 @@ class FusedDecoder(nn.Module):
         if _runs_numba(x):
             from almrr_pipeline.model.kernels.decoder_tail import summarize_phases
 
-            return summarize_phases(phases, self.weight, self.bias, size=self.size, epsilon=_EPSILON)
+            return summarize_phases(
+                phases, self.weight, self.bias, size=self.size, epsilon=_EPSILON
+            )
         x = normalize(interleave(phases)).relu_()
-        x = F.interpolate(x, size=self.size, mode="bilinear", align_corners=True)  # (B, latent, h, w)
+        x = F.interpolate(
+            x, size=self.size, mode="bilinear", align_corners=True
+        )  # (B, latent, h, w)
         return F.conv2d(x.tanh_(), self.weight[:, :, None, None], self.bias)
 
 
@@ -250,7 +287,9 @@ class SubPixelConvolution(nn.Module):
         weight = weight.detach().transpose(0, 1)  # (outputs, inputs, 3, 3)
         for i, rows in enumerate(([1], [2, 0])):
             for j, columns in enumerate(([1], [2, 0])):
-                self.register_buffer(f"weight{i}{j}", weight[:, :, rows][:, :, :, columns].contiguous())
+                self.register_buffer(
+                    f"weight{i}{j}", weight[:, :, rows][:, :, :, columns].contiguous()
+                )
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, inputs, n, m) -> (B, outputs, 2 n - 1, 2 m - 1)."""
@@ -276,7 +315,12 @@ def _alternate(even: Tensor, odd: Tensor, *, dim: int) -> Tensor:
 
 def _runs_numba(x: Tensor) -> bool:
     """Whether the fused kernels can take this tensor: on the CPU, float32, and not into a graph."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling() and _has_numba()
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and not torch.compiler.is_compiling()
+        and _has_numba()
+    )
 
 
 @cache
@@ -309,19 +353,32 @@ def fuse_batch_norms(network: nn.Module, example: Tensor) -> nn.Module:
         assert norm.running_mean is not None
         assert norm.running_var is not None
         convolution.weight, bias = fuse_conv_bn_weights(
-            convolution.weight, convolution.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+            convolution.weight,
+            convolution.bias,
+            norm.running_mean,
+            norm.running_var,
+            norm.eps,
+            norm.weight,
+            norm.bias,
         )
         convolution.bias = bias
         # timm's BatchNormAct2d is a batch norm that carries its activation.
         fused.set_submodule(names[norm], getattr(norm, "act", nn.Identity()))
     if _differ(plain, fused, example):
-        _logger.warning("The batch norms of %s cannot be fused; inference runs with them.", type(network).__name__)
+        _logger.warning(
+            "The batch norms of %s cannot be fused; inference runs with them.",
+            type(network).__name__,
+        )
         return plain
     return fused.requires_grad_(False)
 
 
-def _convolutions_before_norms(network: nn.Module, example: Tensor) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
-    made_by: dict[int, tuple[nn.Conv2d, Tensor]] = {}  # the tensor is kept, so that its id stays its own
+def _convolutions_before_norms(
+    network: nn.Module, example: Tensor
+) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+    made_by: dict[
+        int, tuple[nn.Conv2d, Tensor]
+    ] = {}  # the tensor is kept, so that its id stays its own
     pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
 
     def note_output(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -332,8 +389,14 @@ def _convolutions_before_norms(network: nn.Module, example: Tensor) -> list[tupl
         if isinstance(module, nn.BatchNorm2d) and id(inputs[0]) in made_by:
             pairs.append((made_by[id(inputs[0])][0], module))
 
-    handles = [m.register_forward_hook(note_output) for m in network.modules() if isinstance(m, nn.Conv2d)]
-    handles += [m.register_forward_pre_hook(note_input) for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+    handles = [
+        m.register_forward_hook(note_output) for m in network.modules() if isinstance(m, nn.Conv2d)
+    ]
+    handles += [
+        m.register_forward_pre_hook(note_input)
+        for m in network.modules()
+        if isinstance(m, nn.BatchNorm2d)
+    ]
     with torch.no_grad():
         network(example)
     for handle in handles:
@@ -346,7 +409,10 @@ def _differ(plain: nn.Module, fused: nn.Module, example: Tensor) -> bool:
         expected, given = plain(example), fused(example)
     if isinstance(expected, Tensor):
         expected, given = [expected], [given]
-    return any(bool((e - g).abs().max() > _TOLERANCE * e.abs().max()) for e, g in zip(expected, given, strict=True))
+    return any(
+        bool((e - g).abs().max() > _TOLERANCE * e.abs().max())
+        for e, g in zip(expected, given, strict=True)
+    )
 
 
 def _draw_example(*shape: int) -> Tensor:

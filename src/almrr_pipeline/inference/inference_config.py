@@ -1,23 +1,25 @@
-"""inference.json: what turns a model's maps into scores and verdicts; it lies beside the weights."""
+"""inference.json, next to a model's weights: what turns its maps into scores and verdicts."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from almrr_pipeline.config import Positive, Section, Side, Tiling
 from almrr_pipeline.common.errors import AlmrrError
+from almrr_pipeline.common.files import write_atomically
+from almrr_pipeline.config import Positive, Section, Side, Tiling
 from almrr_pipeline.evaluation.thresholds import Threshold, withdraw_guarantee
 
-SETTINGS_FILE = "inference.json"
-MODEL_FILES = ("model.safetensors", "config.json", SETTINGS_FILE)
-"""What a model folder holds: weights, architecture, and these settings."""
+INFERENCE_FILE = "inference.json"
+MODEL_FILES = ("model.safetensors", "config.json", INFERENCE_FILE)
+"""Files of a model folder: weights, architecture, and the settings of this module."""
+_KEY_OF_0_1 = ("mirrored",)
+"""Where a fault is reported in an inference.json of version 0.1; `flips` today."""
 
 
 class Thresholds(Section):
-    """Thresholds from validation images; what lies above (never at) one is anomalous."""
+    """Thresholds from validation images; what is above (never at) one is anomalous."""
 
     image: Threshold
     """For the score of an image."""
@@ -34,40 +36,51 @@ class InferenceConfig(Section):
     """Rows and columns of the network's input."""
     tiling: Tiling = Tiling()
     smoothing: Positive = 9
-    """Side of the mean filter before the image score's maximum, in pixels of the map at the network's scale."""
+    """Side of the mean filter of the image score, in pixels of the map at the network's scale."""
     flips: bool = False
-    """Whether a map is the mean over the image and its mirror images; see `almrr_pipeline.inference.tta`."""
+    """Test-time augmentation; see `almrr_pipeline.inference.tta`."""
     thresholds: Thresholds | None = None
     """None until the model has been calibrated."""
 
     def without_guarantee(self) -> InferenceConfig:
-        """The same thresholds without a promise, for weights that were chosen on the calibration images."""
+        """The same thresholds without a guarantee: the weights were chosen on the validation images."""
         if self.thresholds is None:
             return self
-        image, pixel = (withdraw_guarantee(one) for one in (self.thresholds.image, self.thresholds.pixel))
-        return self.model_copy(update={"thresholds": Thresholds(image=image, pixel=pixel)})
+        thresholds = Thresholds(
+            image=withdraw_guarantee(self.thresholds.image),
+            pixel=withdraw_guarantee(self.thresholds.pixel),
+        )
+        return self.model_copy(update={"thresholds": thresholds})
 
     def save(self, folder: Path) -> None:
-        """Write inference.json into `folder`, beside first and then renamed."""
-        target = folder / SETTINGS_FILE
-        beside = target.with_name(target.name + ".partial")
-        beside.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        beside.replace(target)
+        """Write inference.json into a model folder, atomically."""
+        with write_atomically(folder / INFERENCE_FILE) as path:
+            path.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> InferenceConfig:
         """Read inference.json from a model folder.
 
         Raises:
-            AlmrrError: `folder` is no model folder, or the file does not hold these settings; says what is wrong.
+            AlmrrError: `folder` is no model folder, or the file does not hold these settings.
         """
         check_model_folder(folder)
-        path = folder / SETTINGS_FILE
+        path = folder / INFERENCE_FILE
         try:
-            return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, ValidationError) as error:
+            return cls.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            if any(fault["loc"] == _KEY_OF_0_1 for fault in error.errors()):
+                raise AlmrrError(
+                    f"{folder} is a model of almrr-pipeline 0.1, which this version cannot read; "
+                    "train it again, or use almrr-pipeline 0.1."
+                ) from None
+            faults = "; ".join(
+                f"{'.'.join(map(str, fault['loc'])) or 'file'}: {fault['msg']}"
+                for fault in error.errors()
+            )
             raise AlmrrError(
-                f"{path} does not hold a model's settings ({_first_line(error)}); train or calibrate the model again."
+                f"{path} does not hold a model's settings ({faults}); train or calibrate the model "
+                "again."
             ) from error
 
 
@@ -77,19 +90,10 @@ def check_model_folder(folder: Path) -> None:
     Raises:
         AlmrrError: there is no such folder, or files of a model are missing from it; names them.
     """
+    advice = "name one such as data/06_models/CATEGORY/seed_0"
     if not folder.is_dir():
-        what = "is a file, not a folder" if folder.exists() else "does not exist"
-        raise AlmrrError(f"The model folder {folder} {what}; name one such as data/06_models/CATEGORY.")
+        reason = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise AlmrrError(f"The model folder {folder} {reason}; {advice}.")
     missing = [name for name in MODEL_FILES if not (folder / name).is_file()]
     if missing:
-        raise AlmrrError(
-            f"{folder} is no model folder: {', '.join(missing)} missing; name one such as data/06_models/CATEGORY."
-        )
-
-
-def _first_line(error: Exception) -> str:
-    """What is wrong in one line; pydantic's own text has one for each fault and more."""
-    if isinstance(error, ValidationError):
-        faults = error.errors()
-        return "; ".join(f"{'.'.join(map(str, fault['loc'])) or 'file'}: {fault['msg']}" for fault in faults)
-    return str(error)
+        raise AlmrrError(f"{folder} is no model folder: {', '.join(missing)} missing; {advice}.")

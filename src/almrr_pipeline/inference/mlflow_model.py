@@ -1,7 +1,8 @@
-"""A model folder as an MLflow model that `mlflow models serve` serves: encoded images in, scores and verdicts out.
+"""A model folder as an MLflow model: encoded images in; scores, verdicts and maps out.
 
-The one module here that imports MLflow. MLflow runs this file itself when it loads the model ("models from code"), so
-nothing is pickled; the artifact is the model folder, and the package's source travels along.
+The one module below kedro_support that imports MLflow. MLflow runs this file when it loads the model
+("models from code"), so nothing is pickled; the artifacts are the model folder and this package's
+source. `mlflow models serve` answers:
 
     curl http://127.0.0.1:5000/invocations -H 'Content-Type: application/json' \
          -d '{"dataframe_records": [{"image": "<base64 of a PNG or JPEG file>"}]}'
@@ -28,11 +29,12 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from PIL import Image
 
 import almrr_pipeline
+from almrr_pipeline.common.arrays import ImageArray
 from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.common.images import ImageArray, decode_image
-from almrr_pipeline.inference.predict_files import to_sixteen_bits
-from almrr_pipeline.inference.predictor import Prediction, Predictor
+from almrr_pipeline.common.images import decode_image
 from almrr_pipeline.inference.inference_config import InferenceConfig
+from almrr_pipeline.inference.map_png import encode_map
+from almrr_pipeline.inference.predictor import Prediction, Predictor
 
 _ARTIFACT = "model_folder"
 _REQUIREMENTS = (
@@ -47,10 +49,10 @@ _REQUIREMENTS = (
     "pydantic",
     "safetensors",
 )
-"""What the source that travels along imports for predicting; pinned to the versions that are installed at logging."""
+"""What prediction imports; pinned to the versions that are installed at logging."""
 
 MODEL_CONFIG: dict[str, Any] = {"device": "auto", "batch_size": 8, "scan_backend": "auto"}
-"""Arguments of `Predictor`, each open to `mlflow.pyfunc.load_model(uri, model_config={...})`."""
+"""Arguments of `Predictor`; `mlflow.pyfunc.load_model(uri, model_config={...})` can replace each."""
 
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec(DataType.binary, "image")]),
@@ -63,57 +65,68 @@ SIGNATURE = ModelSignature(
     ),
     params=ParamSchema([ParamSpec("anomaly_map", DataType.boolean, False)]),
 )
-"""One row an image: the bytes of its file (base64 in JSON) in; score, verdict and, if asked for, its map out."""
+"""One row per image: the bytes of its file (base64 in JSON) in; score, verdict and, on request, map out."""
 
 
 class ServedModel(PythonModel):
     """A `Predictor` behind MLflow's interface."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Load the model folder among the artifacts, by the values of `MODEL_CONFIG` or those given at loading."""
+        """Load the model folder among the artifacts."""
         folder = Path(context.artifacts[_ARTIFACT])
         self._predictor = Predictor(folder, **{**MODEL_CONFIG, **(context.model_config or {})})
-        self._turn = threading.Lock()
+        self._lock = threading.Lock()
 
     def predict(
-        self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
+        self,
+        context: PythonModelContext,
+        model_input: pd.DataFrame,
+        params: dict[str, Any] | None = None,
     ) -> pd.DataFrame:
         """Predict images.
 
         Args:
             context: unused; the model was loaded by `load_context`.
             model_input: column `image`, the bytes of an image file in any format that Pillow reads.
-            params: `anomaly_map`: whether to return each image's map too, as the base64 of a 16-bit gray PNG of the
-                image's size, where 65535 stands for 1.
+            params: `anomaly_map`: whether to return each image's map too, as the base64 of a
+                16-bit gray PNG of the image's size, where 65535 stands for 1.
 
         Returns:
-            Columns score, in [0, 1]; is_anomalous, None where there is no threshold; anomaly_map, if asked for.
+            Columns score, in [0, 1]; is_anomalous, None where there is no threshold; anomaly_map, on
+            request.
 
         Raises:
-            AlmrrError: a row is no image; says which.
+            AlmrrError: a row is no image; names it.
         """
-        with_maps = bool((params or {}).get("anomaly_map", False))
-        # The server calls from many threads; in turn, so that only one batch at a time takes memory.
-        with self._turn:
-            rows = [_to_row(found, with_map=with_maps) for found in self._predictor.stream(_decode_rows(model_input))]
-        return pd.DataFrame(rows).astype({"is_anomalous": object})  # None stays None, and null in JSON
+        with_map = bool((params or {}).get("anomaly_map", False))
+        # The server calls from many threads; one at a time, so that one batch takes memory.
+        with self._lock:
+            predictions = self._predictor.stream(_decode_rows(model_input))
+            rows = [_to_row(prediction, with_map=with_map) for prediction in predictions]
+        return pd.DataFrame(rows).astype(
+            {"is_anomalous": object}
+        )  # None stays None, and null in JSON
 
 
-def log_model(folder: Path, *, name: str, registered_name: str | None = None, alias: str | None = None) -> ModelInfo:
+def log_model(
+    folder: Path, *, name: str, registered_name: str | None = None, alias: str | None = None
+) -> ModelInfo:
     """Log a model folder to MLflow, in the active run if there is one.
 
     Args:
         folder: holds model.safetensors, config.json and inference.json.
         name: name of the logged model.
         registered_name: also register it under this name, as a new version.
-        alias: alias that the new version receives, such as "champion"; needs `registered_name`.
+        alias: alias of the new version, such as "champion"; needs `registered_name`.
 
     Raises:
         AlmrrError: `folder` is no model folder, or there is an alias without a registered name.
     """
     if alias and not registered_name:
-        raise AlmrrError(f"The alias {alias!r} belongs to a registered model; give registered_name too.")
-    settings = InferenceConfig.load(folder)
+        raise AlmrrError(
+            f"The alias {alias!r} belongs to a registered model; give registered_name too."
+        )
+    config = InferenceConfig.load(folder)
     logged: ModelInfo = mlflow.pyfunc.log_model(
         name=name,
         python_model=str(Path(__file__)),
@@ -121,10 +134,10 @@ def log_model(folder: Path, *, name: str, registered_name: str | None = None, al
         model_config=MODEL_CONFIG,
         code_paths=[str(Path(almrr_pipeline.__file__).parent)],
         signature=SIGNATURE,
-        input_example=_example(settings.image_size),
+        input_example=_example(config.image_size),
         pip_requirements=_pinned_requirements(),
         registered_model_name=registered_name,
-        metadata={"category": settings.category},
+        metadata={"category": config.category},
     )
     if registered_name and alias:
         version = str(logged.registered_model_version)
@@ -140,21 +153,20 @@ def _decode_rows(model_input: pd.DataFrame) -> Iterator[ImageArray]:
 def _to_row(prediction: Prediction, *, with_map: bool) -> dict[str, Any]:
     row: dict[str, Any] = {"score": prediction.score, "is_anomalous": prediction.is_anomalous}
     if with_map:
-        encoded = io.BytesIO()
-        Image.fromarray(to_sixteen_bits(prediction.anomaly_map)).save(encoded, format="PNG")
-        row["anomaly_map"] = base64.b64encode(encoded.getvalue()).decode("ascii")
+        row["anomaly_map"] = base64.b64encode(encode_map(prediction.anomaly_map)).decode("ascii")
     return row
 
 
 def _example(size: tuple[int, int]) -> pd.DataFrame:
-    """An image of one gray, of the network's size."""
+    """A gray image of the network's size."""
     encoded = io.BytesIO()
     Image.fromarray(np.full((*size, 3), 128, dtype=np.uint8)).save(encoded, format="PNG")
     return pd.DataFrame({"image": [encoded.getvalue()]})
 
 
 def _pinned_requirements() -> list[str]:
-    pinned = [f"mlflow=={mlflow.__version__}", *(f"{name}=={metadata.version(name)}" for name in _REQUIREMENTS)]
+    pinned = [f"mlflow=={mlflow.__version__}"]
+    pinned += [f"{name}=={metadata.version(name)}" for name in _REQUIREMENTS]
     with suppress(metadata.PackageNotFoundError):  # it only makes the scan faster
         pinned.append(f"numba=={metadata.version('numba')}")
     return pinned

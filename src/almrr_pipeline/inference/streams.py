@@ -1,4 +1,4 @@
-"""Work that runs a little ahead in threads, and items taken a batch at a time: lazy, in order, bounded."""
+"""Work that runs a little ahead in threads, and batches of a stream: lazy, in order, bounded."""
 
 from __future__ import annotations
 
@@ -12,34 +12,48 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def map_ahead(
+def submit_ahead(
     function: Callable[[Item], Result], items: Iterable[Item], *, ahead: int, threads: int = 4
-) -> Iterator[Result]:
-    """Apply `function` in threads to at most `ahead` items beyond the one that is asked for; results keep the order.
+) -> Iterator[tuple[Item, Future[Result]]]:
+    """Apply `function` in threads to at most `ahead` items beyond the one that is being used.
 
-    The items themselves are drawn in the caller's thread. What `function` raises is raised where its result is due.
+    The items themselves are drawn in the caller's thread.
 
     Args:
         function: called with one item; must be safe to call from several threads at once.
         items: may be endless; no more than `ahead` + 1 are ever in hand.
         ahead: how far to run ahead, at least 1.
         threads: how many calls run at the same time, at least 1.
+
+    Yields:
+        Each item with its future, in the order of the items; its `result()` waits, and raises what
+        `function` raised.
     """
-    source = iter(items)
-    running: deque[Future[Result]] = deque()
-    pool = ThreadPoolExecutor(max_workers=min(threads, ahead))
+    remaining = iter(items)
+    running: deque[tuple[Item, Future[Result]]] = deque()
+    executor = ThreadPoolExecutor(max_workers=min(threads, ahead))
     try:
-        running.extend(pool.submit(function, item) for item in islice(source, ahead))
+        running.extend((item, executor.submit(function, item)) for item in islice(remaining, ahead))
         while running:
-            result = running.popleft().result()
-            running.extend(pool.submit(function, item) for item in islice(source, 1))
-            yield result
+            head = running.popleft()
+            head[1].exception()  # wait, so that no more than `ahead` are ever unfinished
+            for item in islice(remaining, 1):
+                running.append((item, executor.submit(function, item)))
+            yield head
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+def map_ahead(
+    function: Callable[[Item], Result], items: Iterable[Item], *, ahead: int, threads: int = 4
+) -> Iterator[Result]:
+    """The results of `submit_ahead`, in order; an error of `function` is raised in its item's turn."""
+    for _, future in submit_ahead(function, items, ahead=ahead, threads=threads):
+        yield future.result()
 
 
 def take_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Lists of `size` items in turn; the last may be shorter, none is empty."""
-    source = iter(items)
-    while batch := list(islice(source, size)):
+    """Split a stream into lists of `size` items; the last may be shorter, none is empty."""
+    remaining = iter(items)
+    while batch := list(islice(remaining, size)):
         yield batch

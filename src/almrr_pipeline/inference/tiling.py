@@ -1,14 +1,14 @@
-"""Overlapping tiles of one size, and the map that is blended from what a network says about each.
+"""Overlapping tiles of one size, and the map that is blended from the tiles' maps.
 
-Every tile lies inside the image, at even distances, so that an image of at least a tile's size needs no padding. A
-smaller one is padded to a tile by reflection, half before and half after; the padding is cut off the blended map
-again.
+Every tile is inside the image, at even distances, so that an image of at least a tile's size needs no
+padding. A smaller one is padded to a tile by reflection, half before and half after; the padding is
+cut off the blended map again.
 
-Along each axis a tile's weight rises from its edge over what it shares with the tile before and falls over what it
-shares with the next, as sin^2 and cos^2 (a raised cosine); toward the image's border it stays at 1. The weights are
-divided by their sum, which makes them a partition of unity: agreeing tiles blend into exactly what they agree on, and
-a tile's edge, where a network has seen least around a pixel, counts for nothing. Without overlap the tiles simply
-stand side by side.
+Along each axis a tile's weight rises over its overlap with the tile before and falls over that with the
+next, as sin^2 and cos^2 (a raised cosine); toward the image's border it stays at 1. The weights are
+divided by their sum, which makes them a partition of unity: agreeing tiles blend into exactly what they
+agree on, and a tile's edge, where the network has seen least around a pixel, has no weight. Without
+overlap the tiles are next to each other.
 """
 
 from __future__ import annotations
@@ -19,24 +19,20 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 
-from almrr_pipeline.common.images import ImageArray
-
-AnomalyMap = npt.NDArray[np.float32]
-"""Anomaly map, float32 in [0, 1], shape (H, W)."""
+from almrr_pipeline.common.arrays import AnomalyMap, Floats, ImageArray
 
 
 @dataclass(frozen=True)
 class Axis:
-    """Where tiles lie along one axis of an image, in pixels of the padded image."""
+    """Positions of the tiles along one axis, in pixels of the padded image."""
 
     length: int
     """Pixels of the image along this axis."""
     tile: int
     """Pixels of a tile along this axis."""
     overlap: float
-    """Least share of a tile that the next one covers again, in [0, 1)."""
+    """Least fraction of a tile that the next one covers again, in [0, 1)."""
 
     @property
     def padding(self) -> tuple[int, int]:
@@ -46,15 +42,15 @@ class Axis:
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
-        """First pixel of each tile; rising, from 0 to the last place where a tile still fits."""
+        """First pixel of each tile; rising, from 0 to the last position where a tile fits."""
         slack = max(self.length, self.tile) - self.tile
         stride = max(1, self.tile - math.ceil(self.tile * self.overlap))
         steps = math.ceil(slack / stride)
         return tuple(k * slack // steps for k in range(steps + 1)) if steps else (0,)
 
     @cached_property
-    def weights(self) -> npt.NDArray[np.float64]:
-        """Weights of each tile's pixels in the blend, float64 in [0, 1], shape (tiles, tile); each pixel's sum to 1."""
+    def weights(self) -> Floats:
+        """Weights of each tile's pixels, in [0, 1], shape (tiles, tile); those of a pixel sum to 1."""
         raw = np.ones((len(self.starts), self.tile))
         total = np.zeros(max(self.length, self.tile))
         for k, start in enumerate(self.starts):
@@ -79,25 +75,25 @@ class TileGrid:
     tile: tuple[int, int]
     """Rows and columns of a tile."""
     overlap: float = 0.25
-    """Least share of a tile that the next one covers again, in [0, 1)."""
+    """Least fraction of a tile that the next one covers again, in [0, 1)."""
 
     def __post_init__(self) -> None:
-        """Refuse what no grid can be laid over."""
+        """Refuse impossible sizes and overlaps."""
         if min(self.size) < 1 or min(self.tile) < 1 or not 0.0 <= self.overlap < 1.0:
             raise ValueError(f"a grid needs positive sizes and an overlap in [0, 1); got {self}")
 
     @cached_property
     def axes(self) -> tuple[Axis, Axis]:
         """The rows' axis and the columns' axis."""
-        rows, columns = (Axis(length, tile, self.overlap) for length, tile in zip(self.size, self.tile, strict=True))
-        return rows, columns
+        rows = Axis(self.size[0], self.tile[0], self.overlap)
+        return rows, Axis(self.size[1], self.tile[1], self.overlap)
 
     def __len__(self) -> int:
         rows, columns = self.axes
         return len(rows.starts) * len(columns.starts)
 
-    def places(self) -> Iterator[tuple[tuple[slice, slice], npt.NDArray[np.float64]]]:
-        """Where each tile lies in the padded image, and the weights of its pixels, shape `tile`."""
+    def places(self) -> Iterator[tuple[tuple[slice, slice], Floats]]:
+        """Position of each tile in the padded image, and the weights of its pixels, shape `tile`."""
         rows, columns = self.axes
         for row, row_weights in zip(rows.starts, rows.weights, strict=True):
             for column, column_weights in zip(columns.starts, columns.weights, strict=True):
@@ -105,9 +101,11 @@ class TileGrid:
                 yield place, np.outer(row_weights, column_weights)
 
     def cut(self, image: ImageArray) -> Iterator[ImageArray]:
-        """Cut an image of this grid's size, uint8 (rows, columns, 3), into its tiles, (tile rows, tile columns, 3)."""
+        """Cut an image of this grid's size into tiles; uint8 (rows, columns, 3) each."""
         if image.shape[:2] != self.size:
-            raise ValueError(f"this grid is for images of {self.size} pixels; got {image.shape[:2]}")
+            raise ValueError(
+                f"this grid is for images of {self.size} pixels; got {image.shape[:2]}"
+            )
         rows, columns = self.axes
         padding = (rows.padding, columns.padding, (0, 0))
         padded = np.pad(image, padding, mode="reflect") if any(map(any, padding)) else image
@@ -116,10 +114,10 @@ class TileGrid:
 
 
 class Blend:
-    """Takes the maps of a grid's tiles, in the order of `TileGrid.cut`, and becomes the map of the whole image.
+    """The map of a whole image, summed from the maps of its tiles in the order of `TileGrid.cut`.
 
-    It holds one map of the image's size and no tile. It sums in float64, so that rounding to float32 at the end makes
-    agreement of the tiles exact, and nothing leaves [0, 1].
+    It holds one map of the image's size and no tile. It sums in float64, so that rounding to float32 at
+    the end makes agreement of the tiles exact, and nothing leaves [0, 1].
     """
 
     def __init__(self, grid: TileGrid) -> None:
@@ -146,11 +144,15 @@ class Blend:
             ValueError: tiles are still missing.
         """
         if not self.complete:
-            raise ValueError(f"{self._missing} of {len(self._grid)} tiles have not been blended yet")
-        inside = tuple(slice(axis.padding[0], axis.padding[0] + axis.length) for axis in self._grid.axes)
+            raise ValueError(
+                f"{self._missing} of {len(self._grid)} tiles have not been blended yet"
+            )
+        inside = tuple(
+            slice(axis.padding[0], axis.padding[0] + axis.length) for axis in self._grid.axes
+        )
         return self._sum[inside].astype(np.float32)
 
 
-def _rise(pixels: int) -> npt.NDArray[np.float64]:
-    """sin^2 from 0 to 1 over so many pixels, taken at their centers: it and its mirror image sum to 1."""
+def _rise(pixels: int) -> Floats:
+    """sin^2 from 0 to 1, taken at the pixels' centers: it and its reverse sum to 1."""
     return np.sin(np.pi / 2 * (np.arange(pixels) + 0.5) / pixels) ** 2

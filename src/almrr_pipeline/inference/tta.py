@@ -1,4 +1,4 @@
-"""The mean of the anomaly maps of an image and of its mirror images: steadier, at four times the work."""
+"""Test-time augmentation: the mean anomaly map of an image and its three flips."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 
 _ROWS, _COLUMNS = -2, -1
-_MIRRORS = ((), (_COLUMNS,), (_ROWS,), (_ROWS, _COLUMNS))
+_FLIPS = ((), (_COLUMNS,), (_ROWS,), (_ROWS, _COLUMNS))
 
 
 class FlipAveraged(nn.Module):
-    """Maps an image and its three mirror images, each by itself, and averages what comes back, mirrored back.
+    """A network whose maps are averaged over flips, at four times the work.
 
-    A training with `train.flips` asks for maps that are mirrored with the image; what a network of finite training
-    gives differs a little from mirror to mirror, and the mean keeps what they agree on.
+    A training with `train.flips` asks for maps that flip with the image; those of a network of finite
+    training differ a little from flip to flip, and the mean keeps what they agree on.
 
     Args:
         model: takes float32 in [0, 1] of shape (B, 3, H, W), returns (B, H, W) in [0, 1].
@@ -25,18 +25,11 @@ class FlipAveraged(nn.Module):
         self.training = model.training
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map images.
-
-        Args:
-            images: float32 in [0, 1], shape (B, 3, H, W).
-
-        Returns:
-            float32 in [0, 1], shape (B, H, W).
-        """
-        maps = [self.model(images.flip(mirror)).flip(mirror) for mirror in _MIRRORS]
+        """Map each flip, flip the map back, and average: (B, 3, H, W) -> (B, H, W), both in [0, 1]."""
+        maps = [self.model(images.flip(axes)).flip(axes) for axes in _FLIPS]
         return torch.stack(maps).mean(0)
 
 
 def average_flips(model: nn.Module, flips: bool) -> nn.Module:
-    """The model itself, or the model with its maps averaged over mirror images where `flips`."""
+    """Wrap a model in `FlipAveraged` if `flips`, else return it as it is."""
     return FlipAveraged(model) if flips else model

@@ -31,7 +31,7 @@ def predict_maps(
         model, batch_size=inference.batch_size, scan_backend=inference.scan_backend
     )
     images = [data_folder / name for name in _test_rows(manifest)["image"]]
-    maps = enumerate(predictor.maps(images, at="network"))
+    maps = enumerate(predictor.map_predictor.maps(images, at="network"))
     while batch := {f"{index:06d}": one for index, one in islice(maps, inference.batch_size)}:
         yield batch
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -9,11 +10,12 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from almrr_pipeline.common import progress
 from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.common.images import ImageArray
-from almrr_pipeline.inference import files
-from almrr_pipeline.inference.predict_files import find_images, predict_files
+from almrr_pipeline.common.arrays import ImageArray
 from almrr_pipeline.inference.predictor import Predictor
+from almrr_pipeline.reporting import predict_files as predict_files_module
+from almrr_pipeline.reporting.predict_files import find_images, predict_files
 
 
 @pytest.fixture(scope="module")
@@ -145,16 +147,21 @@ def test_without_threshold_the_cells_are_empty(
 
 
 def test_unreadable_images_are_left_out_and_reported(
-    predictor: Predictor, noise_paths: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    predictor: Predictor,
+    noise_paths: list[Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     broken = tmp_path / "broken.png"
     broken.write_text("no image")
-    calls = []
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0.0)
     images = [broken, *noise_paths[:2]]
-    summary = predict_files(predictor, images, tmp_path / "out", on_image=lambda: calls.append(1))
+    with caplog.at_level(logging.INFO):
+        summary = predict_files(predictor, images, tmp_path / "out")
     assert list(summary.unreadable) == [broken]
     assert [verdict.image for verdict in summary.verdicts] == noise_paths[:2]
-    assert len(calls) == 3
+    assert "3 images (100 %)" in caplog.text
     assert "broken.png" in caplog.text
     assert len(pd.read_csv(tmp_path / "out" / "scores.csv")) == 2
 
@@ -198,7 +205,7 @@ def test_images_in_the_output_folder_are_never_replaced(
     image = tmp_path / "overlays" / "a.png"
     image.parent.mkdir()
     Image.fromarray(noise[0]).save(image)
-    with pytest.raises(AlmrrError, match="lies in the output folder"):
+    with pytest.raises(AlmrrError, match="is in the output folder"):
         predict_files(predictor, [image], tmp_path, overwrite=True)
     assert _contents(tmp_path) == ["overlays/a.png"]
 
@@ -225,7 +232,7 @@ def test_a_failure_leaves_the_earlier_results_alone(
     out = tmp_path / "out"
     predict_files(predictor, noise_paths, out)
     before = {name: (out / name).read_bytes() for name in _contents(out)}
-    monkeypatch.setattr(files, "_write_scores", _raiser(error))
+    monkeypatch.setattr(predict_files_module, "_write_scores", _raiser(error))
     with pytest.raises(raised):
         predict_files(predictor, noise_paths[:2], out, maps="npy", overwrite=True)
     assert {name: (out / name).read_bytes() for name in _contents(out)} == before
@@ -233,7 +240,7 @@ def test_a_failure_leaves_the_earlier_results_alone(
 
 
 def test_what_a_killed_run_left_is_cleared_away(predictor: Predictor, noise_paths: list[Path], tmp_path: Path) -> None:
-    _touch(tmp_path / ".partial-abc" / "overlays" / "00.png")
+    _touch(tmp_path / ".staging@host@1@abc" / "overlays" / "00.png")
     with pytest.raises(AlmrrError, match="--overwrite"):
         predict_files(predictor, noise_paths[:1], tmp_path)
     predict_files(predictor, noise_paths[:1], tmp_path, overwrite=True)

@@ -1,0 +1,266 @@
+"""From images to anomaly maps, in bounded memory, whatever the images' number and size.
+
+The way of an image: decode (in threads) -> resize or scale -> cut into tiles -> batches, which tiles of
+several images share -> network -> blend -> map at the network's scale.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple, Self, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import nn
+
+from almrr_pipeline.common.arrays import AnomalyMap, ImageArray
+from almrr_pipeline.common.errors import AlmrrError
+from almrr_pipeline.common.images import read_image, resize_image
+from almrr_pipeline.config import InferenceSettings, Tiling
+from almrr_pipeline.inference.fuse import fuse
+from almrr_pipeline.inference.streams import submit_ahead, take_batches
+from almrr_pipeline.inference.tiling import Blend, TileGrid
+from almrr_pipeline.inference.tta import average_flips
+from almrr_pipeline.model.almrr import ALMRR
+
+logger = logging.getLogger(__name__)
+
+ImageInput: TypeAlias = str | os.PathLike[str] | ImageArray
+"""The path of an image, or its pixels as uint8 RGB of shape (H, W, 3)."""
+OnUnreadable: TypeAlias = Callable[[ImageInput, AlmrrError], None]
+"""Called with an image that cannot be read and the reason, in the image's turn."""
+
+_LARGE_IMAGES_AHEAD = 2
+"""Images decoded ahead in tiling mode, where one alone fills batches."""
+
+
+def raise_unreadable(image: ImageInput, error: AlmrrError) -> None:
+    """End at the first image that cannot be read: the default of `on_unreadable`."""
+    raise error
+
+
+class ScaledMap(NamedTuple):
+    """An anomaly map at the network's scale."""
+
+    index: int
+    """Position of its image among those given, from 0."""
+    anomaly_map: AnomalyMap
+    """float32 in [0, 1], shape (h, w)."""
+    size: tuple[int, int]
+    """Rows and columns (H, W) of the image itself."""
+
+    def at_image_size(self) -> AnomalyMap:
+        """Resize to the image's own size, as images are: bilinear, antialiased, centers aligned."""
+        if self.anomaly_map.shape == self.size:
+            return self.anomaly_map
+        image = Image.fromarray(self.anomaly_map)
+        resized = np.array(image.resize(self.size[::-1], Image.Resampling.BILINEAR))
+        return resized.clip(0.0, 1.0)  # rounding alone can leave [0, 1]
+
+
+@dataclass(frozen=True)
+class MapPredictor:
+    """A network with all that it takes to map images of any size and number.
+
+    Without tiling an image is resized to `image_size` (the paper's way). With tiling it is resized by
+    `tiling.scale`, cut into overlapping tiles of `image_size`, and the tiles' maps are blended; see
+    `almrr_pipeline.inference.tiling`.
+    """
+
+    model: nn.Module
+    """In evaluation mode, on `device`: float32 (B, 3, H, W) in [0, 1] to (B, H, W) in [0, 1]."""
+    image_size: tuple[int, int]
+    """Rows and columns of the network's input."""
+    tiling: Tiling
+    batch_size: int
+    """Images, or tiles, per forward pass; tiles of different images share a batch."""
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        """Refuse values that no image can be mapped with."""
+        if self.batch_size < 1:
+            raise AlmrrError(f"The batch size is {self.batch_size}; it has to be 1 or more.")
+
+    @classmethod
+    def build(
+        cls, model: ALMRR, settings: InferenceSettings, *, tiling: Tiling, device: str = "auto"
+    ) -> Self:
+        """Fuse a model, average over flips if the settings say so, and move it to a device.
+
+        Args:
+            model: on the CPU; stays as it is. Its scan backend is kept.
+            settings: of these batch_size and flips.
+            tiling: whether and how images are cut.
+            device: as for `resolve_device`.
+
+        Raises:
+            AlmrrError: the device cannot be used.
+        """
+        target = resolve_device(device)
+        # Fused on the CPU: float64, in which it composes, is missing on MPS, and TF32 would blur
+        # the outputs that it compares.
+        network = average_flips(fuse(model), settings.flips).to(target)
+        return cls(network, model.image_size, tiling, settings.batch_size, target)
+
+    def maps(
+        self,
+        images: Iterable[ImageInput],
+        *,
+        at: Literal["network", "image"],
+        on_unreadable: OnUnreadable = raise_unreadable,
+    ) -> Iterator[AnomalyMap]:
+        """Compute the anomaly maps of images as they come, in their order.
+
+        Args:
+            images: paths, or uint8 RGB arrays of shape (H, W, 3); sizes may differ.
+            at: "network" gives maps of the resized or scaled image's size, "image" of its own.
+            on_unreadable: called in place of yielding a map; raises the error by default.
+
+        Yields:
+            float32 in [0, 1], shape (h, w).
+
+        Raises:
+            AlmrrError: an image cannot be read or is no image, the model's output is not finite, or
+                a batch does not fit into the device's memory.
+        """
+        for scaled in self.scaled_maps(images, on_unreadable=on_unreadable):
+            yield scaled.anomaly_map if at == "network" else scaled.at_image_size()
+
+    def scaled_maps(
+        self, images: Iterable[ImageInput], *, on_unreadable: OnUnreadable = raise_unreadable
+    ) -> Iterator[ScaledMap]:
+        """As `maps` at the network's scale, with each image's position and size."""
+        lone_array = isinstance(images, np.ndarray) and images.ndim == 3
+        if lone_array or isinstance(images, str | os.PathLike):
+            raise AlmrrError("One image was given where several are expected; put it into a list.")
+        if self.model.training:
+            raise ValueError(
+                "the model is in training mode, where its maps are random; call eval()"
+            )
+        ahead = _LARGE_IMAGES_AHEAD if self.tiling.enabled else 2 * self.batch_size
+        decoded = submit_ahead(self._decode_and_scale, enumerate(images), ahead=ahead)
+        pending: deque[_PendingImage] = deque()
+        for batch in take_batches(self._cut_tiles(decoded, pending), self.batch_size):
+            maps = self._map_batch(np.stack([tile for tile, _ in batch]))
+            for (_, blend), tile_map in zip(batch, maps, strict=True):
+                blend.add(tile_map)
+            yield from _take_finished(pending, on_unreadable)
+        yield from _take_finished(pending, on_unreadable)
+
+    def _decode_and_scale(self, numbered: tuple[int, ImageInput]) -> _ScaledImage:
+        pixels = _decode(*numbered)
+        size = (pixels.shape[0], pixels.shape[1])
+        target = self.image_size
+        if self.tiling.enabled:
+            rows, columns = (max(1, round(length * self.tiling.scale)) for length in size)
+            target = (rows, columns)
+        return _ScaledImage(resize_image(pixels, target), size)
+
+    def _cut_tiles(
+        self,
+        decoded: Iterable[tuple[tuple[int, ImageInput], Future[_ScaledImage]]],
+        pending: deque[_PendingImage],
+    ) -> Iterator[tuple[ImageArray, Blend]]:
+        """Yield every tile with its image's blend; put each image, in order, on `pending`."""
+        for (index, image), future in decoded:
+            if future.exception():
+                pending.append(_PendingImage(index, image, future, blend=None))
+                continue
+            pixels = future.result().pixels
+            size = (pixels.shape[0], pixels.shape[1])
+            grid = TileGrid(size, tile=self.image_size, overlap=self.tiling.overlap)
+            blend = Blend(grid)
+            pending.append(_PendingImage(index, image, future, blend))
+            for tile in grid.cut(pixels):
+                yield tile, blend
+
+    @torch.inference_mode()
+    def _map_batch(self, tiles: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """Map a batch of tiles: uint8 (B, H, W, 3) -> float32 (B, H, W)."""
+        pixels = torch.from_numpy(tiles).to(self.device)  # a quarter of what floats would move
+        images = pixels.permute(0, 3, 1, 2).float().div_(255)  # (B, 3, H, W)
+        try:
+            maps = np.asarray(self.model(images).float().cpu(), dtype=np.float32)
+        except torch.OutOfMemoryError as error:
+            raise AlmrrError(
+                f"A batch of {len(tiles)} does not fit into {self.device}'s memory; "
+                "lower the batch size."
+            ) from error
+        if not np.isfinite(maps).all():
+            raise AlmrrError(
+                "The model's anomaly map holds values that are not finite: its weights are "
+                "damaged; train it again."
+            )
+        return maps
+
+
+def resolve_device(name: str) -> torch.device:
+    """Find a device by name; "auto" is the first CUDA device, or the CPU where there is none.
+
+    Raises:
+        AlmrrError: torch knows no such device, or this machine has none.
+    """
+    if name == "auto":
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        logger.info("Device: %s.", device)
+        return device
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise AlmrrError(
+            f"The device {name!r} cannot be used here ({reason}); take auto, cpu, cuda or cuda:N."
+        ) from error
+    return device
+
+
+class _ScaledImage(NamedTuple):
+    """An image at the network's scale, and the size it had."""
+
+    pixels: ImageArray
+    size: tuple[int, int]
+
+
+class _PendingImage(NamedTuple):
+    """An image of which not all tiles have been through the network, or that cannot be read."""
+
+    index: int
+    image: ImageInput
+    scaled: Future[_ScaledImage]
+    blend: Blend | None
+    """None if it cannot be read; `scaled` then holds the reason."""
+
+
+def _take_finished(
+    pending: deque[_PendingImage], on_unreadable: OnUnreadable
+) -> Iterator[ScaledMap]:
+    """Take from the front of the queue what is finished; report what cannot be read."""
+    while pending and (pending[0].blend is None or pending[0].blend.complete):
+        index, image, future, blend = pending.popleft()
+        try:
+            size = future.result().size
+        except AlmrrError as error:
+            on_unreadable(image, error)
+            continue
+        assert blend is not None
+        yield ScaledMap(index, blend.result(), size)
+
+
+def _decode(index: int, image: ImageInput) -> ImageArray:
+    if not isinstance(image, np.ndarray):
+        return read_image(Path(image))
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
+        raise AlmrrError(
+            f"Image {index} (counted from 0) is an array of {image.dtype} with shape "
+            f"{image.shape}; expected RGB values in [0, 255] as uint8 with shape (rows, columns, 3)."
+        )
+    return image
