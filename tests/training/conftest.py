@@ -16,7 +16,9 @@ import torch
 
 from almrr_pipeline.model.almrr import ALMRR
 
-sys.path.insert(0, str(Path(__file__).parent))  # for tiny_training, which the test modules import too
+sys.path.insert(
+    0, str(Path(__file__).parent)
+)  # for tiny_training, which the test modules import too
 import tiny_training
 from tiny_training import ArraySyntheticSet, build_model, build_synthetic_set
 
@@ -58,7 +60,11 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
     folder = tmp_path_factory.mktemp("processes")
     command = [sys.executable, str(Path(__file__).with_name("processes.py")), str(folder)]
     done = subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False, capture_output=True, timeout=300
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+        capture_output=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr.decode()
     return folder, json.loads(done.stdout)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from tiny_training import DEATHS, SETTINGS, TOGETHER, build_model, build_synthetic_set, train
 
-from almrr_pipeline.training import checkpoints
+from almrr_pipeline.training.train import TrainingInterrupted
 
 
 def train_and_die(scratch: Path, *, row: int = 0, checkpoint: int = 0, by: str = "SIGKILL") -> None:
@@ -32,7 +32,13 @@ def train_and_die(scratch: Path, *, row: int = 0, checkpoint: int = 0, by: str =
 
     if checkpoint:
         die_in_the_middle_of_writing(checkpoint)
-    train(build_model(standardize=True), build_synthetic_set(), scratch=scratch, on_metrics=die_at_the_row, **SETTINGS)
+    train(
+        build_model(standardize=True),
+        build_synthetic_set(),
+        scratch=scratch,
+        on_metrics=die_at_the_row,
+        **SETTINGS,
+    )
 
 
 def die_in_the_middle_of_writing(which: int) -> None:
@@ -48,7 +54,7 @@ def die_in_the_middle_of_writing(which: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         sync(descriptor)
 
-    checkpoints.os.fsync = kill_instead
+    os.fsync = kill_instead
 
 
 def train_together(folder: Path, *, rank: int, port: int) -> None:
@@ -65,9 +71,12 @@ def train_together(folder: Path, *, rank: int, port: int) -> None:
             on_metrics=lambda step, _: reported.append(step),
             **settings,
         )
-        history.to_csv(folder / f"history_{rank}.csv", index=False)
+        if history is not None:
+            history.to_csv(folder / f"history_{rank}.csv", index=False)
     finally:
-        torch.save({"weights": model.state_dict(), "reported": reported}, folder / f"rank_{rank}.pt")
+        torch.save(
+            {"weights": model.state_dict(), "reported": reported}, folder / f"rank_{rank}.pt"
+        )
 
 
 def train_together_until_asked(folder: Path, *, rank: int, port: int) -> None:
@@ -106,8 +115,8 @@ def start(function: Callable[..., None], *arguments: Any, **named: Any) -> int:
     if child == 0:
         try:
             function(*arguments, **named)
-        except SystemExit as stop:
-            os._exit(stop.code)
+        except TrainingInterrupted:
+            os._exit(128 + signal.SIGTERM)
         except BaseException:
             traceback.print_exc()
             os._exit(1)
@@ -129,7 +138,10 @@ def find_port() -> int:
 def main() -> None:
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
-    ended = {name: wait_for(start(train_and_die, folder / name, **death)) for name, death in DEATHS.items()}
+    ended = {
+        name: wait_for(start(train_and_die, folder / name, **death))
+        for name, death in DEATHS.items()
+    }
     port = find_port()
     pair = [start(train_together, folder, rank=rank, port=port) for rank in range(2)]
     ended |= {f"rank {rank}": wait_for(child) for rank, child in enumerate(pair)}

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from almrr_pipeline.training.checkpoints import AtomicCheckpointIO, CheckpointFolder, fingerprint, source_files
+from almrr_pipeline.training.checkpoints import CheckpointFolder, fingerprint, source_files
 
 
 @pytest.fixture
@@ -14,10 +15,21 @@ def folder(tmp_path: Path) -> CheckpointFolder:
     return CheckpointFolder(tmp_path, "key")
 
 
-def save(folder: CheckpointFolder, step: int, key: str = "key") -> Path:
-    content = {"fingerprint": key, "weights": torch.full((1000,), float(step))}
-    AtomicCheckpointIO().save_checkpoint(content, folder.place(step))
-    return folder.place(step)
+class Weights:
+    """A part of a training, with a state of its own."""
+
+    def __init__(self, value: float) -> None:
+        self.state: dict[str, Any] = {"weights": torch.full((1000,), value)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.state = state_dict
+
+
+def save(folder: CheckpointFolder, step: int) -> Path:
+    return folder.save(step, {"model": Weights(step)})
 
 
 def test_a_fingerprint_follows_values_and_contents(tmp_path: Path) -> None:
@@ -35,7 +47,9 @@ def test_a_fingerprint_does_not_follow_the_place(tmp_path: Path) -> None:
     for name in ("here", "there"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "synthetic_set.json").write_text("same")
-    assert fingerprint({}, [tmp_path / "here/synthetic_set.json"]) == fingerprint({}, [tmp_path / "there/synthetic_set.json"])
+    assert fingerprint({}, [tmp_path / "here/synthetic_set.json"]) == fingerprint(
+        {}, [tmp_path / "there/synthetic_set.json"]
+    )
 
 
 def test_source_files_are_those_of_model_and_training() -> None:
@@ -50,7 +64,6 @@ def test_there_is_nothing_to_go_on_from_at_first(folder: CheckpointFolder) -> No
 
 def test_the_newest_checkpoint_is_taken_and_two_are_kept(folder: CheckpointFolder) -> None:
     paths = [save(folder, step) for step in (2, 4, 10)]
-    folder.prune()
     assert [path.exists() for path in paths] == [False, True, True]
     assert folder.newest() == paths[-1]
 
@@ -63,7 +76,12 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     content = bytearray(last.read_bytes())
     middle = len(content) // 2
     content[middle] ^= 1
-    damaged = {"truncated": content[:middle], "flipped": content, "empty": b"", "text": b"not a checkpoint"}
+    damaged = {
+        "truncated": content[:middle],
+        "flipped": content,
+        "empty": b"",
+        "text": b"not a checkpoint",
+    }
     last.write_bytes(damaged[damage])
     with caplog.at_level(logging.WARNING):
         assert folder.newest() == before
@@ -75,16 +93,37 @@ def test_only_damaged_checkpoints_mean_a_fresh_start(folder: CheckpointFolder) -
     assert folder.newest() is None
 
 
-def test_a_checkpoint_of_another_training_is_not_taken(folder: CheckpointFolder) -> None:
-    save(folder, 2, key="other parameters")
+def test_a_checkpoint_of_another_training_is_not_taken(
+    folder: CheckpointFolder, tmp_path: Path
+) -> None:
+    other = CheckpointFolder(tmp_path, "key")
+    other.key = "other parameters"
+    save(other, 2)
     assert folder.newest() is None
+
+
+def test_a_checkpoint_restores_its_step_and_all_parts(folder: CheckpointFolder) -> None:
+    path = save(folder, 4)
+    restored = Weights(0)
+    assert folder.restore(path, {"model": restored}) == 4
+    assert restored.state["weights"].tolist() == [4.0] * 1000
+
+
+def test_saving_removes_what_a_killed_process_left(folder: CheckpointFolder) -> None:
+    save(folder, 2)
+    leftover = folder.path / ".step_000000003.partial.ckpt"
+    leftover.write_bytes(b"half")
+    save(folder, 4)
+    assert not leftover.exists()
 
 
 def test_a_failed_write_leaves_what_was_there(folder: CheckpointFolder) -> None:
     path = save(folder, 2)
     content = path.read_bytes()
-    with pytest.raises((AttributeError, TypeError)):  # pickle's words for a function without a name
-        AtomicCheckpointIO().save_checkpoint({"fingerprint": "key", "bad": lambda: None}, path)
+    unsavable = Weights(2)
+    unsavable.state["function"] = lambda: None
+    with pytest.raises((AttributeError, TypeError)):  # pickle's, for a function without a name
+        folder.save(2, {"model": unsavable})
     assert path.read_bytes() == content
     assert folder.newest() == path
 

@@ -40,7 +40,12 @@ def test_the_history_is_that_of_one_process(
     ranks: list[dict[str, Any]], processes: tuple[Path, dict[str, int]], tmp_path: Path
 ) -> None:
     """The reconstruction has no batch norm, so at the first step halves of a batch average to the whole."""
-    alone = train(build_model(drop_path=0.0), build_synthetic_set(), scratch=tmp_path, **{**SETTINGS, **TOGETHER})
+    alone = train(
+        build_model(drop_path=0.0),
+        build_synthetic_set(),
+        scratch=tmp_path,
+        **{**SETTINGS, **TOGETHER},
+    )
     shared = pd.read_csv(processes[0] / "history_0.csv")
     np.testing.assert_allclose(shared["reconstruction"][0], alone["reconstruction"][0], rtol=1e-5)
     np.testing.assert_allclose(shared["loss"], alone["loss"], rtol=0.1)
@@ -53,11 +58,20 @@ def test_checkpoints_are_removed_by_the_main_process(
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(AlmrrError, match=r"batch_size 3 cannot be shared equally by 2 devices; take 4"):
-        train(build_model(), build_synthetic_set(), scratch=tmp_path, **{**SETTINGS, "batch_size": 3, "devices": 2})
+    with pytest.raises(
+        AlmrrError, match=r"batch_size 3 cannot be divided equally among 2 devices; take 4"
+    ):
+        train(
+            build_model(),
+            build_synthetic_set(),
+            scratch=tmp_path,
+            **{**SETTINGS, "batch_size": 3, "devices": 2},
+        )
 
 
-def test_processes_end_together_though_one_alone_was_asked_to(processes: tuple[Path, dict[str, int]]) -> None:
+def test_processes_end_together_though_one_alone_was_asked_to(
+    processes: tuple[Path, dict[str, int]],
+) -> None:
     folder, ended = processes
     assert (ended["rank 0 of those asked"], ended["rank 1 of those asked"]) == (128 + 15, 128 + 15)
     assert [path.name for path in (folder / "asked").rglob("*.ckpt")] == ["step_000000002.ckpt"]
@@ -68,6 +82,8 @@ def test_a_second_shared_training_in_a_process_is_refused(tmp_path: Path) -> Non
     torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=0, world_size=1)
     try:
         with pytest.raises(AlmrrError, match=r"one category per process.*--namespaces"):
-            train(build_model(), build_synthetic_set(), scratch=tmp_path, **{**SETTINGS, "devices": 2})
+            train(
+                build_model(), build_synthetic_set(), scratch=tmp_path, **{**SETTINGS, "devices": 2}
+            )
     finally:
         torch.distributed.destroy_process_group()

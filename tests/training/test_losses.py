@@ -32,37 +32,55 @@ def mask() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 5.0])
-def test_focal_loss_equals_its_definition(logits: torch.Tensor, mask: torch.Tensor, gamma: float) -> None:
-    assert focal_loss(logits, mask, gamma).item() == pytest.approx(restate_focal_loss(logits, mask, gamma), rel=1e-5)
+def test_focal_loss_equals_its_definition(
+    logits: torch.Tensor, mask: torch.Tensor, gamma: float
+) -> None:
+    assert focal_loss(logits, mask, gamma).item() == pytest.approx(
+        restate_focal_loss(logits, mask, gamma), rel=1e-5
+    )
 
 
 def test_focal_loss_of_a_hand_worked_pixel() -> None:
     # softmax of (log 3, 0) is (3/4, 1/4); the pixel is anomalous: (3/4)^2 * log 4
     logits = torch.tensor([math.log(3.0), 0.0]).view(1, 2, 1, 1)
-    assert focal_loss(logits, torch.ones(1, 1, 1), 2.0).item() == pytest.approx(0.5625 * math.log(4), rel=1e-6)
+    assert focal_loss(logits, torch.ones(1, 1, 1), 2.0).item() == pytest.approx(
+        0.5625 * math.log(4), rel=1e-6
+    )
 
 
-def test_focal_loss_without_focus_is_the_cross_entropy(logits: torch.Tensor, mask: torch.Tensor) -> None:
-    torch.testing.assert_close(focal_loss(logits, mask, 0.0), functional.cross_entropy(logits, mask.long()))
+def test_focal_loss_without_focus_is_the_cross_entropy(
+    logits: torch.Tensor, mask: torch.Tensor
+) -> None:
+    torch.testing.assert_close(
+        focal_loss(logits, mask, 0.0), functional.cross_entropy(logits, mask.long())
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float32])
-def test_focal_loss_takes_masks_of_any_type(logits: torch.Tensor, mask: torch.Tensor, dtype: torch.dtype) -> None:
-    torch.testing.assert_close(focal_loss(logits, mask.to(dtype), 2.0), focal_loss(logits, mask, 2.0))
+def test_focal_loss_takes_masks_of_any_type(
+    logits: torch.Tensor, mask: torch.Tensor, dtype: torch.dtype
+) -> None:
+    torch.testing.assert_close(
+        focal_loss(logits, mask.to(dtype), 2.0), focal_loss(logits, mask, 2.0)
+    )
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
 @pytest.mark.parametrize("size", [0.0, 20.0, 1e4])
 def test_focal_loss_and_gradient_are_finite_at_extremes(size: float, gamma: float) -> None:
     logits = torch.tensor([[size, -size], [-size, size]]).view(1, 2, 1, 2).requires_grad_()
-    loss = focal_loss(logits, torch.tensor([[[0, 0]]]), gamma)  # one pixel certainly right, one certainly wrong
+    loss = focal_loss(
+        logits, torch.tensor([[[0, 0]]]), gamma
+    )  # one pixel certainly right, one certainly wrong
     loss.backward()
     assert torch.isfinite(loss)
     assert torch.isfinite(logits.grad).all()
     assert loss.item() == pytest.approx(size if size else (0.5**gamma) * math.log(2), rel=1e-4)
 
 
-def test_focal_loss_of_half_precision_is_computed_in_float32(logits: torch.Tensor, mask: torch.Tensor) -> None:
+def test_focal_loss_of_half_precision_is_computed_in_float32(
+    logits: torch.Tensor, mask: torch.Tensor
+) -> None:
     loss = focal_loss(logits.bfloat16(), mask, 2.0)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, focal_loss(logits.bfloat16().float(), mask, 2.0))

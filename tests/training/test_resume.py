@@ -15,7 +15,6 @@ import pytest
 import torch
 from tiny_training import SETTINGS, build_model, build_synthetic_set, train
 
-
 pytestmark = pytest.mark.xdist_group("processes")  # the fixture of that name runs once
 
 
@@ -26,13 +25,15 @@ def differences(one: torch.nn.Module, other: torch.nn.Module) -> list[str]:
 
 
 def checkpoints_in(scratch: Path) -> list[str]:
-    return sorted(path.name for path in scratch.rglob("*.ckpt"))
+    return sorted(path.name for path in scratch.rglob("step_*.ckpt"))
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Any:
     model = build_model(standardize=True)
-    return model, train(model, build_synthetic_set(), scratch=tmp_path_factory.mktemp("uninterrupted"), **SETTINGS)
+    return model, train(
+        model, build_synthetic_set(), scratch=tmp_path_factory.mktemp("uninterrupted"), **SETTINGS
+    )
 
 
 @pytest.mark.parametrize(
@@ -44,7 +45,11 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Any:
     ],
 )
 def test_an_interrupted_training_ends_equal_to_the_bit(
-    processes: tuple[Path, dict[str, int]], uninterrupted: Any, death: str, status: int, left: list[str]
+    processes: tuple[Path, dict[str, int]],
+    uninterrupted: Any,
+    death: str,
+    status: int,
+    left: list[str],
 ) -> None:
     folder, ended = processes
     scratch = folder / death
@@ -53,7 +58,13 @@ def test_an_interrupted_training_ends_equal_to_the_bit(
 
     model = build_model(standardize=True)
     reported: list[int] = []
-    history = train(model, build_synthetic_set(), scratch=scratch, on_metrics=lambda step, _: reported.append(step), **SETTINGS)
+    history = train(
+        model,
+        build_synthetic_set(),
+        scratch=scratch,
+        on_metrics=lambda step, _: reported.append(step),
+        **SETTINGS,
+    )
 
     expected, expected_history = uninterrupted
     assert differences(model, expected) == []
@@ -72,7 +83,13 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        train(build_model(standardize=True), build_synthetic_set(), scratch=scratch, on_metrics=fail, **SETTINGS)
+        train(
+            build_model(standardize=True),
+            build_synthetic_set(),
+            scratch=scratch,
+            on_metrics=fail,
+            **SETTINGS,
+        )
     return scratch
 
 
@@ -93,8 +110,13 @@ def test_a_training_goes_on_if_all_that_decides_its_result_is_equal(
 ) -> None:
     scratch = shutil.copytree(interrupted, tmp_path / "scratch")
     with caplog.at_level(logging.INFO, logger="almrr_pipeline"):
-        train(build_model(standardize=True), build_synthetic_set(), scratch=scratch, **{**SETTINGS, **change})
-    assert ("Going on from the checkpoint" in caplog.text) == resumes
+        train(
+            build_model(standardize=True),
+            build_synthetic_set(),
+            scratch=scratch,
+            **{**SETTINGS, **change},
+        )
+    assert ("Resuming from the checkpoint" in caplog.text) == resumes
     assert f"from step {6 if resumes else 0} to" in caplog.text
 
 
@@ -106,7 +128,7 @@ def test_a_damaged_checkpoint_costs_steps_but_changes_nothing(
     last.write_bytes(last.read_bytes()[:1000])
     model = build_model(standardize=True)
     history = train(model, build_synthetic_set(), scratch=scratch, **SETTINGS)
-    assert f"{last.name} is of no use" in caplog.text
+    assert f"{last.name} is unusable" in caplog.text
     assert differences(model, uninterrupted[0]) == []
     pd.testing.assert_frame_equal(history, uninterrupted[1], check_exact=True)
 

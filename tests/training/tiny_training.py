@@ -11,8 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from almrr_pipeline.config import TrainSettings
-from almrr_pipeline.config import BackboneSettings, ModelSettings
+from almrr_pipeline.config import BackboneSettings, ModelSettings, TrainSettings
 from almrr_pipeline.model.almrr import ALMRR
 from almrr_pipeline.model.backbone import build_backbone
 from almrr_pipeline.training.train import fit
@@ -72,14 +71,18 @@ def draw_samples(
     return augmented, masks, normal_index
 
 
-def build_synthetic_set(samples: int = 10, normals: int = 3, validation: int = 2) -> ArraySyntheticSet:
+def build_synthetic_set(
+    samples: int = 10, normals: int = 3, validation: int = 2
+) -> ArraySyntheticSet:
     rng = np.random.default_rng(5)
     images = rng.integers(60, 140, size=(normals + validation, SIDE, SIDE, 3), dtype=np.uint8)
-    kept, held = images[:normals], images[normals:]
-    validation_samples = (held, held[..., 0] > 255, np.zeros(0, dtype=np.int64))
+    kept, validated = images[:normals], images[normals:]
+    validation_samples = (validated, validated[..., 0] > 255, np.zeros(0, dtype=np.int64))
     if validation:
-        validation_samples = draw_samples(2 * validation, held, rng)
-    return ArraySyntheticSet(kept, *draw_samples(samples, kept, rng), held, *validation_samples)
+        validation_samples = draw_samples(2 * validation, validated, rng)
+    return ArraySyntheticSet(
+        kept, *draw_samples(samples, kept, rng), validated, *validation_samples
+    )
 
 
 def build_model(**changes: Any) -> ALMRR:
@@ -110,7 +113,7 @@ def train(
     on_metrics: Callable[..., None] | None = None,
     keep_checkpoints: bool = False,
     **settings: Any,
-) -> pd.DataFrame:
+) -> pd.DataFrame | None:
     """`fit` with the settings as keywords."""
     return fit(
         model,

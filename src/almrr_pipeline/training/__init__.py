@@ -1,1 +1,1 @@
-"""Training: losses, batches from the synthetic set, the Lightning module, checkpoints, guards; `fit` is the door."""
+"""Training of ALMRR on a synthetic set; `train.fit` is the entry point."""

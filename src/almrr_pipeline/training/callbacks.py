@@ -1,172 +1,236 @@
-"""What a training says about itself: its history, its progress, live curves."""
+"""History and validation: what the training loop reports and measures."""
 
 from __future__ import annotations
 
 import logging
-import sys
-import time
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.fabric import Fabric
+from sklearn.metrics import average_precision_score
 from torch import Tensor
-from tqdm import tqdm
 
-from almrr_pipeline.training.guards import check_finite
-from almrr_pipeline.training.module import LOGGED, TrainingModule
+from almrr_pipeline.common.errors import AlmrrError
+from almrr_pipeline.common.progress import track
+from almrr_pipeline.config import TrainSettings
+from almrr_pipeline.model.almrr import ALMRR
+from almrr_pipeline.synthesis.synthetic_set import SyntheticSet
+from almrr_pipeline.training.data import to_images
 
 logger = logging.getLogger(__name__)
 
 OnMetrics = Callable[[int, Mapping[str, float]], None]
-"""Called with the step and the values of a row, by the main process."""
+"""Called by the main process with the step and the values of a row."""
 
+LOGGED = ("loss", "reconstruction", "refinement", "gradient_norm")
+"""Values recorded of each step."""
 COLUMNS = ("step", "loss", "reconstruction", "refinement", "learning_rate")
-SECONDS_BETWEEN_LINES = 15.0
+"""Of the history; validation adds `METRIC`."""
+METRIC = "validation_ap"
+VALIDATIONS = 20
+"""How often a training is validated, evenly spread, the last step included."""
 
 
-class HistoryRecorder(Callback):
-    """Keeps the means of the losses over windows of steps, and stops the training when one is not finite.
+@contextmanager
+def show_progress(
+    settings: TrainSettings, fabric: Fabric, *, done: int
+) -> Iterator[Callable[..., None]]:
+    """Progress in steps, shown by the main process; see `track`."""
+    if not fabric.is_global_zero:
+        yield lambda *_, **__: None
+        return
+    with track(settings.steps, unit="steps", description="training", done=done) as advance:
+        yield advance
 
-    On a CPU every step is looked at. On a GPU values are read once a window (and before each checkpoint), so that the
-    host need not wait for each step; the report still names the very step.
 
-    Args:
-        every: steps in a window.
-        settings: parameters to name when a loss is not finite.
-        gradient_may_overflow: float16 scaling skips steps whose gradient overflowed; that is no fault.
-        on_metrics: gets each row as it is made, and once more those that a checkpoint brought back.
+class History:
+    """Means of the losses over windows of `log_every` steps; stops a training that diverges.
+
+    On a CPU every step is checked. On a GPU values are read once a window and before each
+    checkpoint, so that the host need not wait for each step; the error still names the step.
     """
 
     def __init__(
-        self,
-        *,
-        every: int,
-        settings: Mapping[str, object],
-        gradient_may_overflow: bool,
-        on_metrics: OnMetrics | None,
+        self, settings: TrainSettings, fabric: Fabric, on_metrics: OnMetrics | None
     ) -> None:
         self.rows: list[dict[str, float]] = []
-        self._every = every
         self._settings = settings
-        self._checked = LOGGED[:-1] if gradient_may_overflow else LOGGED
+        self._fabric = fabric
         self._on_metrics = on_metrics
-        self._window: list[Tensor] = []  # each (4,) on the training's device
+        self._window: list[Tensor] = []  # (4,) each, on the training's device
         self._extra: dict[str, float] = {}
 
     def add(self, name: str, value: float) -> None:
-        """Put a value that is measured now and then into the next row: the largest, if there are several."""
+        """Put a value that is measured now and then into the next row: of several, the largest."""
         self._extra[name] = max(value, self._extra.get(name, value))
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Report again what a checkpoint brought back, so that a new log of curves is whole."""
-        for row in self.rows:
-            self._report(trainer, row)
+    def record(self, step: int, observed: Tensor, learning_rate: float) -> None:
+        """Take the `LOGGED` values (4,) of a step, counted from 1; closes the window if it is full.
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: TrainingModule, *_: object) -> None:  # type: ignore[override]
-        """Look at the step, and close the window if it is full."""
-        self._window.append(pl_module.observed)
-        step = trainer.global_step
-        full = step % self._every == 0 or step == trainer.max_steps
-        if full or pl_module.device.type == "cpu":
-            self._check(step)
+        Raises:
+            AlmrrError: a loss or the gradient is not finite.
+        """
+        self._window.append(observed)
+        full = step % self._settings.log_every == 0 or step == self._settings.steps
+        if full or observed.device.type == "cpu":
+            self.check(step)
         if full:
-            self._close_window(trainer, step, pl_module.learning_rate)
+            self._close_window(step, learning_rate)
+
+    def check(self, step: int) -> None:
+        """Stop if a value of the open window, which ends with `step`, is not finite."""
+        first = step - len(self._window) + 1
+        for offset, values in enumerate(_to_host(self._window)):
+            named = dict(zip(LOGGED, values, strict=True))
+            if self._settings.precision == "16-mixed":
+                del named["gradient_norm"]  # float16's scaler skips steps whose gradient overflowed
+            check_finite(named, step=first + offset, settings=self._settings)
+
+    def report_again(self) -> None:
+        """Report the rows that a checkpoint restored, so that a new log of curves is complete."""
+        for row in self.rows:
+            self._report(row)
+
+    def latest(self) -> dict[str, str]:
+        """The last row's loss, to be shown with the progress."""
+        return {"loss": f"{self.rows[-1]['loss']:.4f}"} if self.rows else {}
+
+    def frame(self) -> pd.DataFrame:
+        """The history, a row per window."""
+        extra = {name for row in self.rows for name in row} - set(COLUMNS)
+        frame = pd.DataFrame(self.rows, columns=[*COLUMNS, *sorted(extra)])
+        return frame.astype({name: "int64" if name == "step" else "float64" for name in frame})
 
     def state_dict(self) -> dict[str, Any]:
-        """Rows and the open window, as plain numbers; checked, so that no checkpoint holds spoilt weights."""
-        return {"rows": self.rows, "window": [values.tolist() for values in self._window], "extra": self._extra}
+        """Rows and the open window, as plain numbers."""
+        window = [values.tolist() for values in self._window]
+        return {"rows": self.rows, "window": window, "extra": self._extra}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up what a checkpoint held."""
+        """Restore rows and open window."""
         self.rows = state_dict["rows"]
         self._window = [torch.tensor(values) for values in state_dict["window"]]
         self._extra = state_dict["extra"]
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Refuse to save weights that came out of a step that was not finite."""
-        self._check(trainer.global_step)
-
-    def frame(self) -> pd.DataFrame:
-        """The history: one row a window, with the means over its steps; no times."""
-        names = [*COLUMNS, *sorted({name for row in self.rows for name in row} - set(COLUMNS))]
-        frame = pd.DataFrame(self.rows, columns=names)
-        return frame.astype({name: "int64" if name == "step" else "float64" for name in names})
-
-    def _check(self, step: int) -> None:
-        first = step - len(self._window) + 1
-        for offset, values in enumerate(_to_host(self._window)):
-            named = dict(zip(LOGGED, values, strict=True))
-            check_finite({name: named[name] for name in self._checked}, step=first + offset, settings=self._settings)
-
-    def _close_window(self, trainer: Trainer, step: int, learning_rate: float) -> None:
+    def _close_window(self, step: int, learning_rate: float) -> None:
         means = torch.tensor(_to_host(self._window), dtype=torch.float64).mean(0)
-        if trainer.world_size > 1:
-            means = trainer.strategy.reduce(means.float().to(trainer.strategy.root_device), reduce_op="mean").cpu()
+        if self._fabric.world_size > 1:
+            means = self._fabric.all_reduce(means.float(), reduce_op="mean").cpu()
         losses = dict(zip(LOGGED, means.tolist(), strict=True))
         row = {name: losses[name] for name in COLUMNS if name in losses}
         self.rows.append({"step": step, **row, "learning_rate": learning_rate, **self._extra})
         self._window, self._extra = [], {}
-        self._report(trainer, self.rows[-1])
+        self._report(self.rows[-1])
 
-    def _report(self, trainer: Trainer, row: Mapping[str, float]) -> None:
-        if self._on_metrics is not None and trainer.is_global_zero:
-            self._on_metrics(int(row["step"]), {name: value for name, value in row.items() if name != "step"})
+    def _report(self, row: Mapping[str, float]) -> None:
+        if self._on_metrics is not None and self._fabric.is_global_zero:
+            values = {name: value for name, value in row.items() if name != "step"}
+            self._on_metrics(int(row["step"]), values)
 
 
 def _to_host(window: list[Tensor]) -> list[list[float]]:
     return torch.stack([values.cpu() for values in window]).tolist() if window else []
 
 
-class ProgressReport(Callback):
-    """A bar with loss and time left on a terminal; plain log lines, at most four a minute, elsewhere."""
+def check_finite(values: Mapping[str, float], *, step: int, settings: TrainSettings) -> None:
+    """Stop if a loss or the gradient's norm is not finite.
 
-    def __init__(self, history: HistoryRecorder) -> None:
+    Raises:
+        AlmrrError: names the step (counted from 1), all values and the parameters worth changing.
+    """
+    wrong = [name for name, value in values.items() if not math.isfinite(value)]
+    if not wrong:
+        return
+    parts = ", ".join(f"{name} {value:g}" for name, value in values.items())
+    names = ("learning_rate", "gradient_clip", "precision")
+    now = ", ".join(f"{name} {getattr(settings, name)}" for name in names)
+    raise AlmrrError(
+        f"Training stopped at step {step}: {' and '.join(wrong)} not finite ({parts}). Lower "
+        "train.learning_rate, set train.gradient_clip to 1 or less, or train with train.precision "
+        f"32-true (now: {now}). The last good checkpoint is kept; with the same parameters a new "
+        "run would resume from it and stop again, with others it starts afresh."
+    )
+
+
+class ValidationSelection:
+    """Keeps the weights with the best pixel average precision on the validation images.
+
+    These are normal images with simulated anomalies; no test image takes part. Only the main
+    process validates; with several processes the others wait, and end with the last weights.
+
+    Raises:
+        AlmrrError: the synthetic set has no anomalous pixel for validation.
+    """
+
+    def __init__(
+        self, synthetic_set: SyntheticSet, settings: TrainSettings, fabric: Fabric, history: History
+    ) -> None:
+        if not np.any(synthetic_set.validation_masks):
+            raise AlmrrError(
+                "train.selection is validation, but the synthetic set has no simulated anomalies "
+                "on validation images: set data.validation_fraction above 0 and run the synthesize "
+                "stage again, or take train.selection: last."
+            )
+        self._synthetic_set = synthetic_set
+        self._settings = settings
+        self._fabric = fabric
         self._history = history
-        self._bar: tqdm[Any] | None = None
-        self._begun = (0.0, 0)
-        self._last_line = 0.0
+        self._best = -1.0
+        self._best_step = 0
+        self._weights: dict[str, Tensor] = {}
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open the bar at the step the training starts from."""
-        if not trainer.is_global_zero:
+    def validate(self, step: int, model: ALMRR) -> None:
+        """Validate, if it is due after `step` steps, and keep the weights if they are the best."""
+        every = max(1, math.ceil(self._settings.steps / VALIDATIONS))
+        if step % every and step != self._settings.steps:
             return
-        step, steps = trainer.global_step, trainer.max_steps
-        self._begun, self._last_line = (time.monotonic(), step), time.monotonic()
-        if sys.stderr.isatty():
-            self._bar = tqdm(total=steps, initial=step, desc="training", unit="step", dynamic_ncols=True)
-        logger.info("Training on %s from step %d to %d.", pl_module.device, step, steps)
+        if self._fabric.is_global_zero:
+            value = self._measure(model)
+            self._history.add(METRIC, value)
+            if value > self._best:
+                self._best, self._best_step = value, step
+                state = model.state_dict().items()
+                self._weights = {name: tensor.detach().cpu().clone() for name, tensor in state}
+        self._fabric.barrier("validation")
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
-        """Move on by one step."""
-        if self._bar is not None:
-            self._bar.update()
-            if self._history.rows:
-                self._bar.set_postfix(loss=f"{self._history.rows[-1]['loss']:.4f}", refresh=False)
-        elif trainer.is_global_zero and self._history.rows:
-            self._log(trainer.global_step, trainer.max_steps)
+    def restore_best(self, model: ALMRR) -> None:
+        """Load the best weights into the model."""
+        if self._weights:
+            model.load_state_dict(self._weights)
+            logger.info(
+                "Selected the weights of step %d: validation pixel AP %.4f.",
+                self._best_step,
+                self._best,
+            )
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Close the bar, also after an error."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+    def state_dict(self) -> dict[str, Any]:
+        """The best so far."""
+        return {"best": self._best, "best_step": self._best_step, "weights": self._weights}
 
-    def _log(self, step: int, steps: int) -> None:
-        now = time.monotonic()
-        if now - self._last_line < SECONDS_BETWEEN_LINES and step < steps:
-            return
-        self._last_line = now
-        begun, first = self._begun
-        left = (now - begun) / max(1, step - first) * (steps - step)
-        row = self._history.rows[-1]
-        logger.info(
-            "Step %d of %d: loss %.4f (reconstruction %.4f, refinement %.4f), %s left.",
-            step,
-            steps,
-            row["loss"],
-            row["reconstruction"],
-            row["refinement"],
-            tqdm.format_interval(left),
-        )
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the best so far."""
+        self._best, self._best_step = state_dict["best"], state_dict["best_step"]
+        self._weights = state_dict["weights"]
+
+    @torch.no_grad()
+    def _measure(self, model: ALMRR) -> float:
+        """Pixel average precision on the validation images."""
+        scores = []
+        size = self._settings.batch_size
+        model.eval()
+        try:
+            for start in range(0, len(self._synthetic_set.validation_augmented), size):
+                augmented = self._synthetic_set.validation_augmented[start : start + size]
+                images = torch.from_numpy(np.ascontiguousarray(augmented)).to(self._fabric.device)
+                with self._fabric.autocast():
+                    maps = model(to_images(images, channels_last=False))
+                scores.append(maps.float().cpu().numpy().ravel())
+        finally:
+            model.train()
+        labels = np.asarray(self._synthetic_set.validation_masks).ravel()
+        return float(average_precision_score(labels, np.concatenate(scores)))

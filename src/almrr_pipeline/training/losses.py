@@ -1,4 +1,7 @@
-"""The two parts of the paper's loss."""
+"""Loss: reconstruction_weight * MSE(F_hat, phi) + refinement_weight * focal(map, M).
+
+The paper's weights are 1 : 1.
+"""
 
 from __future__ import annotations
 
@@ -6,30 +9,45 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from almrr_pipeline.config import TrainSettings
+from almrr_pipeline.model.almrr import TrainingOutput
+
+
+def compute_losses(
+    output: TrainingOutput, mask: Tensor, settings: TrainSettings
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, and its two terms before weighting, each a float32 scalar."""
+    reconstruction = reconstruction_loss(output.reconstruction, output.target)
+    refinement = focal_loss(output.logits, mask, settings.focal_gamma)
+    loss = settings.reconstruction_weight * reconstruction + settings.refinement_weight * refinement
+    return loss, reconstruction, refinement
+
 
 def focal_loss(logits: Tensor, mask: Tensor, gamma: float = 2.0) -> Tensor:
     """Focal loss of a two-class map, averaged over all pixels: mean of -(1 - p)^gamma log p.
 
-    p is the softmax probability of the true class. As in DRAEM (arXiv 2108.07610), whose refinement network ALMRR
-    takes over, the classes are not weighted. Computed from log-softmax in float32, so that no probability rounds to 0.
+    p is the softmax probability of the true class. As in DRAEM (arXiv 2108.07610), whose refinement
+    network ALMRR adopts, the classes are not weighted. Computed from log-softmax in float32, so
+    that no probability rounds to 0.
 
     Args:
         logits: float, shape (B, 2, H, W); channel 0 is normal, channel 1 is anomalous.
         mask: bool or {0, 1} of any type, shape (B, H, W); 1 is anomalous.
-        gamma: how strongly pixels that are already right are played down; 0 gives the cross entropy.
+        gamma: how strongly pixels that are already right are down-weighted; 0: cross entropy.
 
     Returns:
         float32 scalar, at least 0.
     """
     log_probabilities = F.log_softmax(logits.float(), dim=1)  # (B, 2, H, W)
     log_true = log_probabilities.gather(1, mask.long().unsqueeze(1)).squeeze(1)  # (B, H, W)
-    # 1 - p by expm1: near p = 1 the plain difference rounds to 0. The floor keeps the power's slope finite at p = 1.
+    # 1 - p by expm1: near p = 1 the plain difference rounds to 0. The floor keeps the power's slope
+    # finite at p = 1.
     missing = (-torch.expm1(log_true)).clamp_min(torch.finfo(torch.float32).tiny)
     return (-missing.pow(gamma) * log_true).mean()
 
 
 def reconstruction_loss(reconstruction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error between F_hat and phi, over all elements (the paper's reconstruction loss).
+    """Mean squared error between F_hat and phi over all elements (the paper's reconstruction loss).
 
     Args:
         reconstruction: F_hat, features repaired from the augmented image, shape (B, C, h, w).

@@ -1,52 +1,86 @@
-"""Learning rates over the steps, as pure functions of the step."""
+"""Optimizer and learning-rate schedule."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
-from typing import Literal
 
-Schedule = Literal["constant", "cosine", "one_cycle"]
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.wrappers import _FabricOptimizer
+from torch import Tensor, nn
 
+from almrr_pipeline.config import TrainSettings
+from almrr_pipeline.model.almrr import ALMRR
+
+NO_DECAY = ("A_log", "position")
+"""Parameters of several dimensions that do not decay: the scan's A, the position embedding."""
 WARM_UP = 0.05
-"""Share of the steps in which `cosine` rises linearly."""
+"""Fraction of the steps in which `cosine` rises linearly."""
 RISE = 0.3
-"""Share of the steps in which `one_cycle` rises."""
+"""Fraction of the steps in which `one_cycle` rises; as the next, OneCycleLR's default in torch."""
 START, END = 1 / 25, 1 / 250_000
-"""Where `one_cycle` begins and ends, as shares of the peak (torch's OneCycleLR: 1/25, and 1e-4 of that)."""
+"""First and last rate of `one_cycle`, as fractions of the largest."""
 
 
-def learning_rate_factors(schedule: Schedule, steps: int) -> Callable[[int], float]:
-    """The learning rate at each step, as a share of the largest.
+def build_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
+    """Adam (weight decay is added to the gradient) or AdamW (decoupled decay).
 
-    Args:
-        schedule: `constant`; `cosine`: a linear warm-up over the first 5 %, then half a cosine to 0;
-            `one_cycle`: half a cosine up over the first 30 %, half a cosine down to nearly 0 (Smith, arXiv 1708.07120).
-        steps: length of the training.
-
-    Returns:
-        A function from the step (0 is the first) to a factor in (0, 1].
+    It moves the trained parameters, of which only matrices and kernels decay: not biases, norms,
+    the scan's D and `NO_DECAY`, as is usual.
     """
-    if schedule == "constant":
-        return lambda step: 1.0
-    return partial(_cosine if schedule == "cosine" else _one_cycle, steps)
+    decaying: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            exempt = parameter.ndim < 2 or name.rpartition(".")[2] in NO_DECAY
+            (others if exempt else decaying).append(parameter)
+    groups = [
+        {"params": decaying, "weight_decay": settings.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    algorithm = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
+    return algorithm(
+        [group for group in groups if group["params"]],
+        lr=settings.learning_rate,
+        fused=settings.precision != "16-mixed",  # the gradient scaler would unscale a second time
+    )
 
 
-def _cosine(steps: int, step: int) -> float:
-    warm_up = max(1, round(WARM_UP * steps))
-    if step < warm_up:
-        return (step + 1) / warm_up
-    return _anneal(1.0, 0.0, (step - warm_up + 1) / (steps - warm_up + 1))
+def clip_gradient(
+    fabric: Fabric, model: ALMRR, optimizer: _FabricOptimizer, limit: float
+) -> Tensor:
+    """Clip the gradient to the norm `limit` (0 for none); returns the norm before, float32 scalar.
+
+    The norm is taken in the model's order of parameters. `Fabric.clip_gradients` takes it in the
+    optimizer's, so that its rounding would depend on the groups of `build_optimizer`.
+    """
+    fabric.strategy.precision.unscale_gradients(optimizer.optimizer)
+    norm = nn.utils.clip_grad_norm_(model.trainable_parameters(), limit or math.inf)
+    return norm.detach().float()
 
 
-def _one_cycle(steps: int, step: int) -> float:
+def learning_rate_factor(settings: TrainSettings, step: int) -> float:
+    """Learning rate of a step (0 is the first) as a fraction of the largest.
+
+    `constant`; `cosine`: a linear warm-up over the first 5 %, then half a cosine to 0; `one_cycle`:
+    half a cosine up over the first 30 %, half a cosine down to nearly 0 (Smith, arXiv 1708.07120),
+    equal to torch's OneCycleLR within rounding. A pure function of the step: there is no scheduler
+    to resume, and a rate for a training of one step too.
+    """
+    steps = settings.steps
+    if settings.schedule == "constant":
+        return 1.0
+    if settings.schedule == "cosine":
+        warm_up = max(1, round(WARM_UP * steps))
+        if step < warm_up:
+            return (step + 1) / warm_up
+        return _anneal(1.0, 0.0, (step - warm_up + 1) / (steps - warm_up + 1))
     peak, last = max(RISE * steps - 1, 0.0), max(steps - 1, 1)
     if step < peak:
         return _anneal(START, 1.0, step / peak)
     return _anneal(1.0, END, (step - peak) / (last - peak))
 
 
-def _anneal(start: float, end: float, share: float) -> float:
-    """Half a cosine from `start` (share 0) to `end` (share 1 and beyond)."""
-    return end + (start - end) * (1 + math.cos(math.pi * min(share, 1.0))) / 2
+def _anneal(start: float, end: float, fraction: float) -> float:
+    """Half a cosine from `start` (at 0) to `end` (at 1 and beyond)."""
+    return end + (start - end) * (1 + math.cos(math.pi * min(fraction, 1.0))) / 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from pathlib import Path
 
 import pandas as pd
@@ -24,10 +25,10 @@ from almrr_pipeline.kedro_support.tracking import log_live
 from almrr_pipeline.model.almrr import ALMRR
 from almrr_pipeline.model.backbone import build_backbone
 from almrr_pipeline.synthesis.synthetic_set import SyntheticSet
+from almrr_pipeline.training.callbacks import METRIC
 from almrr_pipeline.training.checkpoints import fingerprint, source_files
-from almrr_pipeline.training.randomness import isolated_randomness
-from almrr_pipeline.training.selection import METRIC
-from almrr_pipeline.training.train import fit
+from almrr_pipeline.training.runtime import isolated_randomness
+from almrr_pipeline.training.train import TrainingInterrupted, fit
 
 
 def build_model(
@@ -42,9 +43,7 @@ def build_model(
     frozen = build_backbone(backbone, weights=backbone_weights / "backbone.safetensors")
     with isolated_randomness():
         torch.manual_seed(seed)
-        return ALMRR(
-            frozen, model, image_size=data.image_size, scan_backend=inference.scan_backend
-        )
+        return ALMRR(frozen, model, image_size=data.image_size, scan_backend=inference.scan_backend)
 
 
 def fit_model(
@@ -57,21 +56,32 @@ def fit_model(
     seed: int,
     scratch: Path,
 ) -> tuple[ALMRR, pd.DataFrame]:
-    """Train; an interrupted training of equal parameters, data and code resumes from its last checkpoint."""
+    """Train; an interrupted training of equal parameters, data and code resumes from its last checkpoint.
+
+    Raises:
+        SystemExit: with status 0, in all processes of a distributed training but the main one.
+    """
     data_and_code = fingerprint(
         {"images": list(manifest["sha256"]), "synthetic_set": synthetic_set.description},
         [backbone_weights / "backbone.json", *source_files()],
     )
-    history = fit(
-        untrained,
-        synthetic_set,
-        train,
-        seed=seed,
-        scratch=_checkpoint_folder(scratch, category, seed),
-        fingerprint=data_and_code,
-        on_metrics=log_live,
-        keep_checkpoints=True,  # until the model is in its place, see remove_checkpoints
-    )
+    try:
+        history = fit(
+            untrained,
+            synthetic_set,
+            train,
+            seed=seed,
+            scratch=_checkpoint_folder(scratch, category, seed),
+            fingerprint=data_and_code,
+            on_metrics=log_live,
+            keep_checkpoints=True,  # until the model is in its place, see remove_checkpoints
+        )
+    except TrainingInterrupted:
+        raise SystemExit(128 + signal.SIGTERM) from None
+    if history is None:  # not the main process of a distributed training, which does the rest
+        raise SystemExit(0)
+    if history is None:
+        raise SystemExit(0)
     return untrained, history
 
 

@@ -1,0 +1,239 @@
+"""What surrounds the training loop: devices, torch's global state, SIGTERM, errors explained."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.warnings import PossibleUserWarning
+
+from almrr_pipeline.common.errors import AlmrrError
+from almrr_pipeline.config import TrainSettings
+from almrr_pipeline.model.almrr import ALMRR
+
+CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+"""Environment variable; cuBLAS is reproducible only with a workspace of fixed size."""
+DEEPEST_STRIDE = 128
+"""Of the FRM's innermost map relative to the image: features at 4, then five halvings."""
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+"""In the messages of RuntimeErrors by which torch reports that memory ran out."""
+
+
+@contextmanager
+def training_environment(
+    model: ALMRR, settings: TrainSettings
+) -> Iterator[tuple[Fabric, StopRequest]]:
+    """Processes, precision, torch's settings and signals of a training; all restored afterwards.
+
+    Inside, the model is in training mode; afterwards it is in evaluation mode on the CPU.
+
+    Raises:
+        AlmrrError: see `build_fabric`, `check_processes` and the `explain_...` contexts.
+    """
+    with (
+        quiet_lightning(),
+        isolated_randomness(),
+        algorithms(deterministic=settings.deterministic),
+        training_mode(model, channels_last=settings.channels_last),
+        deferred_sigterm() as stop,
+    ):
+        fabric = build_fabric(settings)
+        check_processes(settings, fabric.world_size, model.image_size)
+        compiling = explain_compile_errors() if settings.compile else nullcontext()
+        with explain_out_of_memory(settings, fabric.world_size), compiling:
+            fabric.launch()
+            yield fabric, stop
+
+
+def build_fabric(settings: TrainSettings) -> Fabric:
+    """Fabric for the devices and the precision of the settings; it starts no process yet.
+
+    Raises:
+        AlmrrError: the devices do not exist.
+    """
+    try:
+        return Fabric(
+            accelerator=settings.accelerator,
+            devices=settings.devices,
+            num_nodes=settings.nodes,
+            precision=settings.precision,
+        )
+    except (MisconfigurationException, ImportError, ValueError, RuntimeError) as error:
+        names = ("accelerator", "devices", "nodes", "precision")
+        requested = ", ".join(f"{name} {getattr(settings, name)}" for name in names)
+        raise AlmrrError(
+            f"Cannot train with {requested}: {error} Change them in the train section."
+        ) from error
+
+
+def check_processes(settings: TrainSettings, world_size: int, image_size: tuple[int, int]) -> None:
+    """Refuse what several processes cannot do, before they are started.
+
+    Raises:
+        AlmrrError: this process has taken part in a distributed training before (its process group
+            outlives it), or the batch size does not suit the number of processes.
+    """
+    batch_size = settings.batch_size
+    if world_size > 1 and torch.distributed.is_available() and torch.distributed.is_initialized():
+        raise AlmrrError(
+            "This process has taken part in a distributed training before and cannot start another "
+            f"one on {world_size} devices: train one category per process, with `kedro run "
+            "--pipelines train --namespaces CATEGORY` or `dvc repro train`, or set train.devices "
+            "to 1."
+        )
+    if batch_size % world_size:
+        raise AlmrrError(
+            f"train.batch_size {batch_size} cannot be divided equally among {world_size} devices; "
+            f"take {max(1, round(batch_size / world_size)) * world_size}."
+        )
+    rows, columns = (side // DEEPEST_STRIDE for side in image_size)
+    if batch_size // world_size * rows * columns < 2:
+        raise AlmrrError(
+            f"train.batch_size {batch_size} leaves {world_size} devices one sample each, which the "
+            f"FRM's batch normalization cannot work with at {image_size[0]}x{image_size[1]}; "
+            f"take {2 * world_size}."
+        )
+
+
+class StopRequest:
+    """Whether SIGTERM has asked this process to end."""
+
+    received = False
+
+
+@contextmanager
+def deferred_sigterm() -> Iterator[StopRequest]:
+    """Note SIGTERM instead of ending, so that a training can write a checkpoint before it ends.
+
+    A request that comes when the training is done takes effect afterwards. In other threads than
+    the main one, which cannot handle signals, nothing changes.
+    """
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+
+    def note(*_: object) -> None:
+        request.received = True
+
+    before = signal.signal(signal.SIGTERM, note) or signal.SIG_DFL
+    try:
+        yield request
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if request.received:
+        signal.raise_signal(signal.SIGTERM)
+
+
+@contextmanager
+def isolated_randomness() -> Iterator[None]:
+    """Leave torch's random generators as they were before."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        yield
+
+
+@contextmanager
+def algorithms(*, deterministic: bool) -> Iterator[None]:
+    """Choose torch's algorithms, and restore the choice afterwards.
+
+    Deterministic: operations with a deterministic form take it; one that has none on a GPU warns
+    and runs. Otherwise cuDNN tries its convolutions and keeps the fastest.
+    """
+    with ExitStack() as stack:
+        stack.callback(
+            torch.use_deterministic_algorithms,
+            torch.are_deterministic_algorithms_enabled(),
+            warn_only=torch.is_deterministic_algorithms_warn_only_enabled(),
+        )
+        for owner, name in (
+            (torch.backends.cudnn, "benchmark"),
+            (torch.backends.cudnn, "deterministic"),
+            (torch.utils.deterministic, "fill_uninitialized_memory"),
+        ):
+            stack.callback(setattr, owner, name, getattr(owner, name))
+        if deterministic and CUBLAS not in os.environ:
+            os.environ[CUBLAS] = ":4096:8"
+            stack.callback(os.environ.pop, CUBLAS, None)
+        torch.use_deterministic_algorithms(deterministic, warn_only=True)
+        # Memory that is never read before it is written need not be filled, which costs time.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        torch.backends.cudnn.deterministic = deterministic
+        torch.backends.cudnn.benchmark = not deterministic
+        yield
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Keep Lightning's advice off the screen."""
+    logger = logging.getLogger("lightning.fabric")
+    level = logger.level
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PossibleUserWarning)
+        warnings.filterwarnings("ignore", module=r"lightning\.")
+        logger.setLevel(logging.WARNING)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+@contextmanager
+def training_mode(model: ALMRR, *, channels_last: bool) -> Iterator[None]:
+    """Training mode inside; afterwards evaluation mode on the CPU, in the usual memory format."""
+    model.train()
+    if channels_last:
+        model.to(memory_format=torch.channels_last)
+    try:
+        yield
+    finally:
+        model.eval().cpu().to(memory_format=torch.contiguous_format)
+
+
+@contextmanager
+def explain_out_of_memory(settings: TrainSettings, world_size: int) -> Iterator[None]:
+    """Turn a device's "out of memory" into a sentence that names the batch size.
+
+    Raises:
+        AlmrrError: memory ran out inside the context.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not any(
+            sign in str(error).lower() for sign in OUT_OF_MEMORY
+        ):
+            raise
+        size = settings.batch_size
+        each = f" ({size // world_size} on each of {world_size} devices)" if world_size > 1 else ""
+        cheaper = ", set train.precision to bf16-mixed" * (settings.precision == "32-true")
+        raise AlmrrError(
+            f"Memory ran out in training with train.batch_size {size}{each}: halve the batch "
+            f"size{cheaper}, or choose smaller widths in the model section. "
+            f"The device reports: {str(error).splitlines()[0]}"
+        ) from error
+
+
+@contextmanager
+def explain_compile_errors() -> Iterator[None]:
+    """Turn a failure of torch.compile into a sentence.
+
+    Raises:
+        AlmrrError: the model could not be compiled inside the context.
+    """
+    from torch._dynamo.exc import TorchDynamoException  # slow to import
+
+    try:
+        yield
+    except TorchDynamoException as error:
+        raise AlmrrError(
+            "torch.compile could not compile the model; set train.compile to false, or install a "
+            f"C++ compiler if that is missing. It reports: {' '.join(str(error).split()[:40])}"
+        ) from error
