@@ -57,15 +57,20 @@ def track(total: int | None, *, unit: str, description: str, done: int = 0) -> I
 
 
 def _log_lines(total: int | None, *, unit: str, description: str, done: int) -> Advance:
-    next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
+    begun, first = time.monotonic(), done
+    next_line = begun + _SECONDS_BETWEEN_LINES
 
     def advance(amount: int, **shown: float | str) -> None:
         nonlocal done, next_line
         done += amount
-        if time.monotonic() < next_line:
+        now = time.monotonic()
+        if now < next_line:
             return
-        next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
-        percent = f" ({100 * done / total:.0f} %)" if total else ""
+        next_line = now + _SECONDS_BETWEEN_LINES
+        percent = ""
+        if total:
+            left = (now - begun) / max(1, done - first) * (total - done)
+            percent = f" ({100 * done / total:.0f} %), {tqdm.format_interval(left)} left"
         values = "".join(
             f", {name} {value if isinstance(value, str) else format(value, '.4g')}"
             for name, value in shown.items()
