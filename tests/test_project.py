@@ -19,8 +19,8 @@ import pandas as pd
 import pytest
 import yaml
 
-from almrr_pipeline.inference.predictor import Predictor
 from almrr_pipeline.inference.inference_config import InferenceConfig
+from almrr_pipeline.inference.predictor import Predictor
 
 pytestmark = pytest.mark.xdist_group("project")  # one copy, made once
 
@@ -53,8 +53,9 @@ train:
   batch_size: 4
   learning_rate: 1.0e-3
   log_every: 1
+inference:
+  flips: true
 evaluate:
-  mirrored: true
   bootstrap: 20
 report:
   examples: 1
@@ -76,7 +77,11 @@ class Project:
             "MLFLOW_DISABLE_TELEMETRY": "true",
             "GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@b", "GIT_COMMITTER_NAME": "a", "GIT_COMMITTER_EMAIL": "a@b",
         }  # fmt: skip
-        for name in ("MLFLOW_TRACKING_URI", "KEDRO_DISABLE_TELEMETRY", "DO_NOT_TRACK"):  # as in a user's own shell
+        for name in (
+            "MLFLOW_TRACKING_URI",
+            "KEDRO_DISABLE_TELEMETRY",
+            "DO_NOT_TRACK",
+        ):  # as in a user's own shell
             self.environment.pop(name, None)
 
     def run(self, *command: str, fails: bool = False) -> str:
@@ -92,12 +97,16 @@ class Project:
             text=True,
             check=False,
         )
-        assert (done.returncode != 0) == fails, f"{' '.join(command)} returned {done.returncode}:\n{done.stdout}"
+        assert (done.returncode != 0) == fails, (
+            f"{' '.join(command)} returned {done.returncode}:\n{done.stdout}"
+        )
         return done.stdout
 
     def metrics(self) -> dict[str, Any]:
         """The numbers of record."""
-        found: dict[str, Any] = json.loads((self.folder / "data/08_reporting/metrics.json").read_text())
+        found: dict[str, Any] = json.loads(
+            (self.folder / "data/08_reporting/metrics.json").read_text()
+        )
         return found
 
 
@@ -149,10 +158,14 @@ def test_the_shipped_params_yaml_is_what_dvc_composes(project: Path, tmp_path: P
     assert (tmp_path / "params.yaml").read_text() == (project / "params.yaml").read_text()
 
 
-@pytest.mark.parametrize("suite", ["sample", "textures", "mvtec", "mt_defect", "nanotwice", "paper"])
-def test_every_suite_composes_to_valid_parameters(project: Path, tmp_path: Path, suite: str) -> None:
-    from almrr_pipeline.config import load_parameters, split_seed
-    from almrr_pipeline.datasets.registry import source_for
+@pytest.mark.parametrize(
+    "suite", ["sample", "textures", "mvtec", "mt_defect", "nanotwice", "paper"]
+)
+def test_every_suite_composes_to_valid_parameters(
+    project: Path, tmp_path: Path, suite: str
+) -> None:
+    from almrr_pipeline.config import load_parameters
+    from almrr_pipeline.datasets.registry import dataset_for
 
     shutil.copytree(project / "conf", tmp_path / "conf")
     config = tmp_path / "conf/config.yaml"
@@ -160,7 +173,7 @@ def test_every_suite_composes_to_valid_parameters(project: Path, tmp_path: Path,
     _compose(Project(tmp_path))
     parameters = load_parameters(tmp_path / "params.yaml")
     assert parameters.suite == suite
-    assert all(source_for(split_seed(category)[0]) for category in parameters.categories)
+    assert all(dataset_for(category) for category in parameters.categories)
 
 
 def test_repro_ends_in_tables_images_and_runs(built: Project) -> None:
@@ -168,7 +181,7 @@ def test_repro_ends_in_tables_images_and_runs(built: Project) -> None:
     table = pd.read_csv(reporting / "metrics.csv")
     assert {"sample_brick", "sample_grass", "mean"} <= set(table["category"])
     assert "<html" in (reporting / "report.html").read_text()
-    assert list((reporting / "categories/sample_brick/overlays").glob("*.webp"))
+    assert list((reporting / "categories/sample_brick/seed_0/overlays").glob("*.webp"))
     assert (built.folder / "mlflow.db").is_file()
 
 
@@ -185,7 +198,7 @@ def test_git_is_clean_but_for_the_lock_file(built: Project) -> None:
 
 
 def test_thresholds_are_scores_of_the_validation_images(built: Project) -> None:
-    model = built.folder / "data/06_models/sample_brick"
+    model = built.folder / "data/06_models/sample_brick/seed_0"
     validation = sorted((built.folder / "data/01_raw/sample_brick/validation/good").iterdir())
     scores = [prediction.score for prediction in Predictor(model, device="cpu")(validation)]
     thresholds = InferenceConfig.load(model).thresholds
@@ -194,18 +207,20 @@ def test_thresholds_are_scores_of_the_validation_images(built: Project) -> None:
     assert np.isclose(scores, thresholds.image.value, rtol=1e-6, atol=0).sum() == 1
 
 
-def test_one_stage_of_one_category_runs_alone(built: Project) -> None:
-    assert "Running stage" not in built.run("dvc", "repro", "train@sample_brick")
-    printed = built.run("dvc", "repro", "--force", "--single-item", "evaluate@sample_brick")
+def test_one_stage_of_one_category_and_seed_runs_alone(built: Project) -> None:
+    assert "Running stage" not in built.run("dvc", "repro", "train@sample_brick-0")
+    printed = built.run("dvc", "repro", "--force", "--single-item", "evaluate@sample_brick-0")
     assert printed.count("Running stage") == 1
 
 
 def test_the_same_commit_gives_the_same_numbers(built: Project) -> None:
     before = built.metrics()
-    weights = (built.folder / "data/06_models/sample_brick/model.safetensors").read_bytes()
+    weights = (built.folder / "data/06_models/sample_brick/seed_0/model.safetensors").read_bytes()
     built.run("dvc", "repro", "--force", "--no-run-cache")
     assert built.metrics() == before
-    assert (built.folder / "data/06_models/sample_brick/model.safetensors").read_bytes() == weights
+    assert (
+        built.folder / "data/06_models/sample_brick/seed_0/model.safetensors"
+    ).read_bytes() == weights
 
 
 def test_metrics_parameters_and_plots_can_be_shown(built: Project) -> None:
@@ -216,7 +231,9 @@ def test_metrics_parameters_and_plots_can_be_shown(built: Project) -> None:
 
 
 def test_a_push_and_a_pull_bring_everything_back(built: Project, tmp_path: Path) -> None:
-    built.run("dvc", "remote", "add", "--local", "--force", "--default", "here", str(tmp_path / "remote"))
+    built.run(
+        "dvc", "remote", "add", "--local", "--force", "--default", "here", str(tmp_path / "remote")
+    )
     built.run("dvc", "push", "-q")
     before = built.metrics()
     shutil.rmtree(built.folder / "data/08_reporting")
@@ -228,6 +245,7 @@ def test_a_push_and_a_pull_bring_everything_back(built: Project, tmp_path: Path)
 
 def test_kedro_runs_a_pipeline_by_either_name(built: Project) -> None:
     before = built.metrics()
+    built.run("kedro", "run", "--pipelines", "evaluate", "--namespaces", "sample_brick.seed_0")
     built.run("kedro", "run", "--pipelines", "evaluate", "--namespaces", "sample_brick")
     built.run("kedro", "run", "--pipelines", "evaluate")
     built.run("kedro", "run", "--pipeline", "evaluate")
@@ -238,27 +256,38 @@ def test_kedro_runs_everything_without_dvc(built: Project) -> None:
     before = built.metrics()
     built.run("kedro", "run")
     assert built.metrics() == before
-    _each_category_has_a_run_of_its_own(built)
+    _each_category_and_seed_has_a_run_of_its_own(built)
 
 
-def _each_category_has_a_run_of_its_own(built: Project) -> None:
+def _each_category_and_seed_has_a_run_of_its_own(built: Project) -> None:
     """Loss curves and metrics of the newest run of everything do not mix in the parent run."""
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(f"sqlite:///{built.folder / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("almrr")
     runs = client.search_runs([experiment.experiment_id], filter_string="tags.stage = 'all'")
-    children = {run.data.tags["category"]: run for run in runs if "mlflow.parentRunId" in run.data.tags}
-    assert set(children) == {"sample_brick", "sample_grass"}
-    for category, run in children.items():
-        assert [point.step for point in client.get_metric_history(run.info.run_id, "loss")] == [1, 2, 3, 4]
-        assert run.data.metrics["pixel_auroc"] == built.metrics()["categories"][category]["pixel_auroc"]
+    nested = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
+    children = {(run.data.tags["category"], run.data.tags["seed"]): run for run in nested}
+    assert set(children) == {("sample_brick", "0"), ("sample_grass", "0")}
+    for (category, _), run in children.items():
+        assert [point.step for point in client.get_metric_history(run.info.run_id, "loss")] == [
+            1,
+            2,
+            3,
+            4,
+        ]
+        assert (
+            run.data.metrics["pixel_auroc"]
+            == built.metrics()["categories"][category]["pixel_auroc"]
+        )
     (parent,) = (run for run in runs if "mlflow.parentRunId" not in run.data.tags)
     assert "loss" not in parent.data.metrics
 
 
 def test_kedro_describes_its_catalog(built: Project) -> None:
-    assert "anomaly_maps" in built.run("kedro", "catalog", "describe-datasets", "--pipeline", "evaluate")
+    assert "anomaly_maps" in built.run(
+        "kedro", "catalog", "describe-datasets", "--pipeline", "evaluate"
+    )
 
 
 def test_kedro_viz_builds_its_page(built: Project) -> None:
@@ -278,12 +307,18 @@ def photographs(built: Project) -> Path:
 
 def test_images_of_ones_own_are_predicted(built: Project, photographs: Path) -> None:
     before = built.run("dvc", "status")
-    built.run(*shlex.split("almrr predict data/06_models/sample_brick photographs --output results"))
     built.run(
-        *shlex.split("kedro run --pipelines predict --namespaces sample_brick --params predict.images=photographs")
+        *shlex.split(
+            "almrr predict data/06_models/sample_brick/seed_0 photographs --output results"
+        )
+    )
+    built.run(
+        *shlex.split(
+            "kedro run --pipelines predict --namespaces sample_brick.seed_0 --params predict.images=photographs"
+        )
     )
     by_command = pd.read_csv(built.folder / "results/scores.csv")
-    by_kedro = pd.read_csv(built.folder / "data/predictions/sample_brick/scores.csv")
+    by_kedro = pd.read_csv(built.folder / "data/predictions/sample_brick/seed_0/scores.csv")
     assert len(by_command) == 2
     assert list(by_command["score"]) == list(by_kedro["score"])
     for folder in ("results", "photographs"):
@@ -294,7 +329,9 @@ def test_images_of_ones_own_are_predicted(built: Project, photographs: Path) -> 
 def test_mlflow_shows_the_runs(built: Project) -> None:
     command = shlex.split("mlflow ui --backend-store-uri sqlite:///mlflow.db")
     built.ran.add(shlex.join(command))
-    server = subprocess.Popen([*command, "--port", "51973", "--workers", "1"], cwd=built.folder, env=built.environment)
+    server = subprocess.Popen(
+        [*command, "--port", "51973", "--workers", "1"], cwd=built.folder, env=built.environment
+    )
     try:
         assert _answers("http://127.0.0.1:51973/health")
     finally:
@@ -315,21 +352,51 @@ def _answers(address: str, seconds: float = 90.0) -> bool:
 
 def test_two_experiments_can_be_compared(built: Project) -> None:
     built.run(*shlex.split("dvc exp run -S train.learning_rate=0.002 --name faster"))
-    assert yaml.safe_load((built.folder / "params.yaml").read_text())["train"]["learning_rate"] == 0.002
+    assert (
+        yaml.safe_load((built.folder / "params.yaml").read_text())["train"]["learning_rate"]
+        == 0.002
+    )
     assert "faster" in built.run("dvc", "exp", "show")
     assert "mean" in built.run("dvc", "metrics", "diff")
     assert "learning_rate" in built.run("dvc", "params", "diff")
     _compare_in_mlflow(built)
 
 
+def test_another_seed_is_trained_and_the_first_is_not_trained_again(built: Project) -> None:
+    printed = built.run(*shlex.split("dvc exp run -S 'seeds=[0,1]'"))
+    assert "Running stage 'train@sample_brick-1'" in printed
+    assert "Running stage 'train@sample_brick-0'" not in printed
+    table = pd.read_csv(built.folder / "data/08_reporting/metrics.csv")
+    assert [(row.category, row.seed) for row in table[:-1].itertuples()] == [
+        (category, seed) for category in ("sample_brick", "sample_grass") for seed in (0, 1)
+    ]
+    metrics = built.metrics()
+    one = {seed: values["pixel_auroc"] for seed, values in metrics["runs"]["sample_brick"].items()}
+    assert one["0"] != one["1"]
+    assert np.isclose(
+        metrics["categories"]["sample_brick"]["pixel_auroc"], (one["0"] + one["1"]) / 2
+    )
+    assert np.isclose(
+        metrics["std"]["sample_brick"]["pixel_auroc"], np.std([one["0"], one["1"]], ddof=1)
+    )
+    printed = built.run("kedro", "run", "--pipelines", "evaluate", "--namespaces", "sample_brick")
+    assert all(f"sample_brick.seed_{seed}.compute_metrics" in printed for seed in (0, 1))
+    assert "sample_grass" not in printed
+
+
 def test_a_surface_of_ones_own_is_trained_on(built: Project) -> None:
-    """The commands of the README: a folder of good parts, and some good and bad ones to test on."""
+    """The commands of the README: a folder of good specimens, and some good and defective ones to test on."""
     shutil.copytree(built.folder / "data/01_raw/sample_grass", built.folder / "path/to/images")
     built.run(
-        *shlex.split("dvc exp run -S 'categories=[folder_parts]' -S '+data.source.folder_parts=path/to/images'")
+        *shlex.split(
+            "dvc exp run -S 'categories=[folder_parts]' -S '+data.paths.folder_parts=path/to/images'"
+        )
     )
-    assert (built.folder / "data/06_models/folder_parts/inference.json").is_file()
-    assert list(pd.read_csv(built.folder / "data/08_reporting/metrics.csv")["category"]) == ["folder_parts", "mean"]
+    assert (built.folder / "data/06_models/folder_parts/seed_0/inference.json").is_file()
+    assert list(pd.read_csv(built.folder / "data/08_reporting/metrics.csv")["category"]) == [
+        "folder_parts",
+        "mean",
+    ]
 
 
 ELSEWHERE = {
@@ -345,7 +412,9 @@ ELSEWHERE = {
 
 
 def test_every_documented_command_is_run(built: Project) -> None:
-    text = "\n".join((built.folder / name).read_text() for name in ("README.md", "docs/pipeline.md"))
+    text = "\n".join(
+        (built.folder / name).read_text() for name in ("README.md", "docs/pipeline.md")
+    )
     commands = {
         shlex.join(shlex.split(command, comments=True))
         for command in re.findall(r"^\$ (.+)$", text, flags=re.MULTILINE)
@@ -360,8 +429,14 @@ def _compare_in_mlflow(built: Project) -> None:
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(f"sqlite:///{built.folder / 'mlflow.db'}")
-    runs = client.search_runs([client.get_experiment_by_name("almrr").experiment_id], max_results=1000)
-    reports = [run for run in runs if run.data.tags.get("stage") == "report" and "category" in run.data.tags]
+    runs = client.search_runs(
+        [client.get_experiment_by_name("almrr").experiment_id], max_results=1000
+    )
+    reports = [
+        run
+        for run in runs
+        if run.data.tags.get("stage") == "report" and "category" in run.data.tags
+    ]
     parents = [run for run in reports if "mlflow.parentRunId" not in run.data.tags]
     children = [run for run in reports if "mlflow.parentRunId" in run.data.tags]
     assert {"0.001", "0.002"} <= {run.data.params["train.learning_rate"] for run in parents}

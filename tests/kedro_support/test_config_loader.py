@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from almrr_pipeline.kedro_support.config_loader import ParamsYamlLoader, tracking_uri
 from almrr_pipeline.common.errors import AlmrrError
+from almrr_pipeline.kedro_support.config_loader import ParamsYamlLoader, tracking_uri
 
 
 @pytest.fixture
@@ -56,6 +56,17 @@ def test_each_category_has_its_own_sections(copy: Path) -> None:
     assert parameters["sample_brick"]["category"] == "sample_brick"
 
 
+def test_each_seed_of_a_category_has_the_sections_of_the_category(copy: Path) -> None:
+    loader = _loader(copy, seeds=[3, 5], overrides={"sample_grass": {"train": {"steps": 7}}})
+    grass = loader["parameters"]["sample_grass"]
+    for seed in (3, 5):
+        own = grass[f"seed_{seed}"]
+        assert (own["category"], own["seed"]) == ("sample_grass", seed)
+        assert own["train"] == grass["train"]
+        assert own["train"]["steps"] == 7
+    assert "seed_0" not in grass
+
+
 def test_an_unknown_runtime_parameter_is_refused(copy: Path) -> None:
     with pytest.raises(AlmrrError, match=r"train\.stpes: unknown parameter"):
         _loader(copy, train={"stpes": 3})["parameters"]
@@ -67,7 +78,9 @@ def test_a_missing_params_yaml_is_named(copy: Path) -> None:
         _loader(copy)["parameters"]
 
 
-def test_mlflow_logs_to_the_project_unless_told_otherwise(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlflow_logs_to_the_project_unless_told_otherwise(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert tracking_uri(copy) == f"sqlite:///{copy.as_posix()}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://localhost:5000")

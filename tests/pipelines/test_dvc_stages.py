@@ -1,26 +1,50 @@
-"""dvc.yaml names all code that a stage's results depend on: a stage that misses some would keep stale results."""
+"""dvc.yaml names all code and parameters that a stage's results depend on: a missing one would keep stale results."""
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from kedro.pipeline import Pipeline
+
+from almrr_pipeline.pipelines import evaluate, fetch, report, synthesize, train
 
 ROOT = "almrr_pipeline"
-WITHOUT_EFFECT = ("config", "errors", "progress", "hooks", "config_loader", "project", "shown", "pipelines/datasets")
-"""Modules that hand on parameters, which are dependencies of their own, or say things."""
+WITHOUT_EFFECT = (
+    "__init__",
+    "config",
+    "common/arrays",
+    "common/errors",
+    "common/progress",
+    "common/redaction",
+    "kedro_support/config_loader",
+    "kedro_support/hooks",
+    "kedro_support/tracking",
+)
+"""Modules that hand on parameters, which are dependencies of their own, or only name, report and log."""
 
+STAGES = ("shared", "fetch", "synthesize", "train", "evaluate", "report")
 PIPELINE_OF = {"shared": "fetch"}
 """Where a stage's pipeline has another name."""
+
+
+@pytest.fixture
+def stages(project: Path) -> dict[str, Any]:
+    described: dict[str, Any] = yaml.safe_load((project / "dvc.yaml").read_text(encoding="utf-8"))
+    return described["stages"]
 
 
 def find_imports(module: Path, package: Path) -> Iterator[Path]:
     """The files of this package that a file imports, wherever in it."""
     for statement in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
-        if isinstance(statement, ast.ImportFrom) and (statement.module or "").partition(".")[0] == ROOT:
+        if (
+            isinstance(statement, ast.ImportFrom)
+            and (statement.module or "").partition(".")[0] == ROOT
+        ):
             base = package.joinpath(*(statement.module or "").split(".")[1:])
             for path in (base.with_suffix(".py"), base / "__init__.py"):
                 if path.is_file():
@@ -43,15 +67,61 @@ def find_all_imports(module: Path, package: Path) -> set[Path]:
     return found
 
 
-@pytest.mark.parametrize("stage", ["shared", "fetch", "synthesize", "train", "evaluate", "report"])
-def test_a_stage_depends_on_the_code_it_runs(project: Path, stage: str) -> None:
-    described = yaml.safe_load((project / "dvc.yaml").read_text(encoding="utf-8"))["stages"][stage]
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_depends_on_the_code_it_runs(
+    project: Path, stages: dict[str, Any], stage: str
+) -> None:
     package = project / "src" / ROOT
     nodes = package / "pipelines" / PIPELINE_OF.get(stage, stage) / "nodes.py"
-    named = [project / dep for dep in described["deps"]]
+    named = [project / dep for dep in stages[stage]["deps"]]
     missing = {
         path.relative_to(project).as_posix()
         for path in find_all_imports(nodes, package)
         if path.stat().st_size and not any(path == dep or dep in path.parents for dep in named)
     }
     assert missing == set()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_dependency_on_code_exists(project: Path, stages: dict[str, Any], stage: str) -> None:
+    named = [dep for dep in stages[stage]["deps"] if dep.startswith("src/")]
+    assert [dep for dep in named if not (project / dep).exists()] == []
+
+
+def _pipeline_of(stage: str) -> Pipeline:
+    match stage:
+        case "shared":
+            return fetch.create_pipeline(["x"]).only_nodes_with_tags("shared")
+        case "fetch":
+            return fetch.create_pipeline(["x"]).only_nodes_with_namespaces(["x"])
+        case _:
+            module = {
+                "synthesize": synthesize,
+                "train": train,
+                "evaluate": evaluate,
+                "report": report,
+            }[stage]
+            return module.create_pipeline(["x"], [0])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_depends_on_the_sections_its_nodes_take(stages: dict[str, Any], stage: str) -> None:
+    taken = {
+        name.rpartition(".")[2].removeprefix("params:")
+        for name in _pipeline_of(stage).inputs()
+        if "params:" in name
+    }
+    named = {name.partition(".")[0] for name in stages[stage]["params"]}
+    assert taken - {"category", "seed"} <= named  # those two are in the stage's command
+
+
+@pytest.mark.parametrize("stage", ["synthesize", "train", "evaluate"])
+def test_a_stage_of_a_category_and_seed_runs_and_writes_that_one_alone(
+    stages: dict[str, Any], stage: str
+) -> None:
+    described = stages[stage]
+    assert described["matrix"] == {"category": "${categories}", "seed": "${seeds}"}
+    assert described["cmd"].endswith("--namespaces ${item.category}.seed_${item.seed}")
+    written = [next(iter(out)) if isinstance(out, dict) else out
+               for kind in ("outs", "metrics", "plots") for out in described.get(kind, [])]  # fmt: skip
+    assert all("${item.category}/seed_${item.seed}" in out for out in written)

@@ -1,8 +1,10 @@
-"""`kedro run` as it is, but for errors that are meant for the user: those end it with their one sentence."""
+"""`kedro run` with plain endings: errors meant for the user in one sentence, an interruption as its exit status."""
 
 from __future__ import annotations
 
 import functools
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -11,10 +13,20 @@ from kedro.framework.cli.project import run as kedro_run
 
 from almrr_pipeline.common.errors import AlmrrError
 
+TERMINATED = 128 + signal.SIGTERM
+"""Exit status of a process that SIGTERM has ended, as shells and SLURM know it."""
+
 
 def user_error(error: BaseException) -> AlmrrError | None:
     """The first AlmrrError in a chain of causes; Kedro wraps what happens while it loads or saves."""
     return next((link for link in _chain(error) if isinstance(link, AlmrrError)), None)
+
+
+def is_interruption(error: BaseException) -> bool:
+    """Whether SIGTERM has ended a training, which a further run resumes."""
+    from almrr_pipeline.training.train import TrainingInterrupted  # slow: brings torch
+
+    return any(isinstance(link, TrainingInterrupted) for link in _chain(error))
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -23,7 +35,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _with_plain_errors(command: Callable[..., Any]) -> Callable[..., Any]:
+def _with_plain_endings(command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
     def run_plainly(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  whatever Kedro's command takes and returns
         try:
@@ -31,6 +43,8 @@ def _with_plain_errors(command: Callable[..., Any]) -> Callable[..., Any]:
         except Exception as error:
             if found := user_error(error):
                 raise click.ClickException(str(found)) from None
+            if is_interruption(error):
+                sys.exit(TERMINATED)
             raise
 
     return run_plainly
@@ -43,7 +57,7 @@ def cli() -> None:
 
 run = click.Command(
     name="run",
-    callback=_with_plain_errors(cast(Callable[..., Any], kedro_run.callback)),
+    callback=_with_plain_endings(cast(Callable[..., Any], kedro_run.callback)),
     params=kedro_run.params,
     help=kedro_run.help,
     short_help=kedro_run.short_help,

@@ -58,4 +58,6 @@ def project_root() -> Path:
 
 def tracking_uri(project: Path) -> str:
     """MLflow's address: the environment's MLFLOW_TRACKING_URI, else a database with an absolute path in the project."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(project / 'mlflow.db').as_posix()}"
+    return (
+        os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(project / 'mlflow.db').as_posix()}"
+    )

@@ -148,7 +148,7 @@ def fetch_request(data: DataSettings, scratch: Path) -> FetchRequest:
     return FetchRequest(
         scratch=scratch / "downloads",
         mirror=data.mirror,
-        local=data.paths,
+        paths=data.paths,
         addresses=data.addresses,
         sha256=data.sha256,
         accept_licenses=frozenset(data.accept_licenses),

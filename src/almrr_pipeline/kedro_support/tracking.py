@@ -16,7 +16,9 @@ LONGEST_VALUE = 500
 
 def helps_another_process() -> bool:
     """Whether this is one of several processes of a distributed training, and not the first."""
-    return any(os.environ.get(rank, "0") != "0" for rank in ("LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+    return any(
+        os.environ.get(rank, "0") != "0" for rank in ("LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
+    )
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -63,7 +65,9 @@ def git_commit(project: Path) -> str | None:
     status = ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock"]
     try:
         commit, changes = (
-            subprocess.run(command, cwd=project, capture_output=True, text=True, check=True).stdout.strip()
+            subprocess.run(
+                command, cwd=project, capture_output=True, text=True, check=True
+            ).stdout.strip()
             for command in (revision, status)
         )
     except (OSError, subprocess.CalledProcessError):

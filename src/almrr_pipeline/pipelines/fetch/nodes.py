@@ -35,9 +35,7 @@ def download_images(category: str, data: DataSettings, scratch: Path) -> Path:
     return folder
 
 
-def list_images(
-    category: str, images: Path, data_folder: Path, data: DataSettings
-) -> pd.DataFrame:
+def list_images(category: str, images: Path, data_folder: Path, data: DataSettings) -> pd.DataFrame:
     """Open every image once, and list them with their split, label and mask."""
     dataset = dataset_for(category)
     return build_manifest(

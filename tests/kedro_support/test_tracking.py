@@ -5,12 +5,24 @@ from pathlib import Path
 
 import pytest
 
-from almrr_pipeline.kedro_support.hooks import LONGEST_VALUE, flatten, git_commit, helps_another_process, numbers, run_tags
+from almrr_pipeline.kedro_support.tracking import (
+    LONGEST_VALUE,
+    flatten,
+    git_commit,
+    helps_another_process,
+    numbers,
+    run_tags,
+)
 
 
 def test_parameters_are_flattened_to_the_leaf() -> None:
     values = {"train": {"steps": 3, "sizes": [1, 2]}, "overrides": {}, "seed": 0}
-    assert flatten(values) == {"train.steps": "3", "train.sizes": "[1, 2]", "overrides": "{}", "seed": "0"}
+    assert flatten(values) == {
+        "train.steps": "3",
+        "train.sizes": "[1, 2]",
+        "overrides": "{}",
+        "seed": "0",
+    }
 
 
 def test_no_value_is_longer_than_mlflow_takes() -> None:
@@ -18,7 +30,13 @@ def test_no_value_is_longer_than_mlflow_takes() -> None:
 
 
 def test_only_the_numbers_of_a_category_become_metrics() -> None:
-    metrics = {"pixel_auroc": 0.5, "image_auroc": None, "counts": {"test": 3}, "suite": "x", "flag": True}
+    metrics = {
+        "pixel_auroc": 0.5,
+        "image_auroc": None,
+        "counts": {"test": 3},
+        "suite": "x",
+        "flag": True,
+    }
     assert numbers(metrics) == {"pixel_auroc": 0.5}
 
 
@@ -43,13 +61,19 @@ def test_a_run_names_its_commit_and_whether_files_differ(tmp_path: Path) -> None
 
 def test_an_experiment_of_dvc_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DVC_EXP_NAME", "bold-move")
-    tags = run_tags(tmp_path, stage="train", category="nanotwice")
+    tags = run_tags(tmp_path, stage="train", category="nanotwice", seed="3")
     assert tags == {
-        "stage": "train", "category": "nanotwice", "git_commit": "unknown", "dvc_experiment": "bold-move",
-    }  # fmt: skip
+        "stage": "train",
+        "category": "nanotwice",
+        "seed": "3",
+        "git_commit": "unknown",
+        "dvc_experiment": "bold-move",
+    }
 
 
-@pytest.mark.parametrize(("ranks", "helps"), [({}, False), ({"LOCAL_RANK": "0"}, False), ({"LOCAL_RANK": "1"}, True)])
+@pytest.mark.parametrize(
+    ("ranks", "helps"), [({}, False), ({"LOCAL_RANK": "0"}, False), ({"LOCAL_RANK": "1"}, True)]
+)
 def test_of_processes_that_train_together_only_the_first_logs(
     monkeypatch: pytest.MonkeyPatch, ranks: dict[str, str], helps: bool
 ) -> None:
