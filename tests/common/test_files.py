@@ -51,9 +51,13 @@ def test_a_file_is_replaced_when_all_is_written(tmp_path: Path) -> None:
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("old")
 
-    with pytest.raises(KeyboardInterrupt), write_atomically(tmp_path / "a.json") as partial:
-        partial.write_text("ne")
-        raise KeyboardInterrupt
+    def fail() -> None:
+        with write_atomically(tmp_path / "a.json") as partial:
+            partial.write_text("ne")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
 
     assert (tmp_path / "a.json").read_text() == "old"
     assert names(tmp_path) == ["a.json"]
@@ -81,9 +85,13 @@ def test_a_staging_folder_is_new_and_open_to_others(tmp_path: Path) -> None:
 
 
 def test_a_staging_folder_is_removed_when_its_filling_fails(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), staging_folder(tmp_path) as folder:
-        filled(folder / "a", "half")
-        raise RuntimeError
+    def fail() -> None:
+        with staging_folder(tmp_path) as folder:
+            filled(folder / "a", "half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
 
     assert names(tmp_path) == []
 
@@ -114,7 +122,10 @@ def test_a_moved_folder_replaces_the_older_one(tmp_path: Path) -> None:
 
 
 def test_a_folder_on_another_disk_is_copied_and_then_renamed(tmp_path: Path) -> None:
-    if not os.access("/dev/shm", os.W_OK) or os.stat("/dev/shm").st_dev == tmp_path.stat().st_dev:
+    if (
+        not os.access("/dev/shm", os.W_OK)
+        or Path("/dev/shm").stat().st_dev == tmp_path.stat().st_dev
+    ):
         pytest.skip("this machine has no second disk that can be written")
     target = filled(tmp_path / "target", "old")
     filled(tmp_path / ".target.partial", "half")

@@ -20,8 +20,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from almrr_pipeline.datasets.base import FetchRequest, RetryPolicy
 from almrr_pipeline.datasets.manifest import build_manifest
-from almrr_pipeline.datasets.registry import FetchRequest, RetryPolicy, fetch_category, source_for
+from almrr_pipeline.datasets.registry import dataset_for, fetch_category
 
 SIZE = (16, 20)
 IMPATIENT = RetryPolicy(attempts=3, backoff=0.0, timeout=5.0)
@@ -59,7 +60,9 @@ class FaultyServer:
         self.released = threading.Event()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler_of(self))
         self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+        )
         self._thread.start()
 
     @property
@@ -122,7 +125,9 @@ def _handler_of(server: FaultyServer) -> type[BaseHTTPRequestHandler]:
         def _start_of(self, answer: Answer) -> int | None:
             wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
             condition = self.headers.get("If-Range")
-            if not (wanted and answer.ranges) or (answer.if_range and condition not in {None, answer.etag}):
+            if not (wanted and answer.ranges) or (
+                answer.if_range and condition not in {None, answer.etag}
+            ):
                 return None
             return int(wanted[1])
 
@@ -154,7 +159,9 @@ class Draw:
         Image.fromarray(values).save(path)
         return path
 
-    def mvtec(self, folder: Path, *, train: int = 4, good: int = 2, defects: dict[str, int] | None = None) -> Path:
+    def mvtec(
+        self, folder: Path, *, train: int = 4, good: int = 2, defects: dict[str, int] | None = None
+    ) -> Path:
         """Draw a category: train/good, test/good, test/DEFECT and ground_truth/DEFECT."""
         for number in range(train):
             self.image(folder / "train" / "good" / f"{number:03}.png")
@@ -167,7 +174,9 @@ class Draw:
         (folder / "license.txt").write_text("CC BY-NC-SA 4.0")
         return folder
 
-    def mt_defect(self, folder: Path, *, free: int = 5, defects: dict[str, int] | None = None) -> Path:
+    def mt_defect(
+        self, folder: Path, *, free: int = 5, defects: dict[str, int] | None = None
+    ) -> Path:
         """Draw MT_KIND/Imgs with a .jpg image and a .png mask each."""
         for kind, count in {"Free": free, **(defects or {"Blowhole": 2, "Crack": 1})}.items():
             for number in range(count):
@@ -184,7 +193,9 @@ class Draw:
             self.mask(folder / "Anomalous" / "gt" / f"ITIA1{number:03}_gt.png")
         return folder
 
-    def dtd(self, folder: Path, *, classes: Sequence[str] = ("banded", "dotted"), each: int = 2) -> Path:
+    def dtd(
+        self, folder: Path, *, classes: Sequence[str] = ("banded", "dotted"), each: int = 2
+    ) -> Path:
         for name in classes:
             for number in range(each):
                 self.image(folder / "images" / name / f"{name}_{number:04}.jpg")
@@ -243,7 +254,7 @@ class Workplace:
 
     def fetch(self, category: str, request: FetchRequest) -> pd.DataFrame:
         """Fetch a category as the pipeline does, all or nothing, and list its images."""
-        source, target = source_for(category), self.target(category)
+        source, target = dataset_for(category), self.target(category)
         target.mkdir(parents=True)
         try:
             fetch_category(category, target=target, request=request)
@@ -259,7 +270,11 @@ class Workplace:
 
     def leftovers(self) -> list[str]:
         """All files under the data folder and the scratch folder."""
-        return sorted(path.relative_to(self.root).as_posix() for path in self.root.rglob("*") if path.is_file())
+        return sorted(
+            path.relative_to(self.root).as_posix()
+            for path in self.root.rglob("*")
+            if path.is_file()
+        )
 
 
 @pytest.fixture
@@ -269,7 +284,7 @@ def workplace(tmp_path: Path) -> Workplace:
 
 @pytest.fixture
 def read_only_folder() -> Iterator[Path]:
-    """A folder that may not be written; root, who may write anywhere, is nobody meanwhile."""
+    """A folder that cannot be written; root, who may write anywhere, is nobody meanwhile."""
     if os.name == "nt":
         pytest.skip("Windows has no read-only folders in this sense")
     base = Path(tempfile.mkdtemp(prefix="almrr-read-only-"))

@@ -16,10 +16,10 @@ from typing import IO, Any
 import pytest
 from PIL import Image
 
-from almrr_pipeline.common.errors import AlmrrError
+from almrr_pipeline.common.errors import AlmrrError, DiskError
+from almrr_pipeline.config import BackboneSettings
 from almrr_pipeline.datasets import obtain, unpack
-from almrr_pipeline.common.errors import DiskError
-from almrr_pipeline.datasets.registry import check_request, source_for
+from almrr_pipeline.datasets.registry import check_request, dataset_for
 from almrr_pipeline.datasets.weights import check_backbone
 
 Pack = Callable[..., bytes]
@@ -38,7 +38,9 @@ class Wood:
 
     def fetch(self, content: bytes | None = None, *, sha256: str = "", **faults: Any) -> Any:
         """Fetch from the server alone: neither the mirror nor the bundle has it."""
-        address = self.server.serve("wood.tar.xz", self.packed() if content is None else content, **faults)
+        address = self.server.serve(
+            "wood.tar.xz", self.packed() if content is None else content, **faults
+        )
         return self.fetch_from([address], sha256)
 
     def fetch_from(self, addresses: list[str], sha256: str = "") -> Any:
@@ -77,7 +79,9 @@ def test_wrong_checksum(wood: Wood) -> None:
     content = wood.packed()
     found = hashlib.sha256(content).hexdigest()
 
-    wood.refuse(rf"wood\.tar\.xz has the sha256 {found}, expected was {'0' * 64}", content, sha256="0" * 64)
+    wood.refuse(
+        rf"wood\.tar\.xz has the sha256 {found}, expected was {'0' * 64}", content, sha256="0" * 64
+    )
 
 
 def test_server_without_range(wood: Wood) -> None:
@@ -96,10 +100,10 @@ def test_not_found_at_any_address(wood: Wood) -> None:
     with pytest.raises(AlmrrError) as caught:
         wood.fetch_from(addresses)
     assert str(caught.value) == (
-        f"mvtec_wood could not be fetched: {addresses[0]} (the server answers 404 Not Found); {addresses[1]} (the "
-        "server answers 404 Not Found). Name another address in data.addresses.mvtec_wood, or fetch wood.tar.xz or "
-        "mvtec_anomaly_detection.tar.xz by hand and say where it lies: data.source.mvtec_wood: PATH or "
-        "data.source.mvtec_ad: PATH."
+        f"mvtec_wood could not be fetched: {addresses[0]} (the server answers 404 Not Found); "
+        f"{addresses[1]} (the server answers 404 Not Found). Add another address to "
+        "data.addresses.mvtec_wood, or download wood.tar.xz or mvtec_anomaly_detection.tar.xz by "
+        "hand and set data.paths.mvtec_wood or data.paths.mvtec_ad to its path."
     )
     assert wood.workplace.leftovers() == []
 
@@ -111,7 +115,9 @@ def test_disk_full_while_unpacking(wood: Wood, monkeypatch: pytest.MonkeyPatch) 
 
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "copyfileobj", write_nothing)
-        with pytest.raises(DiskError, match=r"The disk is full: .* Free some space and run again\."):
+        with pytest.raises(
+            DiskError, match=r"The disk is full: .* Free some space and run again\."
+        ):
             wood.fetch()
     kept = wood.workplace.leftovers()
     assert [Path(name).name for name in kept] == ["download.json", "wood.tar.xz"]
@@ -133,7 +139,9 @@ def test_path_traversal(wood: Wood) -> None:
     info = tarfile.TarInfo("wood/../../../evil.png")
     info.size = 4
 
-    wood.refuse(r"'wood/\.\./\.\./\.\./evil\.png', which leads out of its folder", with_member(wood, info))
+    wood.refuse(
+        r"'wood/\.\./\.\./\.\./evil\.png', which leads out of its folder", with_member(wood, info)
+    )
     assert not list(wood.workplace.root.parent.rglob("evil.png"))
 
 
@@ -149,19 +157,26 @@ def test_archive_bomb(wood: Wood) -> None:
     with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("wood/train/good/000.png", bytes(80 << 20))
 
-    wood.refuse("unpacks to more than 64 MiB, which no honest archive of its size does", stream.getvalue())
+    wood.refuse(
+        "unpacks to more than 64 MiB, which no honest archive of its size does", stream.getvalue()
+    )
 
 
 def test_too_many_files(wood: Wood, monkeypatch: pytest.MonkeyPatch) -> None:
     original = unpack.unpack
     few = unpack.Limits(files=5)
-    monkeypatch.setattr(obtain, "unpack", lambda archive, target: original(archive, target, limits=few))
+    monkeypatch.setattr(
+        obtain, "unpack", lambda archive, target: original(archive, target, limits=few)
+    )
 
     wood.refuse("holds more than 5 files")
 
 
 def test_page_instead_of_an_archive(wood: Wood) -> None:
-    wood.refuse("neither a zip nor a tar file and begins with b'<html>Please log in'", b"<html>Please log in")
+    wood.refuse(
+        "neither a zip nor a tar file and begins with b'<html>Please log in'",
+        b"<html>Please log in",
+    )
 
 
 def test_archive_of_something_else(wood: Wood) -> None:
@@ -179,7 +194,9 @@ def test_zero_byte_image(wood: Wood) -> None:
 def test_text_renamed_to_png(wood: Wood) -> None:
     (wood.folder / "test" / "good" / "001.png").write_text("not an image")
 
-    wood.refuse(r"^test/good/001\.png cannot be read as an image \(it is not an image\); replace or remove it\.$")
+    wood.refuse(
+        r"^test/good/001\.png cannot be read as an image \(it is not an image\); replace or remove it\.$"
+    )
 
 
 def test_truncated_image(wood: Wood) -> None:
@@ -201,7 +218,9 @@ def test_mask_of_another_size(wood: Wood) -> None:
 def test_missing_mask(wood: Wood) -> None:
     (wood.folder / "ground_truth" / "cut" / "001_mask.png").unlink()
 
-    wood.refuse(r"^test/cut/001\.png is defective but has no mask: there is no ground_truth/cut/001_mask\.png")
+    wood.refuse(
+        r"^test/cut/001\.png is defective but has no mask: there is no ground_truth/cut/001_mask\.png"
+    )
 
 
 def test_no_masks_at_all(wood: Wood) -> None:
@@ -215,17 +234,22 @@ def test_duplicate_between_train_and_test(wood: Wood) -> None:
         wood.folder / "test" / "good" / "001.png", optimize=True
     )
 
-    wood.refuse(r"in train and in test: train/good/002\.png and test/good/001\.png; remove one of each pair\.$")
+    wood.refuse(
+        r"in train and in test: train/good/002\.png and test/good/001\.png; remove one of each pair\.$"
+    )
 
 
-def test_part_in_two_splits(draw: Any, workplace: Any, tmp_path: Path) -> None:
+def test_specimen_in_two_splits(draw: Any, workplace: Any, tmp_path: Path) -> None:
     folder = draw.mvtec(tmp_path / "sheets")
-    (folder / "specimens.csv").write_text("image,part\ntrain/good/002.png,sheet 7\ntest/good/001.png,sheet 7\n")
+    (folder / "specimens.csv").write_text(
+        "image,specimen\ntrain/good/002.png,sheet 7\ntest/good/001.png,sheet 7\n"
+    )
 
     with pytest.raises(
-        AlmrrError, match=r"part are in train and in test: train/good/002\.png and test/good/001\.png; keep each part"
+        AlmrrError,
+        match=r"specimen are in train and in test: train/good/002\.png and test/good/001\.png; keep each specimen",
     ):
-        workplace.fetch("folder_sheets", workplace.request(local={"folder_sheets": str(folder)}))
+        workplace.fetch("folder_sheets", workplace.request(paths={"folder_sheets": str(folder)}))
     assert workplace.leftovers() == []
 
 
@@ -239,8 +263,10 @@ def test_names_with_spaces_and_other_letters(wood: Wood) -> None:
 
 
 def test_read_only_target(draw: Any, workplace: Any, read_only_folder: Path, mirror: Path) -> None:
-    with pytest.raises(DiskError, match=rf"{read_only_folder}.* may not be written \(Permission denied\)"):
-        source_for("nanotwice").fetch(
+    with pytest.raises(
+        DiskError, match=rf"{read_only_folder}.* cannot be written \(Permission denied\)"
+    ):
+        dataset_for("nanotwice").fetch(
             "nanotwice",
             target=read_only_folder,
             request=workplace.request(mirror=str(mirror)),
@@ -267,7 +293,7 @@ def test_empty_category(wood: Wood) -> None:
 
 
 def test_other_counts_where_strict(wood: Wood) -> None:
-    request = wood.workplace.request(local={"mvtec_wood": str(wood.folder)}, strict=True)
+    request = wood.workplace.request(paths={"mvtec_wood": str(wood.folder)}, strict=True)
 
     with pytest.raises(
         AlmrrError,
@@ -278,7 +304,9 @@ def test_other_counts_where_strict(wood: Wood) -> None:
 
 
 def test_license_not_accepted(wood: Wood) -> None:
-    with pytest.raises(AlmrrError, match=r"CC BY-NC-SA 4\.0.*add CC-BY-NC-SA-4\.0 to data\.accept_licenses"):
+    with pytest.raises(
+        AlmrrError, match=r"CC BY-NC-SA 4\.0.*add CC-BY-NC-SA-4\.0 to data\.accept_licenses"
+    ):
         wood.workplace.fetch("mvtec_wood", wood.workplace.request(accept_licenses=frozenset()))
     assert wood.workplace.leftovers() == []
 
@@ -289,7 +317,9 @@ def test_unknown_category(workplace: Any) -> None:
 
 
 def test_missing_mirror(workplace: Any, tmp_path: Path) -> None:
-    with pytest.raises(AlmrrError, match=r"data\.mirror: there is no folder .*absent; correct the path"):
+    with pytest.raises(
+        AlmrrError, match=r"data\.mirror: there is no folder .*absent; correct the path"
+    ):
         workplace.fetch("nanotwice", workplace.request(mirror=str(tmp_path / "absent")))
     assert workplace.leftovers() == []
 
@@ -297,11 +327,13 @@ def test_missing_mirror(workplace: Any, tmp_path: Path) -> None:
 def test_missing_archive_of_ones_own(workplace: Any, tmp_path: Path) -> None:
     own = {"nanotwice": str(tmp_path / "absent.zip")}
 
-    with pytest.raises(AlmrrError, match=r"data\.source\.nanotwice: there is nothing at .*absent\.zip"):
-        workplace.fetch("nanotwice", workplace.request(local=own))
+    with pytest.raises(
+        AlmrrError, match=r"data\.paths\.nanotwice: there is nothing at .*absent\.zip"
+    ):
+        workplace.fetch("nanotwice", workplace.request(paths=own))
     assert workplace.leftovers() == []
 
 
 def test_missing_weights(tmp_path: Path) -> None:
     with pytest.raises(AlmrrError, match=r"backbone\.weights: there is no file .*absent\.pth"):
-        check_backbone(name="resnet50.tv_in1k", weights=str(tmp_path / "absent.pth"))
+        check_backbone(BackboneSettings(weights=str(tmp_path / "absent.pth")))

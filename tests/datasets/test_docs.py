@@ -17,7 +17,7 @@ import yaml
 
 from almrr_pipeline.config import DataSettings
 from almrr_pipeline.datasets import dtd, mt_defect, mvtec_ad, nanotwice
-from almrr_pipeline.datasets.registry import SOURCES, known_categories, source_for
+from almrr_pipeline.datasets.registry import DATASETS, dataset_for, known_categories
 
 QUIET = {"DVC_NO_ANALYTICS": "1", "DO_NOT_TRACK": "1"}
 
@@ -32,24 +32,35 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def test_every_category_and_source_is_named(text: str) -> None:
-    for name in [*known_categories(), *SOURCES, dtd.NAME]:
+    for name in [*known_categories(), *DATASETS, dtd.NAME]:
         assert f"`{name}`" in text
 
 
 def test_the_counts_are_those_that_are_checked(text: str) -> None:
-    rows = [row for row in text.splitlines() if row.startswith(("| `mvtec_ad`", "| `mt_defect`", "| `nanotwice`"))]
+    rows = [
+        row
+        for row in text.splitlines()
+        if row.startswith(("| `mvtec_ad`", "| `mt_defect`", "| `nanotwice`"))
+    ]
     for row in rows:
         _, _, categories, counts, *_ = row.split("|")
-        names, numbers = re.findall(r"`((?:mvtec|mt|nano)\w+)`", categories), re.findall(r"\d+/\d+/\d+", counts)
-        for name, number in zip([name for name in names if name in known_categories()], numbers, strict=True):
-            expected = source_for(name).expected(name)
+        names, numbers = (
+            re.findall(r"`((?:mvtec|mt|nano)\w+)`", categories),
+            re.findall(r"\d+/\d+/\d+", counts),
+        )
+        for name, number in zip(
+            [name for name in names if name in known_categories()], numbers, strict=True
+        ):
+            expected = dataset_for(name).expected(name)
             assert expected is not None
             assert number == f"{expected.train}/{expected.test_normal}/{expected.test_defective}"
 
 
 def test_the_addresses_and_checksums_are_those_that_are_asked(text: str) -> None:
-    offers = [mvtec_ad._offer("mvtec_wood"), mt_defect._OFFER, nanotwice._OFFER, dtd._OFFER]
-    for archive in [archive for offer in offers for archive in offer.archives if archive.key != "mvtec_wood"]:
+    specs = [mvtec_ad._spec("mvtec_wood"), mt_defect._SPEC, nanotwice._SPEC, dtd._SPEC]
+    for archive in [
+        archive for spec in specs for archive in spec.archives if archive.key != "mvtec_wood"
+    ]:
         assert f"`{archive.file_name}`" in text
         assert all(address in text for address in archive.addresses)
         assert archive.sha256 is None or archive.sha256 in text
@@ -58,7 +69,9 @@ def test_the_addresses_and_checksums_are_those_that_are_asked(text: str) -> None
 def test_every_row_of_bad_input_is_a_test_and_every_test_is_a_row(text: str, project: Path) -> None:
     rows = set(re.findall(r"\| `(test_\w+)` \|", text))
     tests = re.findall(
-        r"^def (test_\w+)", (project / "tests/sources/test_bad_input.py").read_text("utf-8"), re.MULTILINE
+        r"^def (test_\w+)",
+        (project / "tests/datasets/test_bad_input.py").read_text("utf-8"),
+        re.MULTILINE,
     )
 
     assert rows == set(tests) - {"test_the_archive_without_a_fault_is_taken"}
@@ -83,7 +96,7 @@ def test_the_worked_example_fetches_and_lists_its_images(
 ) -> None:
     namespace: dict[str, Any] = {"__name__": "almrr_pipeline.datasets.acme_tiles"}
     exec(compile(blocks(text, "python")[0], "docs/data.md", "exec"), namespace)
-    monkeypatch.setitem(SOURCES, "acme_tiles", namespace["AcmeTiles"]())
+    monkeypatch.setitem(DATASETS, "acme_tiles", namespace["AcmeTiles"]())
     for number in range(6):
         draw.image(tmp_path / "tiles" / "train" / f"{number}.png")
     for number in range(5):
@@ -92,9 +105,11 @@ def test_the_worked_example_fetches_and_lists_its_images(
         draw.mask(tmp_path / "tiles" / "test" / f"{number}_GT.png")
     address = server.serve("tiles.zip", pack(tmp_path / "tiles", "zip", inside="acme"))
 
-    manifest = workplace.fetch("acme_tiles", workplace.request(addresses={"acme_tiles": [address]}, strict=True))
+    manifest = workplace.fetch(
+        "acme_tiles", workplace.request(addresses={"acme_tiles": [address]}, strict=True)
+    )
 
-    assert manifest.groupby(["split", "defect"]).size().to_dict() == {
+    assert manifest.groupby(["split", "defect_type"]).size().to_dict() == {
         ("test", "good"): 2,
         ("test", "scratch"): 3,
         ("train", "good"): 6,
@@ -106,7 +121,13 @@ def run(command: str, folder: Path) -> str:
     words = shlex.split(command)
     words = [sys.executable, "-m", *words] if words[0] == "dvc" else words
     done = subprocess.run(
-        words, cwd=folder, env={**os.environ, **QUIET}, capture_output=True, text=True, check=False, timeout=120
+        words,
+        cwd=folder,
+        env={**os.environ, **QUIET},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -116,7 +137,12 @@ def run(command: str, folder: Path) -> str:
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A git and DVC repository with one tracked file."""
     folder = tmp_path_factory.mktemp("pristine")
-    for command in ("git init -q", "git config user.name a", "git config user.email a@b", "dvc init -q"):
+    for command in (
+        "git init -q",
+        "git config user.name a",
+        "git config user.email a@b",
+        "dvc init -q",
+    ):
         run(command, folder)
     (folder / "image.bin").write_bytes(bytes(range(256)) * 40)
     run("dvc add -q image.bin", folder)

@@ -16,7 +16,7 @@ from scipy.ndimage import gaussian_filter
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.datasets import registry
 from almrr_pipeline.datasets.manifest import Counts, count_items
-from almrr_pipeline.datasets.registry import fetch_textures, known_categories, source_for
+from almrr_pipeline.datasets.registry import dataset_for, fetch_textures, known_categories
 
 MVTEC = [category for category in known_categories() if category.startswith("mvtec_")]
 Pack = Callable[..., bytes]
@@ -33,10 +33,12 @@ def counts_of(manifest: Any) -> Counts:
 
 
 def test_mvtec_ad_has_fifteen_categories_of_the_published_size() -> None:
-    counts = [source_for(category).expected(category) for category in MVTEC]
+    counts = [dataset_for(category).expected(category) for category in MVTEC]
 
     assert len(MVTEC) == 15
-    assert sum(each.train for each in counts if each) == 3629  # totals of Bergmann et al. 2021, table 2
+    assert (
+        sum(each.train for each in counts if each) == 3629
+    )  # totals of Bergmann et al. 2021, table 2
     assert sum(each.test_normal for each in counts if each) == 467
     assert sum(each.test_defective for each in counts if each) == 1258
 
@@ -46,7 +48,9 @@ def test_each_mvtec_category_comes_from_its_own_archive(
     category: str, server: Any, draw: Any, pack: Pack, workplace: Any, tmp_path: Path
 ) -> None:
     name = category.removeprefix("mvtec_")
-    address = server.serve(f"{name}.tar.xz", pack(draw.mvtec(tmp_path / name), "tar.xz", inside=name))
+    address = server.serve(
+        f"{name}.tar.xz", pack(draw.mvtec(tmp_path / name), "tar.xz", inside=name)
+    )
 
     manifest = workplace.fetch(category, workplace.request(addresses={category: [address]}))
 
@@ -101,22 +105,26 @@ def test_mt_defect_is_split_by_the_hash_of_the_name(
 ) -> None:
     defects = {"Blowhole": 115, "Break": 85, "Crack": 57, "Fray": 32, "Uneven": 103}
     folder = draw.mt_defect(tmp_path / "mt", free=952, defects=defects)
-    address = server.serve("master", pack(folder, "zip", inside="Magnetic-tile-defect-datasets.-master"))
+    address = server.serve(
+        "master", pack(folder, "zip", inside="Magnetic-tile-defect-datasets.-master")
+    )
     request = workplace.request(addresses={"mt_defect": [address]}, strict=True)
 
     manifest = workplace.fetch("mt_defect", request)
 
-    names = manifest[manifest["defect"] == "good"]["image"].str.rpartition("/")[2]
+    names = manifest[manifest["defect_type"] == "good"]["image"].str.rpartition("/")[2]
     trained = manifest[manifest["split"] == "train"]["image"].str.rpartition("/")[2]
     ranked = sorted(names, key=lambda name: sha256_of(name.encode()))
     assert set(trained) == set(ranked[:761])
-    assert manifest[manifest["split"] == "test"].groupby("defect").size().to_dict() == {
+    assert manifest[manifest["split"] == "test"].groupby("defect_type").size().to_dict() == {
         "good": 191,
         **{name.lower(): count for name, count in defects.items()},
     }
 
 
-def test_no_tile_of_mt_defect_tiles_is_trained_on_and_tested(draw: Any, workplace: Any, tmp_path: Path) -> None:
+def test_no_tile_of_mt_defect_tiles_is_trained_on_and_tested(
+    draw: Any, workplace: Any, tmp_path: Path
+) -> None:
     folder = draw.mt_defect(tmp_path / "mirror" / "mt_defect", free=0, defects={"Blowhole": 1})
     generator = np.random.default_rng(1)
     tiles = [gaussian_filter(generator.normal(0, 60, (120, 100)), 1) + 110 for _ in range(5)]
@@ -128,14 +136,29 @@ def test_no_tile_of_mt_defect_tiles_is_trained_on_and_tested(draw: Any, workplac
             path = folder / f"MT_{kind}" / "Imgs" / f"exp{exposure}_num_{number}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(np.clip(tile * light, 0, 255).astype(np.uint8)).save(path)
-            Image.fromarray(np.full((120, 100), 255 * (kind == "Crack"), np.uint8)).save(path.with_suffix(".png"))
+            Image.fromarray(np.full((120, 100), 255 * (kind == "Crack"), np.uint8)).save(
+                path.with_suffix(".png")
+            )
 
-    manifest = workplace.fetch("mt_defect_tiles", workplace.request(mirror=str(tmp_path / "mirror")))
+    manifest = workplace.fetch(
+        "mt_defect_tiles", workplace.request(mirror=str(tmp_path / "mirror"))
+    )
 
-    tile = manifest["image"].str.extract(r"num_(\d)\.", expand=False).where(manifest["defect"] != "blowhole", "other")
-    assert manifest.groupby("part")["image"].count().sort_values().tolist() == [1, 3, 3, 3, 3, 3]
-    assert (manifest.groupby(tile)["part"].nunique() == 1).all()
-    assert (manifest.groupby("part")["split"].nunique() == 1).all()
+    tile = (
+        manifest["image"]
+        .str.extract(r"num_(\d)\.", expand=False)
+        .where(manifest["defect_type"] != "blowhole", "other")
+    )
+    assert manifest.groupby("specimen")["image"].count().sort_values().tolist() == [
+        1,
+        3,
+        3,
+        3,
+        3,
+        3,
+    ]
+    assert (manifest.groupby(tile)["specimen"].nunique() == 1).all()
+    assert (manifest.groupby("specimen")["split"].nunique() == 1).all()
     assert set(manifest.loc[tile == "4", "split"]) == {"test"}
     assert (manifest["split"] == "train").sum() == 12
 
@@ -143,21 +166,29 @@ def test_no_tile_of_mt_defect_tiles_is_trained_on_and_tested(draw: Any, workplac
 def test_mt_defect_tiles_misses_its_list_of_tiles(draw: Any, tmp_path: Path) -> None:
     folder = draw.mt_defect(tmp_path / "mt_defect_tiles")
 
-    with pytest.raises(AlmrrError, match=r"mt_defect_tiles holds no parts\.csv.*fetch mt_defect_tiles again"):
-        source_for("mt_defect_tiles").items("mt_defect_tiles", folder)
+    with pytest.raises(
+        AlmrrError, match=r"mt_defect_tiles holds no specimens\.csv.*fetch mt_defect_tiles again"
+    ):
+        dataset_for("mt_defect_tiles").items("mt_defect_tiles", folder)
 
 
 def test_nanotwice_has_no_normal_test_image(
     server: Any, draw: Any, pack: Pack, workplace: Any, tmp_path: Path
 ) -> None:
-    address = server.serve("dfg05er_Data.zip", pack(draw.nanotwice(tmp_path / "nano"), "zip", inside="Data"))
+    address = server.serve(
+        "dfg05er_Data.zip", pack(draw.nanotwice(tmp_path / "nano"), "zip", inside="Data")
+    )
 
-    manifest = workplace.fetch("nanotwice", workplace.request(addresses={"nanotwice": [address]}, strict=True))
+    manifest = workplace.fetch(
+        "nanotwice", workplace.request(addresses={"nanotwice": [address]}, strict=True)
+    )
 
     assert counts_of(manifest) == Counts(5, 0, 40)
 
 
-def test_dtd_becomes_folders_of_images(server: Any, draw: Any, pack: Pack, workplace: Any, tmp_path: Path) -> None:
+def test_dtd_becomes_folders_of_images(
+    server: Any, draw: Any, pack: Pack, workplace: Any, tmp_path: Path
+) -> None:
     content = pack(draw.dtd(tmp_path / "dtd"), "tar.gz", inside="dtd")
     address = server.serve("dtd-r1.0.1.tar.gz", content)
     target = workplace.target("textures")
@@ -181,9 +212,13 @@ def test_dtd_is_checked_too(draw: Any, workplace: Any, tmp_path: Path, fault: st
         (folder / "images" / "banded" / "banded_0000.jpg").write_bytes(b"")
     target = workplace.target("textures")
     target.mkdir(parents=True)
-    request = workplace.request(mirror=str(tmp_path), addresses={"dtd": []}, strict=fault == "too few and strict")
+    request = workplace.request(
+        mirror=str(tmp_path), addresses={"dtd": []}, strict=fault == "too few and strict"
+    )
 
-    said = "4 images, published are 5640" if request.strict else r"banded_0000\.jpg is an empty file"
+    said = (
+        "4 images, published are 5640" if request.strict else r"banded_0000\.jpg is an empty file"
+    )
     with pytest.raises(AlmrrError, match=said):
         fetch_textures("dtd", target=target, request=request)
     assert list(target.iterdir()) == []
@@ -204,7 +239,9 @@ def test_a_mirror_folder_is_copied_from(
     mirror = mirror_folder(draw, tmp_path / "a mirror é")
     before = sorted(path for path in mirror.rglob("*"))
 
-    manifest = workplace.fetch(category, workplace.request(mirror=mirror.as_uri() if as_address else str(mirror)))
+    manifest = workplace.fetch(
+        category, workplace.request(mirror=mirror.as_uri() if as_address else str(mirror))
+    )
 
     assert len(manifest) > 0
     assert sorted(path for path in mirror.rglob("*")) == before
@@ -212,7 +249,9 @@ def test_a_mirror_folder_is_copied_from(
     assert all(path.stat().st_nlink == 1 and not path.is_symlink() for path in copies)
 
 
-def test_a_read_only_mirror_does_not_make_a_read_only_copy(draw: Any, workplace: Any, tmp_path: Path) -> None:
+def test_a_read_only_mirror_does_not_make_a_read_only_copy(
+    draw: Any, workplace: Any, tmp_path: Path
+) -> None:
     mirror = mirror_folder(draw, tmp_path / "mirror")
     for path in (mirror / "nanotwice").rglob("*"):
         path.chmod(0o555 if path.is_dir() else 0o444)
@@ -224,12 +263,18 @@ def test_a_read_only_mirror_does_not_make_a_read_only_copy(draw: Any, workplace:
         path.chmod(0o755)
 
 
-@pytest.mark.parametrize("where", ["wood.tar.xz", "mvtec_ad/wood.tar.xz", "mvtec_anomaly_detection.tar.xz"])
-def test_a_mirror_folder_may_hold_archives(where: str, draw: Any, pack: Pack, workplace: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "where", ["wood.tar.xz", "mvtec_ad/wood.tar.xz", "mvtec_anomaly_detection.tar.xz"]
+)
+def test_a_mirror_folder_may_hold_archives(
+    where: str, draw: Any, pack: Pack, workplace: Any, tmp_path: Path
+) -> None:
     archive = tmp_path / "mirror" / where
     archive.parent.mkdir(parents=True)
     archive.write_bytes(pack(draw.mvtec(tmp_path / "drawn" / "wood").parent, "tar.xz"))
-    request = workplace.request(mirror=str(tmp_path / "mirror"), sha256={"mvtec_ad": sha256_of(archive.read_bytes())})
+    request = workplace.request(
+        mirror=str(tmp_path / "mirror"), sha256={"mvtec_ad": sha256_of(archive.read_bytes())}
+    )
 
     assert counts_of(workplace.fetch("mvtec_wood", request)) == Counts(4, 2, 3)
 
@@ -239,7 +284,8 @@ def test_a_mirror_behind_http_is_asked_before_the_addresses(
 ) -> None:
     server.serve("base/dfg05er_Data.zip", pack(draw.nanotwice(tmp_path / "nano"), "zip"))
     request = workplace.request(
-        mirror=f"{server.base}/base/", addresses={"nanotwice": [f"{server.base}/public/dfg05er_Data.zip"]}
+        mirror=f"{server.base}/base/",
+        addresses={"nanotwice": [f"{server.base}/public/dfg05er_Data.zip"]},
     )
 
     workplace.fetch("nanotwice", request)
@@ -268,7 +314,10 @@ def test_a_dead_address_is_followed_by_the_next(
         server.serve("good.zip", good),
     ]
 
-    assert len(workplace.fetch("nanotwice", workplace.request(addresses={"nanotwice": addresses}))) == 45
+    assert (
+        len(workplace.fetch("nanotwice", workplace.request(addresses={"nanotwice": addresses})))
+        == 45
+    )
 
 
 @pytest.mark.parametrize("key", ["mvtec_wood", "mvtec_ad"])
@@ -280,15 +329,19 @@ def test_an_own_archive_or_folder_serves_instead_and_needs_no_license(
     if kind == "archive":
         own = tmp_path / "downloaded by hand.tar"
         own.write_bytes(pack(tmp_path / "own", "tar"))
-    request = workplace.request(local={key: str(own)}, accept_licenses=frozenset(), mirror=server.base)
+    request = workplace.request(
+        paths={key: str(own)}, accept_licenses=frozenset(), mirror=server.base
+    )
 
     assert counts_of(workplace.fetch("mvtec_wood", request)) == Counts(4, 2, 3)
     assert server.requests == []
 
 
-def test_a_changed_bundle_of_ones_own_is_unpacked_again(draw: Any, pack: Pack, workplace: Any, tmp_path: Path) -> None:
+def test_a_changed_bundle_of_ones_own_is_unpacked_again(
+    draw: Any, pack: Pack, workplace: Any, tmp_path: Path
+) -> None:
     own = tmp_path / "bundle.tar"
-    request = workplace.request(local={"mvtec_ad": str(own)})
+    request = workplace.request(paths={"mvtec_ad": str(own)})
     own.write_bytes(pack(draw.mvtec(tmp_path / "one" / "wood").parent, "tar"))
     workplace.fetch("mvtec_wood", request)
     own.write_bytes(pack(draw.mvtec(tmp_path / "two" / "carpet", train=7).parent, "tar"))
@@ -296,9 +349,15 @@ def test_a_changed_bundle_of_ones_own_is_unpacked_again(draw: Any, pack: Pack, w
     assert counts_of(workplace.fetch("mvtec_carpet", request)).train == 7
 
 
-def test_the_license_is_named_before_anything_is_asked_for(workplace: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_license_is_named_before_anything_is_asked_for(
+    workplace: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO)
-    for category, said in (("mvtec_wood", "CC BY-NC-SA 4.0"), ("mt_defect", "Huang"), ("nanotwice", "Carrera")):
+    for category, said in (
+        ("mvtec_wood", "CC BY-NC-SA 4.0"),
+        ("mt_defect", "Huang"),
+        ("nanotwice", "Carrera"),
+    ):
         caplog.clear()
         key = "mvtec_ad" if category == "mvtec_wood" else category
         addresses = {category: ["http://127.0.0.1:9/a.zip"], key: ["http://127.0.0.1:9/a.zip"]}
@@ -312,7 +371,9 @@ def test_the_license_is_named_before_anything_is_asked_for(workplace: Any, caplo
 def test_the_terms_of_mvtec_ad_have_to_be_accepted(server: Any, workplace: Any) -> None:
     request = workplace.request(accept_licenses=frozenset(), mirror=server.base)
 
-    with pytest.raises(AlmrrError, match=r"non-commercial use.*add CC-BY-NC-SA-4\.0 to data\.accept_licenses"):
+    with pytest.raises(
+        AlmrrError, match=r"non-commercial use.*add CC-BY-NC-SA-4\.0 to data\.accept_licenses"
+    ):
         workplace.fetch("mvtec_wood", request)
     assert server.requests == []
 
@@ -333,7 +394,9 @@ def test_an_interrupted_fetch_goes_on_where_it_stopped(
     assert not [name for name in workplace.leftovers() if name.startswith("scratch")]
 
 
-def test_fetch_counts_what_it_brought_before_it_calls_it_done(draw: Any, workplace: Any, tmp_path: Path) -> None:
+def test_fetch_counts_what_it_brought_before_it_calls_it_done(
+    draw: Any, workplace: Any, tmp_path: Path
+) -> None:
     mirror = mirror_folder(draw, tmp_path / "mirror")
     request = workplace.request(mirror=str(mirror), addresses={"mt_defect": []}, strict=True)
 
@@ -350,14 +413,18 @@ def test_items_are_listed_without_opening_them(draw: Any, tmp_path: Path) -> Non
     for path in folder.rglob("*.png"):
         path.write_bytes(b"")
 
-    assert count_items(source_for("mvtec_wood").items("mvtec_wood", folder)) == Counts(4, 2, 3)
+    assert count_items(dataset_for("mvtec_wood").items("mvtec_wood", folder)) == Counts(4, 2, 3)
 
 
-def test_textures_of_packages_need_no_address(workplace: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_textures_of_packages_need_no_address(
+    workplace: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[Path] = []
     monkeypatch.setattr(registry, "write_package_textures", asked.append)
 
-    fetch_textures("package", target=workplace.root, request=workplace.request(addresses={"dtd": []}))
+    fetch_textures(
+        "package", target=workplace.root, request=workplace.request(addresses={"dtd": []})
+    )
 
     assert asked == [workplace.root]
 

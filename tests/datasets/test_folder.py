@@ -24,24 +24,31 @@ def flat(draw: Any, tmp_path: Path) -> Path:
 
 
 def fetch(workplace: Any, folder: Path) -> Any:
-    return workplace.fetch("folder_tiles", workplace.request(local={"folder_tiles": str(folder)}))
+    return workplace.fetch("folder_tiles", workplace.request(paths={"folder_tiles": str(folder)}))
 
 
 def kinds(manifest: Any) -> dict[tuple[str, str], int]:
-    return manifest.groupby(["split", "defect"]).size().to_dict()
+    return manifest.groupby(["split", "defect_type"]).size().to_dict()
 
 
 def test_the_flat_layout_with_masks(workplace: Any, flat: Path) -> None:
     manifest = fetch(workplace, flat)
 
     assert kinds(manifest) == {("test", "good"): 3, ("test", "scratch"): 3, ("train", "good"): 3}
-    assert set(manifest["mask"]) - {""} == {f"01_raw/folder_tiles/masks/scratch/{number}.png" for number in range(3)}
+    assert set(manifest["mask"]) - {""} == {
+        f"01_raw/folder_tiles/masks/scratch/{number}.png" for number in range(3)
+    }
 
 
 def test_mvtecs_layout(workplace: Any, draw: Any, tmp_path: Path) -> None:
     manifest = fetch(workplace, draw.mvtec(tmp_path / "tiles"))
 
-    assert kinds(manifest) == {("test", "cut"): 2, ("test", "good"): 2, ("test", "hole"): 1, ("train", "good"): 4}
+    assert kinds(manifest) == {
+        ("test", "cut"): 2,
+        ("test", "good"): 2,
+        ("test", "hole"): 1,
+        ("train", "good"): 4,
+    }
 
 
 def test_without_masks_no_image_has_one(workplace: Any, flat: Path) -> None:
@@ -67,7 +74,9 @@ def test_normal_images_alone_will_do(workplace: Any, draw: Any, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("inside", [".", "good"])
-def test_validation_images_are_a_split_of_their_own(workplace: Any, flat: Path, draw: Any, inside: str) -> None:
+def test_validation_images_are_a_split_of_their_own(
+    workplace: Any, flat: Path, draw: Any, inside: str
+) -> None:
     draw.image(flat / "validation" / inside / "0.png")
 
     manifest = fetch(workplace, flat)
@@ -81,7 +90,9 @@ def test_validation_images_are_a_split_of_their_own(workplace: Any, flat: Path, 
     assert set(manifest.loc[manifest["split"] == "validation", "label"]) == {"normal"}
 
 
-def test_a_mask_may_have_any_of_the_two_names_and_any_format(workplace: Any, flat: Path, draw: Any) -> None:
+def test_a_mask_may_have_any_of_the_two_names_and_any_format(
+    workplace: Any, flat: Path, draw: Any
+) -> None:
     (flat / "masks" / "scratch" / "1.png").unlink()
     draw.mask(flat / "masks" / "scratch" / "1_mask.bmp")
 
@@ -105,14 +116,23 @@ def test_hidden_files_and_other_files_are_no_images(workplace: Any, flat: Path) 
     assert len(fetch(workplace, flat)) == 9
 
 
-def test_parts_csv_says_which_images_show_the_same_piece(workplace: Any, flat: Path) -> None:
-    lines = ["image,part", "normal/tile 0 é.jpg,sheet 7", "normal\\tile 2 é.jpg,sheet 7", "test/good/0.BMP,sheet 9"]
-    (flat / "specimens.csv").write_text("\n".join(lines), encoding="utf-8-sig")  # as a spreadsheet saves it
+def test_specimens_csv_names_the_images_of_the_same_specimen(workplace: Any, flat: Path) -> None:
+    lines = [
+        "image,specimen",
+        "normal/tile 0 é.jpg,sheet 7",
+        "normal\\tile 2 é.jpg,sheet 7",
+        "test/good/0.BMP,sheet 9",
+    ]
+    (flat / "specimens.csv").write_text(
+        "\n".join(lines), encoding="utf-8-sig"
+    )  # as a spreadsheet saves it
 
     manifest = fetch(workplace, flat)
 
-    named = manifest[manifest["part"] != ""].assign(name=manifest["image"].str.rpartition("/")[2])
-    assert named.groupby("part")["name"].apply(list).to_dict() == {
+    named = manifest[manifest["specimen"] != ""].assign(
+        name=manifest["image"].str.rpartition("/")[2]
+    )
+    assert named.groupby("specimen")["name"].apply(list).to_dict() == {
         "sheet 7": ["tile 0 é.jpg", "tile 2 é.jpg"],
         "sheet 9": ["0.BMP"],
     }
@@ -122,15 +142,26 @@ def test_parts_csv_says_which_images_show_the_same_piece(workplace: Any, flat: P
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("file,piece\nnormal/tile 0 é.jpg,7", "has the columns file, piece; it needs image and part"),
-        ("image,part\nnormal/absent.jpg,7", "line 2: there is no image normal/absent.jpg"),
-        ("image,part\nnormal/tile 0 é.jpg,", "line 2: normal/tile 0 é.jpg has no part"),
-        ("image,part\nnormal/tile 0 é.jpg,7\nnormal/tile 0 é.jpg,8", "line 3: .* is of two parts, 7 and 8"),
+        (
+            "file,piece\nnormal/tile 0 é.jpg,7",
+            "has the columns file, piece; it needs image and specimen",
+        ),
+        ("image,specimen\nnormal/absent.jpg,7", "line 2: there is no image normal/absent.jpg"),
+        ("image,specimen\nnormal/tile 0 é.jpg,", "line 2: normal/tile 0 é.jpg has no specimen"),
+        (
+            "image,specimen\nnormal/tile 0 é.jpg,7\nnormal/tile 0 é.jpg,8",
+            "line 3: .* has two specimens, 7 and 8",
+        ),
         ("", "specimens.csv cannot be read"),
-        ("image,part\nnormal/tile 0 é.jpg,7,8,9\na,b\n1,2,3,4,5,6", "specimens.csv cannot be read"),
+        (
+            "image,specimen\nnormal/tile 0 é.jpg,7,8,9\na,b\n1,2,3,4,5,6",
+            "specimens.csv cannot be read",
+        ),
     ],
 )
-def test_a_parts_csv_that_says_nothing_clear_is_refused(workplace: Any, flat: Path, text: str, said: str) -> None:
+def test_an_unclear_specimens_csv_is_refused(
+    workplace: Any, flat: Path, text: str, said: str
+) -> None:
     (flat / "specimens.csv").write_text(text, encoding="utf-8")
 
     with pytest.raises(AlmrrError, match=said):
@@ -167,10 +198,16 @@ def empty_training(draw: Any, folder: Path) -> None:
     ("spoil", "said"),
     [
         (put_defect_into_training, "training and validation images are normal ones alone"),
-        (put_defect_into_validation, r"validation/scratch: training and validation images are normal ones alone"),
+        (
+            put_defect_into_validation,
+            r"validation/scratch: training and validation images are normal ones alone",
+        ),
         (leave_validation_empty, "validation holds no image"),
-        (put_image_beside_the_test_folders, r"0\.png lies beside the folders"),
-        (remove_training, r"^data\.source\.folder_tiles: .*: there is neither a folder train nor a folder normal"),
+        (put_image_beside_the_test_folders, r"0\.png is next to the folders"),
+        (
+            remove_training,
+            r"^data\.paths\.folder_tiles: .*: there is neither a folder train nor a folder normal",
+        ),
         (empty_training, "no normal image to train on"),
     ],
 )
@@ -184,5 +221,7 @@ def test_a_layout_that_says_not_what_is_normal_is_refused(
 
 
 def test_a_folder_that_is_not_there_is_named(workplace: Any, tmp_path: Path) -> None:
-    with pytest.raises(AlmrrError, match=r"data\.source\.folder_tiles: there is nothing at .*absent"):
+    with pytest.raises(
+        AlmrrError, match=r"data\.paths\.folder_tiles: there is nothing at .*absent"
+    ):
         fetch(workplace, tmp_path / "absent")

@@ -25,14 +25,14 @@ from almrr_pipeline.datasets.manifest import (
     split_validation,
     training_split,
 )
-from almrr_pipeline.datasets.registry import source_for
+from almrr_pipeline.datasets.registry import dataset_for
 
 
 @pytest.fixture
 def items(draw: Any, tmp_path: Path) -> list[Item]:
     """A drawn category with 4 training, 2 normal and 3 defective test images."""
     folder = draw.mvtec(tmp_path / "01_raw" / "mvtec_wood")
-    return source_for("mvtec_wood").items("mvtec_wood", folder)
+    return dataset_for("mvtec_wood").items("mvtec_wood", folder)
 
 
 def build(items: list[Item], root: Path, **changes: Any) -> pd.DataFrame:
@@ -49,15 +49,17 @@ def test_a_row_says_what_is_in_the_file(items: list[Item], tmp_path: Path) -> No
         "mask": "01_raw/mvtec_wood/ground_truth/hole/000_mask.png",
         "split": "test",
         "label": "defective",
-        "defect": "hole",
-        "part": "",
+        "defect_type": "hole",
+        "specimen": "",
         "width": 20,
         "height": 16,
         "sha256": hashlib.sha256(content).hexdigest(),
     }
 
 
-def test_rows_are_sorted_and_do_not_depend_on_the_order_of_the_disk(items: list[Item], tmp_path: Path) -> None:
+def test_rows_are_sorted_and_do_not_depend_on_the_order_of_the_disk(
+    items: list[Item], tmp_path: Path
+) -> None:
     manifest = build(items, tmp_path)
 
     assert list(zip(manifest["split"], manifest["image"], strict=True)) == sorted(
@@ -70,7 +72,7 @@ def test_normal_images_have_no_mask(items: list[Item], tmp_path: Path) -> None:
     manifest = build(items, tmp_path)
 
     assert set(manifest.loc[manifest["label"] == "normal", "mask"]) == {""}
-    assert set(manifest.loc[manifest["label"] == "normal", "defect"]) == {"good"}
+    assert set(manifest.loc[manifest["label"] == "normal", "defect_type"]) == {"good"}
 
 
 def test_equal_counts_pass_where_strict(items: list[Item], tmp_path: Path) -> None:
@@ -102,11 +104,15 @@ def test_all_broken_images_are_named_at_once(items: list[Item], tmp_path: Path) 
 
     with pytest.raises(AlmrrError, match="And 2 more of this kind") as caught:
         build(items, tmp_path)
-    assert [path.relative_to(tmp_path).as_posix() in str(caught.value) for path in broken] == [True] * 5 + [False] * 2
+    assert [path.relative_to(tmp_path).as_posix() in str(caught.value) for path in broken] == [
+        True
+    ] * 5 + [False] * 2
 
 
 @pytest.mark.parametrize("again", ["copied", "saved in another format"])
-def test_the_same_image_in_train_and_test_is_refused(items: list[Item], tmp_path: Path, again: str) -> None:
+def test_the_same_image_in_train_and_test_is_refused(
+    items: list[Item], tmp_path: Path, again: str
+) -> None:
     train, test = items[0].image, items[-1].image.with_suffix(".bmp")
     if again == "copied":
         shutil.copy(train, test)
@@ -114,12 +120,16 @@ def test_the_same_image_in_train_and_test_is_refused(items: list[Item], tmp_path
         Image.open(train).convert("RGB").save(test)
     leaky = [*items, Item(test, None, "test", "normal", "good")]
 
-    with pytest.raises(AlmrrError, match=r"in train and in test: .*train/good/000\.png and .*\.bmp"):
+    with pytest.raises(
+        AlmrrError, match=r"in train and in test: .*train/good/000\.png and .*\.bmp"
+    ):
         build(leaky, tmp_path)
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_a_validation_image_is_in_no_other_split(items: list[Item], tmp_path: Path, split: str) -> None:
+def test_a_validation_image_is_in_no_other_split(
+    items: list[Item], tmp_path: Path, split: str
+) -> None:
     other = next(item.image for item in items if item.split == split)
     copy = other.with_name("copy.png")
     shutil.copy(other, copy)
@@ -159,7 +169,9 @@ def test_width_and_height_are_those_of_the_upright_image(tmp_path: Path, draw: A
     assert (manifest["width"][0], manifest["height"][0]) == (16, 20)
 
 
-@pytest.mark.skipif(os.name == "nt" or sys.platform == "darwin", reason="these systems allow no such names")
+@pytest.mark.skipif(
+    os.name == "nt" or sys.platform == "darwin", reason="these systems allow no such names"
+)
 def test_a_name_that_is_not_utf8_is_named(items: list[Item], tmp_path: Path) -> None:
     odd = Path(os.fsdecode(os.fsencode(items[0].image.parent) + b"/gr\xfcn.png"))
     items[0].image.rename(odd)
@@ -181,7 +193,9 @@ def test_every_name_is_trained_on_or_validation(names: list[str], fraction: floa
 
 
 @given(NAMES, SHARES, st.randoms(use_true_random=False))
-def test_the_choice_does_not_depend_on_the_order(names: list[str], fraction: float, random: Any) -> None:
+def test_the_choice_does_not_depend_on_the_order(
+    names: list[str], fraction: float, random: Any
+) -> None:
     shuffled = list(names)
     random.shuffle(shuffled)
 
@@ -209,7 +223,10 @@ def test_calibration_takes_normal_training_images_alone(items: list[Item], tmp_p
     training, validation = training_split(manifest, fraction=0.5)
 
     assert len(validation) == 2
-    assert sorted(training + validation) == manifest.loc[manifest["split"] == "train", "image"].tolist()
+    assert (
+        sorted(training + validation)
+        == manifest.loc[manifest["split"] == "train", "image"].tolist()
+    )
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.1, 0.5])
@@ -226,7 +243,9 @@ def test_validation_images_are_validation_and_no_others(
     assert training == manifest.loc[manifest["split"] == "train", "image"].tolist()
 
 
-def test_calibration_does_not_depend_on_where_the_images_lie(items: list[Item], tmp_path: Path) -> None:
+def test_calibration_does_not_depend_on_where_the_images_lie(
+    items: list[Item], tmp_path: Path
+) -> None:
     manifest = build(items, tmp_path)
     elsewhere = manifest.assign(image="other/" + manifest["image"])
 
@@ -237,7 +256,9 @@ def test_calibration_does_not_depend_on_where_the_images_lie(items: list[Item], 
 
 def test_two_copies_of_an_image_stay_on_the_same_side(items: list[Item], tmp_path: Path) -> None:
     manifest = build(items, tmp_path)
-    twice = pd.concat([manifest, manifest.assign(image="copy/" + manifest["image"])], ignore_index=True)
+    twice = pd.concat(
+        [manifest, manifest.assign(image="copy/" + manifest["image"])], ignore_index=True
+    )
 
     for side in training_split(twice, fraction=0.5):
         assert {name for name in side if not name.startswith("copy/")} == {
@@ -245,14 +266,15 @@ def test_two_copies_of_an_image_stay_on_the_same_side(items: list[Item], tmp_pat
         }
 
 
-def test_images_of_one_part_stay_on_the_same_side(items: list[Item], tmp_path: Path) -> None:
+def test_images_of_one_specimen_stay_on_the_same_side(items: list[Item], tmp_path: Path) -> None:
     manifest = build(items, tmp_path)
     trained = manifest["split"] == "train"
-    manifest.loc[trained, "part"] = ["left", "right", "left", "right"]
+    manifest.loc[trained, "specimen"] = ["left", "right", "left", "right"]
 
     for fraction in (0.1, 0.5):
         training, validation = (
-            set(manifest.set_index("image").loc[side, "part"]) for side in training_split(manifest, fraction=fraction)
+            set(manifest.set_index("image").loc[side, "specimen"])
+            for side in training_split(manifest, fraction=fraction)
         )
         assert len(training) == len(validation) == 1
         assert training != validation
@@ -260,25 +282,41 @@ def test_images_of_one_part_stay_on_the_same_side(items: list[Item], tmp_path: P
 
 @pytest.mark.parametrize(
     ("category", "counts"),
-    [("mt_defect", (761, 191, 392)), ("mt_defect_tiles", (761, 191, 392)), ("nanotwice", (5, 0, 40))],
+    [
+        ("mt_defect", (761, 191, 392)),
+        ("mt_defect_tiles", (761, 191, 392)),
+        ("nanotwice", (5, 0, 40)),
+    ],
 )
 def test_the_real_sets_have_their_published_counts(
-    shared: Path, workplace: Any, caplog: pytest.LogCaptureFixture, category: str, counts: tuple[int, int, int]
+    shared: Path,
+    workplace: Any,
+    caplog: pytest.LogCaptureFixture,
+    category: str,
+    counts: tuple[int, int, int],
 ) -> None:
     caplog.set_level(logging.WARNING)
-    manifest = workplace.fetch(category, workplace.request(mirror=str(shared / "data"), strict=True))
+    manifest = workplace.fetch(
+        category, workplace.request(mirror=str(shared / "data"), strict=True)
+    )
 
     kinds = manifest.groupby(["split", "label"]).size()
     assert (
-        tuple(kinds.get(key, 0) for key in [("train", "normal"), ("test", "normal"), ("test", "defective")]) == counts
+        tuple(
+            kinds.get(key, 0)
+            for key in [("train", "normal"), ("test", "normal"), ("test", "defective")]
+        )
+        == counts
     )
     assert (manifest["mask"] != "").sum() == counts[2]
-    assert ("the masks of 4 defective images show no defect" in caplog.text) == category.startswith("mt_defect")
+    assert ("the masks of 4 defective images show no defect" in caplog.text) == category.startswith(
+        "mt_defect"
+    )
 
 
 def test_one_changed_file_changes_the_list(shared: Path, workplace: Any, draw: Any) -> None:
     before = workplace.fetch("nanotwice", workplace.request(mirror=str(shared / "data")))
-    source, target = source_for("nanotwice"), workplace.target("nanotwice")
+    source, target = dataset_for("nanotwice"), workplace.target("nanotwice")
     draw.image(next((target / "Normal").iterdir()), (700, 1024))
 
     after = build(source.items("nanotwice", target), workplace.root / "data")

@@ -9,9 +9,9 @@ from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.common.images import read_image
 from almrr_pipeline.datasets import package_textures
 from almrr_pipeline.datasets.package_textures import (
-    LARGEST,
-    LEAST_DEVIATION,
     IMAGES,
+    LARGEST,
+    LEAST_STD,
     cut_squares,
     read_package_image,
     write_package_textures,
@@ -33,7 +33,7 @@ def test_every_image_gives_at_least_one_square_anomaly_source(folder: Path) -> N
     for path in written:
         image = read_image(path)
         assert 64 <= image.shape[0] == image.shape[1] <= LARGEST
-        assert image.mean(axis=2).std() >= 0.9 * LEAST_DEVIATION  # scaling down smooths a little
+        assert image.mean(axis=2).std() >= 0.9 * LEAST_STD  # scaling down smooths a little
 
 
 def test_the_sample_suites_own_textures_are_not_among_them() -> None:
@@ -48,11 +48,18 @@ def test_they_are_the_same_each_time(folder: Path, tmp_path: Path) -> None:
 
 def test_squares_cover_an_image_at_two_scales() -> None:
     rows, columns = np.indices((20, 50))
-    image = np.stack([5 * columns, 5 * rows, 200 * ((rows + columns) % 2)], axis=-1).astype(np.uint8)
+    image = np.stack([5 * columns, 5 * rows, 200 * ((rows + columns) % 2)], axis=-1).astype(
+        np.uint8
+    )
     squares = list(cut_squares(image))
     assert [square.shape[0] for square in squares] == [20] * 3 + [11] * 10
     for side in (20, 11):
-        seen = {tuple(pixel[:2]) for square in squares if len(square) == side for pixel in square.reshape(-1, 3)}
+        seen = {
+            tuple(pixel[:2])
+            for square in squares
+            if len(square) == side
+            for pixel in square.reshape(-1, 3)
+        }
         assert len(seen) == 20 * 50
 
 

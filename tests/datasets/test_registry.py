@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.datasets.registry import SOURCES, check_request, known_categories, source_for
+from almrr_pipeline.datasets.registry import DATASETS, check_request, dataset_for, known_categories
 
 
 @pytest.mark.parametrize(
@@ -22,23 +22,23 @@ from almrr_pipeline.datasets.registry import SOURCES, check_request, known_categ
     ],
 )
 def test_a_category_knows_its_source(category: str, source: str) -> None:
-    assert source_for(category).name == source
+    assert dataset_for(category).name == source
 
 
 def test_a_mistyped_category_lists_the_known_ones_the_closest_first() -> None:
     with pytest.raises(AlmrrError, match=r"no 'mvtec_capret'. Known are mvtec_carpet, ") as caught:
-        source_for("mvtec_capret")
+        dataset_for("mvtec_capret")
     assert all(category in str(caught.value) for category in known_categories())
 
 
 @pytest.mark.parametrize("category", ["folder_", "folder_../other", "folder_a/b", "folder_line.3"])
 def test_a_folder_needs_a_name_that_stays_in_its_place(category: str) -> None:
     with pytest.raises(AlmrrError, match="folder_NAME"):
-        source_for(category)
+        dataset_for(category)
 
 
 def test_every_source_states_its_license_and_is_found_by_its_name() -> None:
-    for name, source in SOURCES.items():
+    for name, source in DATASETS.items():
         assert source.name == name
         assert source.license.endswith(".")
 
@@ -50,7 +50,7 @@ def check(request: Any, *categories: str) -> None:
 def test_a_good_request_passes(workplace: Any, tmp_path: Path) -> None:
     request = workplace.request(
         mirror=str(tmp_path),
-        local={"folder_tiles": str(tmp_path), "dtd": str(tmp_path)},
+        paths={"folder_tiles": str(tmp_path), "dtd": str(tmp_path)},
         addresses={"mvtec_ad": ["https://example.org/a.tar.xz", "file:///srv/a.tar.xz"]},
         sha256={"mt_defect": "0" * 64},
     )
@@ -62,14 +62,26 @@ def test_a_good_request_passes(workplace: Any, tmp_path: Path) -> None:
     ("changes", "category", "said"),
     [
         ({}, "mvtec_capret", "no 'mvtec_capret'"),
-        ({}, "folder_tiles", r"data\.source\.folder_tiles: PATH"),
+        ({}, "folder_tiles", r"data\.paths\.folder_tiles: PATH"),
         ({"mirror": "/no/such/folder"}, "nanotwice", "data.mirror: there is no folder"),
         ({"mirror": "ftp://example.org"}, "nanotwice", "ftp://example.org: only http"),
-        ({"local": {"nanotwice": "/no/such.zip"}}, "nanotwice", "data.source.nanotwice: there is nothing at"),
-        ({"local": {"nanotwise": "/"}}, "nanotwice", "no 'nanotwise'. Known are nanotwice,"),
-        ({"addresses": {"mvtec": []}}, "nanotwice", "data.addresses: there is no 'mvtec'. Known are mvtec_ad,"),
+        (
+            {"paths": {"nanotwice": "/no/such.zip"}},
+            "nanotwice",
+            "data.paths.nanotwice: there is nothing at",
+        ),
+        ({"paths": {"nanotwise": "/"}}, "nanotwice", "no 'nanotwise'. Known are nanotwice,"),
+        (
+            {"addresses": {"mvtec": []}},
+            "nanotwice",
+            "data.addresses: there is no 'mvtec'. Known are mvtec_ad,",
+        ),
         ({"sha256": {"dtdd": "0"}}, "nanotwice", "data.sha256: there is no 'dtdd'. Known are dtd,"),
-        ({"addresses": {"dtd": ["s3://bucket/dtd.tar.gz"]}}, "nanotwice", "s3://bucket/dtd.tar.gz: only http"),
+        (
+            {"addresses": {"dtd": ["s3://bucket/dtd.tar.gz"]}},
+            "nanotwice",
+            "s3://bucket/dtd.tar.gz: only http",
+        ),
         ({"accept_licenses": frozenset()}, "mvtec_wood", "add CC-BY-NC-SA-4.0"),
     ],
 )

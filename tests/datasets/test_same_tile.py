@@ -10,7 +10,12 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.datasets.same_tile import SAME_TILE, compute_signatures, group_by_tile, resemblance
+from almrr_pipeline.datasets.same_tile import (
+    SAME_TILE,
+    compute_signatures,
+    correlations,
+    group_by_tile,
+)
 
 
 @pytest.fixture
@@ -42,7 +47,7 @@ def test_the_order_changes_names_but_not_groups(tiles: list[Path]) -> None:
 
 
 def test_resemblance_is_a_correlation(tiles: list[Path]) -> None:
-    likeness = resemblance(compute_signatures(tiles))
+    likeness = correlations(compute_signatures(tiles))
 
     np.testing.assert_allclose(np.diag(likeness), 1.0, atol=1e-5)
     np.testing.assert_array_equal(likeness, likeness.T)

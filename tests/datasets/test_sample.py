@@ -12,17 +12,18 @@ from scipy import ndimage
 
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.common.images import read_image, read_mask
+from almrr_pipeline.datasets.base import FetchRequest
 from almrr_pipeline.datasets.drawn_defects import DRAWINGS
 from almrr_pipeline.datasets.manifest import build_manifest, count_items
 from almrr_pipeline.datasets.package_textures import read_package_image
-from almrr_pipeline.datasets.registry import source_for
+from almrr_pipeline.datasets.registry import dataset_for
 from almrr_pipeline.datasets.sample import (
     CROP,
+    IMAGES_PER_DEFECT_TYPE,
     LEAST_DEFECT,
-    IMAGES_PER_DEFECT,
-    TEST_PART,
-    TRAIN_PART,
-    VALIDATION_PART,
+    TEST_REGION,
+    TRAIN_REGION,
+    VALIDATION_REGION,
     VISIBLE,
     Camera,
     Sample,
@@ -32,9 +33,8 @@ from almrr_pipeline.datasets.sample import (
     outline_difference,
     write_category,
 )
-from almrr_pipeline.datasets.base import FetchRequest
 
-SOURCE = Sample()
+DATASET = Sample()
 CATEGORIES = ("sample_brick", "sample_grass", "sample_gravel")
 
 
@@ -44,7 +44,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("data")
     for category in CATEGORIES:
         (root / category).mkdir()
-        SOURCE.fetch(category, target=root / category, request=FetchRequest(scratch=root / "scratch"))
+        DATASET.fetch(
+            category, target=root / category, request=FetchRequest(scratch=root / "scratch")
+        )
     return root
 
 
@@ -53,33 +55,35 @@ def gravel() -> npt.NDArray[np.float64]:
     return read_package_image("gravel.png")[..., 0] / 255.0
 
 
-def test_suite_has_three_categories_and_its_source_is_known() -> None:
-    assert SOURCE.categories == CATEGORIES
-    assert all(isinstance(source_for(category), Sample) for category in CATEGORIES)
+def test_suite_has_three_categories_and_its_dataset_is_known() -> None:
+    assert DATASET.categories == CATEGORIES
+    assert all(isinstance(dataset_for(category), Sample) for category in CATEGORIES)
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
 def test_manifest_is_accepted_with_the_expected_counts(data: Path, category: str) -> None:
-    items = SOURCE.items(category, data / category)
-    assert count_items(items) == SOURCE.expected(category)
-    manifest = build_manifest(items, root=data, expected=SOURCE.expected(category), strict=True)
-    assert set(manifest["defect"]) == {"good", *DRAWINGS}
+    items = DATASET.items(category, data / category)
+    assert count_items(items) == DATASET.expected(category)
+    manifest = build_manifest(items, root=data, expected=DATASET.expected(category), strict=True)
+    assert set(manifest["defect_type"]) == {"good", *DRAWINGS}
     assert set(manifest["width"]) == set(manifest["height"]) == {CROP}
     assert manifest["sha256"].is_unique
 
 
 def test_the_same_images_are_drawn_each_time(data: Path, tmp_path: Path) -> None:
-    SOURCE.fetch("sample_brick", target=tmp_path, request=FetchRequest(scratch=tmp_path))
+    DATASET.fetch("sample_brick", target=tmp_path, request=FetchRequest(scratch=tmp_path))
     for path in (data / "sample_brick").rglob("*.png"):
-        assert path.read_bytes() == (tmp_path / path.relative_to(data / "sample_brick")).read_bytes(), path
+        assert (
+            path.read_bytes() == (tmp_path / path.relative_to(data / "sample_brick")).read_bytes()
+        ), path
 
 
-LOGGED = {"train": TRAIN_PART, "validation": VALIDATION_PART, "test": TEST_PART}
+REGIONS = {"train": TRAIN_REGION, "validation": VALIDATION_REGION, "test": TEST_REGION}
 
 
-def test_the_parts_are_apart_and_inside_the_photograph() -> None:
+def test_the_regions_are_apart_and_inside_the_photograph() -> None:
     covered = np.zeros((512, 512), int)
-    for rows, columns in LOGGED.values():
+    for rows, columns in REGIONS.values():
         part = np.zeros((512, 512), bool)
         part[rows, columns] = True
         assert part.sum() == (rows.stop - rows.start) * (columns.stop - columns.start)
@@ -90,10 +94,10 @@ def test_the_parts_are_apart_and_inside_the_photograph() -> None:
 
 def test_no_pixel_is_in_the_images_of_two_splits(tmp_path: Path) -> None:
     photograph, levels = np.full((512, 512), 0.5), {"train": 0.25, "validation": 0.5, "test": 0.75}
-    for split, part in LOGGED.items():
+    for split, part in REGIONS.items():
         photograph[part] = levels[split]
     write_category(photograph, tmp_path, seed=(0, 0))
-    for item in SOURCE.items("sample_brick", tmp_path):
+    for item in DATASET.items("sample_brick", tmp_path):
         image, outside = read_image(item.image), np.ones((CROP, CROP), bool)
         if item.mask:
             outside = ~ndimage.binary_dilation(read_mask(item.mask), iterations=6)
@@ -101,25 +105,32 @@ def test_no_pixel_is_in_the_images_of_two_splits(tmp_path: Path) -> None:
         assert np.abs(brightness / levels[item.split] - 1).max() < 0.2, item.image
 
 
-@pytest.mark.parametrize("split", LOGGED)
-def test_crops_reach_all_ends_of_their_part(split: str) -> None:
+@pytest.mark.parametrize("split", REGIONS)
+def test_crops_reach_all_ends_of_their_region(split: str) -> None:
     places = np.arange(512.0)[:, None], np.arange(512.0)[None, :]
-    for lengths, across in zip(LOGGED[split], places, strict=True):
+    for lengths, across in zip(REGIONS[split], places, strict=True):
         generator = np.random.default_rng(0)
-        crops = [cut_surface(np.broadcast_to(across, (512, 512)), LOGGED[split], generator) for _ in range(1000)]
+        crops = [
+            cut_surface(np.broadcast_to(across, (512, 512)), REGIONS[split], generator)
+            for _ in range(1000)
+        ]
         assert {crop.shape for crop in crops} == {(CROP, CROP)}
         assert min(crop.min() for crop in crops) == lengths.start
         assert max(crop.max() for crop in crops) == lengths.stop - 1
 
 
 @pytest.mark.parametrize("defect", DRAWINGS)
-def test_ground_truth_is_where_the_image_differs_visibly(defect: str, gravel: npt.NDArray[np.float64]) -> None:
+def test_ground_truth_is_where_the_image_differs_visibly(
+    defect: str, gravel: npt.NDArray[np.float64]
+) -> None:
     for seed in range(4):
         image, mask = draw_defective(gravel, defect, np.random.default_rng(seed), strength=0.8)
         without = find_normal_twin(gravel, defect, seed, image)
         difference = np.abs(image.astype(float) - without)
         assert mask.sum() >= LEAST_DEFECT
-        assert ndimage.gaussian_filter(difference, 0.7)[~mask].max() < 4 * VISIBLE  # single specks, which are left out
+        assert (
+            ndimage.gaussian_filter(difference, 0.7)[~mask].max() < 4 * VISIBLE
+        )  # single specks, which are left out
         assert (difference[~ndimage.binary_dilation(mask)] < VISIBLE).mean() > 0.998
         assert (ndimage.maximum_filter(difference, 5)[mask] >= VISIBLE).mean() > 0.9
 
@@ -130,7 +141,7 @@ def find_normal_twin(
     """The image that the same draws give without the defect: of the drawings, the one that was not drawn again."""
     generator = np.random.default_rng(seed)
     while True:
-        surface = cut_surface(photograph, TEST_PART, generator)
+        surface = cut_surface(photograph, TEST_REGION, generator)
         camera = draw_camera(generator)
         drawn = camera.take(np.clip(DRAWINGS[defect](surface, generator, 0.8), 0, 1))
         if np.array_equal(drawn, image):
@@ -140,9 +151,12 @@ def find_normal_twin(
 @pytest.mark.parametrize("category", CATEGORIES)
 def test_defects_vary_in_size_and_contrast(data: Path, category: str) -> None:
     for defect in DRAWINGS:
-        masks = [read_mask(path) for path in sorted((data / category / "ground_truth" / defect).iterdir())]
+        masks = [
+            read_mask(path)
+            for path in sorted((data / category / "ground_truth" / defect).iterdir())
+        ]
         areas = np.array([mask.sum() for mask in masks])
-        assert len(masks) == IMAGES_PER_DEFECT
+        assert len(masks) == IMAGES_PER_DEFECT_TYPE
         assert areas.min() >= LEAST_DEFECT
         assert areas.max() < 0.25 * CROP**2
         assert areas.max() > 1.2 * areas.min(), defect
@@ -161,7 +175,9 @@ def test_stronger_defects_stand_out_more(defect: str, gravel: npt.NDArray[np.flo
 
 
 @pytest.mark.parametrize("defect", DRAWINGS)
-def test_drawing_leaves_the_surface_that_it_is_given_alone(defect: str, gravel: npt.NDArray[np.float64]) -> None:
+def test_drawing_leaves_the_surface_that_it_is_given_alone(
+    defect: str, gravel: npt.NDArray[np.float64]
+) -> None:
     surface = gravel[:CROP, -CROP:].copy()
     DRAWINGS[defect](surface, np.random.default_rng(0), 1.0)
     np.testing.assert_array_equal(surface, gravel[:CROP, -CROP:])
@@ -194,14 +210,17 @@ def test_camera_changes_light_slightly() -> None:
     cameras = [draw_camera(np.random.default_rng(seed)) for seed in range(50)]
     assert all(0.85 < camera.light.min() <= camera.light.max() < 1.16 for camera in cameras)
     assert all(np.abs(camera.noise).max() < 10 for camera in cameras)
-    assert Camera(np.full((2, 2), 2.0), np.zeros((2, 2))).take(np.full((2, 2), 0.75)).tolist() == [[255] * 2] * 2
+    assert (
+        Camera(np.full((2, 2), 2.0), np.zeros((2, 2))).take(np.full((2, 2), 0.75)).tolist()
+        == [[255] * 2] * 2
+    )
 
 
 def test_normal_images_are_crops_of_the_photograph_under_another_light(
     data: Path, gravel: npt.NDArray[np.float64]
 ) -> None:
     crop = np.asarray(Image.open(data / "sample_gravel" / "train" / "good" / "000.png"), float)
-    windows = np.lib.stride_tricks.sliding_window_view(gravel[TRAIN_PART], (CROP, CROP))
+    windows = np.lib.stride_tricks.sliding_window_view(gravel[TRAIN_REGION], (CROP, CROP))
     sparse = windows[:, :, ::16, ::16].reshape(*windows.shape[:2], -1)
     centerd = sparse - sparse.mean(-1, keepdims=True)
     wanted = crop[::16, ::16].ravel() - crop[::16, ::16].mean()
@@ -214,5 +233,7 @@ def test_drawing_defects_shares_no_code_with_the_anomalies_of_training() -> None
         "import sys, almrr_pipeline.datasets.sample;"
         "print([name for name in sys.modules if name.startswith('almrr_pipeline.synthesis')])"
     )
-    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout
     assert printed.strip() == "[]"

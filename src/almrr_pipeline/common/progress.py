@@ -54,6 +54,7 @@ def track(total: int | None, *, unit: str, description: str, done: int = 0) -> I
             bar.update(amount)
 
         yield advance
+        bar.refresh()  # the last amounts, which may have come faster than bars are drawn
 
 
 def _log_lines(total: int | None, *, unit: str, description: str, done: int) -> Advance:

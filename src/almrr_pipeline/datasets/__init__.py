@@ -1,1 +1,1 @@
-"""Where images come from: data sets, a user's own folder, textures and the backbone's weights."""
+"""Datasets and textures: where they come from, how they are fetched, checked and listed."""

@@ -1,6 +1,6 @@
-"""What every data source offers, and what it is asked with.
+"""Interface of a dataset, and the request that datasets are fetched with.
 
-A new data set is one file that fulfills `Source`, and one line in `sources/registry.py`.
+A new dataset is one file that implements `Dataset`, and one line in `datasets/registry.py`.
 """
 
 from __future__ import annotations
@@ -15,30 +15,33 @@ from almrr_pipeline.datasets.manifest import Counts, Item
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How long a server is waited for."""
+    """How often and how long a server is waited for."""
 
     attempts: int = 5
-    """Tries of one address in a row that bring nothing new; then the next address is asked."""
+    """Tries of one address in a row that bring no new bytes; then the next address is tried."""
     backoff: float = 1.0
     """Seconds before the second try; doubled before each further one."""
     timeout: float = 30.0
-    """Seconds without an answer, or without a byte, after which a connection counts as dropped."""
+    """Seconds without an answer, or without a byte, after which a connection counts as broken."""
 
 
 @dataclass(frozen=True)
 class FetchRequest:
-    """Where to look, what to trust and where to work; the `data` section of params.yaml says most of it."""
+    """Where to look, what to trust and where to work; mostly the `data` section of params.yaml.
+
+    The keys of `paths`, `addresses` and `sha256` are names of datasets or category ids.
+    """
 
     scratch: Path
-    """Folder for partial downloads and for archives that several categories share; created when needed."""
+    """Folder for partial downloads and for archives shared by categories; created when needed."""
     mirror: str | None = None
-    """Folder, file:// or http(s):// base address that is asked before the public addresses."""
-    local: Mapping[str, str] = field(default_factory=dict)
-    """Source name or category id: an archive or a folder on disk that serves instead of any address."""
+    """Folder, file:// or http(s):// base address that is tried before the public addresses."""
+    paths: Mapping[str, str] = field(default_factory=dict)
+    """Archives or folders on the user's disk, used instead of any address."""
     addresses: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """Source name or category id: addresses tried in turn, in place of the built-in ones."""
+    """Addresses tried in turn, in place of the built-in ones."""
     sha256: Mapping[str, str] = field(default_factory=dict)
-    """Source name or category id: expected checksum of the archive, in place of the built-in one."""
+    """Expected checksums of the archives, in place of the built-in ones."""
     accept_licenses: frozenset[str] = frozenset()
     """SPDX names of the licenses that the user accepts."""
     strict: bool = False
@@ -46,11 +49,11 @@ class FetchRequest:
     retry_policy: RetryPolicy = RetryPolicy()
 
 
-class Source(Protocol):
-    """A data set, or a family of them, that can be fetched category by category.
+class Dataset(Protocol):
+    """A dataset, or a family of them, that can be fetched category by category.
 
-    `name` is the key of `data.source`, `data.addresses` and `data.sha256`; `categories` are ids such as
-    `mvtec_carpet`; `license` is a sentence that names the terms and what to cite.
+    `name` is its key in `data.paths`, `data.addresses` and `data.sha256`; `categories` are ids such
+    as `mvtec_carpet`; `license` is a sentence that names the terms and what to cite.
     """
 
     name: str
@@ -58,28 +61,28 @@ class Source(Protocol):
     license: str
 
     def check(self, category: str, request: FetchRequest) -> None:
-        """Find out before any work begins what would stop `fetch`, such as terms that were not accepted.
+        """Check beforehand what would stop `fetch`, such as a license that is not accepted.
 
         Raises:
-            AlmrrError: says what is missing.
+            AlmrrError: names what is missing.
         """
         return
 
     def fetch(self, category: str, *, target: Path, request: FetchRequest) -> None:
-        """Fill `target`, an existing empty folder that the caller renames when this returns, with the raw images.
+        """Fill the existing empty folder `target` with the raw images.
 
         Raises:
-            AlmrrError: nothing could be fetched, or what came is not the data set; says where and what to do.
+            AlmrrError: nothing could be fetched, or the files are not those of the dataset.
         """
         ...
 
     def items(self, category: str, folder: Path) -> list[Item]:
-        """Say which image of a filled `folder` is train or test, normal or defective, and where its mask lies.
+        """List the images of a filled `folder` with split, label and mask; opens no image.
 
-        This is the data set's protocol; nothing is opened.
+        This is the dataset's protocol.
 
         Raises:
-            AlmrrError: the folder has not the layout of the data set.
+            AlmrrError: the folder does not have the layout of the dataset.
         """
         ...
 

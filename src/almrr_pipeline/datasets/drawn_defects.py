@@ -1,10 +1,11 @@
-"""Defects drawn on a surface, as a person would find and outline them: scratch, stain, dent, hole, thread, smear, chip.
+"""Drawn defects of the sample suite: scratch, stain, dent, hole, thread, smear, chip.
 
-They are test material. Everything here is geometry, shading and material: curves and outlines, light from the upper
-left, cast shadows, rubbed or covered texture. Nothing is shared with the anomalies that are simulated for training.
+They are test material, made of geometry, shading and material, with light from the upper left; they
+share nothing with the anomalies that are simulated for training.
 
-A surface is float64 in [0, 1], shape (S, S), gray, as the light falls on it before a camera takes it. Each drawing has
-a `strength` in (0, 1], from faint to plain, that sets its contrast; sizes and places are drawn from the generator.
+A surface is float64 in [0, 1], shape (S, S), gray, before a camera takes it. Each drawing takes a
+`strength` in (0, 1], which sets its contrast from faint to plain; the generator draws sizes and
+places.
 """
 
 from __future__ import annotations
@@ -13,78 +14,85 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from scipy import interpolate, ndimage, spatial
 
-Field = npt.NDArray[np.float64]
-Drawing = Callable[[Field, np.random.Generator, float], Field]
+from almrr_pipeline.common.arrays import Floats
+
+Drawing = Callable[[Floats, np.random.Generator, float], Floats]
 
 LIGHT = np.array([-0.6, -0.8]) / np.hypot(0.6, 0.8)
-"""Where the light comes from, as a unit vector of rows and columns: the upper left."""
+"""Direction of the light as a unit vector of rows and columns: from the upper left."""
 _CURVE_POINTS = 600
+"""Points of a curve, less than half a pixel apart."""
 
 
 class _Curve(NamedTuple):
-    """Where each pixel lies beside a curve; all of shape (S, S)."""
+    """Position of each pixel relative to a curve; all of shape (S, S)."""
 
-    across: Field
+    across: Floats
     """Signed distance in pixels; positive to one side."""
-    along: Field
+    along: Floats
     """Position of the curve's nearest point, 0 at its start, 1 at its end."""
 
 
 class _Outline(NamedTuple):
     """A closed shape with an uneven edge; all of shape (S, S)."""
 
-    inside: Field
+    inside: Floats
     """Distance in pixels from the edge, positive inside, negative outside; approximate."""
-    rows: Field
+    rows: Floats
     """Rows from the center."""
-    columns: Field
+    columns: Floats
     """Columns from the center."""
 
 
-def draw_scratch(surface: Field, generator: np.random.Generator, strength: float) -> Field:
-    """A long, nearly straight groove: dark where it turns from the light, bright where the material is torn open."""
+def draw_scratch(surface: Floats, generator: np.random.Generator, strength: float) -> Floats:
+    """A long, nearly straight groove: dark away from the light, bright where torn open."""
     length = generator.uniform(0.45, 0.9) * len(surface)
-    curve = _lay_curve(surface.shape, generator, length=length, bend=0.05)
+    curve = _draw_curve(surface.shape, generator, length=length, bend=0.05)
     width = generator.uniform(1.3, 2.6) * _taper(curve.along)
     groove = _bump(curve.across, width)
     ridge = _bump(curve.across - 1.6 * width, width)
-    pressure = 0.7 + 0.3 * np.sin(2 * np.pi * (generator.uniform(1, 3) * curve.along + generator.uniform()))
+    pressure = 0.7 + 0.3 * np.sin(
+        2 * np.pi * (generator.uniform(1, 3) * curve.along + generator.uniform())
+    )
     torn_open = surface.mean() + 2.0 * surface.std() + 0.1 + 0.2 * strength
     scratched = _mix(surface, torn_open, (0.6 + 0.4 * strength) * pressure * ridge)
     return _mix(scratched, 0.3 * surface.mean(), (0.6 + 0.4 * strength) * pressure * groove)
 
 
-def draw_stain(surface: Field, generator: np.random.Generator, strength: float) -> Field:
-    """A liquid that has dried: darker, the texture shines through, and the edge is darker still."""
+def draw_stain(surface: Floats, generator: np.random.Generator, strength: float) -> Floats:
+    """A dried liquid: darker, with the texture shining through and an even darker edge."""
     size = generator.uniform(0.1, 0.2) * len(surface)
-    outline = _lay_outline(surface.shape, generator, size=size, stretch=1.6, unevenness=0.16)
+    outline = _draw_outline(surface.shape, generator, size=size, stretch=1.6, unevenness=0.16)
     covered = _edge(outline.inside, softness=generator.uniform(0.8, 2.0))
     rim = covered * np.exp(-((outline.inside / 3.0) ** 2))
     soaked = _mix(surface, ndimage.gaussian_filter(surface, 1.5), 0.65 * covered)
     return soaked * (1.0 - (0.26 + 0.34 * strength) * covered - 0.2 * strength * rim)
 
 
-def draw_dent(surface: Field, generator: np.random.Generator, strength: float) -> Field:
-    """A hollow: its side toward the light lies in the shade, the far side shines, and the texture is drawn inward."""
+def draw_dent(surface: Floats, generator: np.random.Generator, strength: float) -> Floats:
+    """A hollow: shaded on the side of the light, bright on the other, its texture drawn inward."""
     size = generator.uniform(0.1, 0.18) * len(surface)
-    outline = _lay_outline(surface.shape, generator, size=size, stretch=1.4, unevenness=0.05)
+    outline = _draw_outline(surface.shape, generator, size=size, stretch=1.4, unevenness=0.05)
     bowl = np.clip(outline.inside / size, 0.0, 1.0)  # 0 at the edge, 1 in the middle
     slope = np.stack(np.gradient(-ndimage.gaussian_filter((bowl * (2.0 - bowl)) ** 2, 1.5)))
     slope /= np.abs(slope).max()
     places = np.indices(surface.shape) + 2.0 * slope
     warped = ndimage.map_coordinates(surface, places, order=1, mode="nearest")
-    facing = -np.tensordot(LIGHT, slope, axes=1)  # a slope that rises toward the light turns away from it
-    dented: Field = warped * (1.0 + np.where(facing > 0, 0.9, 0.75) * (0.45 + 0.55 * strength) * facing)
+    facing = -np.tensordot(
+        LIGHT, slope, axes=1
+    )  # a slope that rises toward the light turns away from it
+    dented: Floats = warped * (
+        1.0 + np.where(facing > 0, 0.9, 0.75) * (0.45 + 0.55 * strength) * facing
+    )
     return dented
 
 
-def draw_hole(surface: Field, generator: np.random.Generator, strength: float) -> Field:
-    """A piece broken out: nearly black inside, lighter where light reaches the bottom, a bright broken edge."""
+def draw_hole(surface: Floats, generator: np.random.Generator, strength: float) -> Floats:
+    """A piece broken out: nearly black, lighter where light reaches it, with a bright edge."""
     size = generator.uniform(0.05, 0.115) * len(surface)
-    outline = _lay_outline(surface.shape, generator, size=size, stretch=1.5, unevenness=0.2)
+    outline = _draw_outline(surface.shape, generator, size=size, stretch=1.5, unevenness=0.2)
     covered = _edge(outline.inside, softness=0.6)
     away = -(LIGHT[0] * outline.rows + LIGHT[1] * outline.columns) / size
     bottom = 0.06 + 0.3 * (1.0 - strength) * surface.mean() + 0.08 * np.clip(away, 0.0, 1.0)
@@ -94,10 +102,10 @@ def draw_hole(surface: Field, generator: np.random.Generator, strength: float) -
     return _mix(holed, surface.mean() + 0.35, (0.3 + 0.5 * strength) * broken)
 
 
-def draw_thread(surface: Field, generator: np.random.Generator, strength: float) -> Field:
-    """A fibre that has fallen onto the surface: round, lit from one side, with a cast shadow."""
+def draw_thread(surface: Floats, generator: np.random.Generator, strength: float) -> Floats:
+    """A fiber on the surface: round, lit from one side, with a cast shadow."""
     length = generator.uniform(0.5, 1.0) * len(surface)
-    curve = _lay_curve(surface.shape, generator, length=length, bend=0.55)
+    curve = _draw_curve(surface.shape, generator, length=length, bend=0.55)
     radius = generator.uniform(1.0, 2.0)
     present = (curve.along > 0.0) & (curve.along < 1.0)
     body = np.clip(radius + 0.5 - np.abs(curve.across), 0.0, 1.0) * present
@@ -108,26 +116,33 @@ def draw_thread(surface: Field, generator: np.random.Generator, strength: float)
     return _mix(shaded, tone * roundness, (0.55 + 0.4 * strength) * body)
 
 
-def draw_smear(surface: Field, generator: np.random.Generator, strength: float) -> Field:
-    """Something wiped over the surface: texture rubbed out along the stroke, under a film that is lighter or darker."""
+def draw_smear(surface: Floats, generator: np.random.Generator, strength: float) -> Floats:
+    """A wiped stroke: texture rubbed out along it, under a lighter or darker film."""
     size = generator.uniform(0.1, 0.17) * len(surface)
     angle = generator.uniform(0.0, np.pi)
-    outline = _lay_outline(surface.shape, generator, size=size, stretch=2.6, unevenness=0.1, angle=angle)
+    outline = _draw_outline(
+        surface.shape, generator, size=size, stretch=2.6, unevenness=0.1, angle=angle
+    )
     covered = _edge(outline.inside, softness=2.0)
     direction = np.array([np.sin(angle), np.cos(angle)])
     reach = np.linspace(-1.0, 1.0, 15) * generator.uniform(6.0, 14.0)
-    rubbed = np.mean([ndimage.shift(surface, step * direction, order=1, mode="reflect") for step in reach], axis=0)
+    rubbed = np.mean(
+        [ndimage.shift(surface, step * direction, order=1, mode="reflect") for step in reach],
+        axis=0,
+    )
     across = direction[0] * outline.columns - direction[1] * outline.rows
     streaks = 1.0 + 0.35 * _draw_bands(across, generator, width=2.0)
     film = generator.choice([-1.0, 1.0]) * (0.08 + 0.16 * strength) * streaks
     return _mix(surface, rubbed + film, (0.65 + 0.3 * strength) * covered)
 
 
-def draw_chip(surface: Field, generator: np.random.Generator, strength: float) -> Field:
-    """A splinter of another material lying on the surface: its own grain, lit edges, a cast shadow."""
+def draw_chip(surface: Floats, generator: np.random.Generator, strength: float) -> Floats:
+    """A splinter of another material: its own grain, lit edges, a cast shadow."""
     size = generator.uniform(0.04, 0.085) * len(surface)
     angle = generator.uniform(0.0, np.pi)
-    outline = _lay_outline(surface.shape, generator, size=size, stretch=3.0, unevenness=0.06, angle=angle)
+    outline = _draw_outline(
+        surface.shape, generator, size=size, stretch=3.0, unevenness=0.06, angle=angle
+    )
     body = _edge(outline.inside, softness=0.5)
     shadow = ndimage.gaussian_filter(ndimage.shift(body, -3.0 * LIGHT, order=1), 1.2)
     across = np.cos(angle) * outline.rows - np.sin(angle) * outline.columns
@@ -149,47 +164,54 @@ DRAWINGS: dict[str, Drawing] = {
     "smear": draw_smear,
     "chip": draw_chip,
 }
-"""Kinds of defects by name."""
+"""Defect types by name."""
 
 
-def _mix(below: Field, above: Field | float, share: Field | float) -> Field:
-    return below + (above - below) * share
+def _mix(below: Floats, above: Floats | float, opacity: Floats | float) -> Floats:
+    return below + (above - below) * opacity
 
 
-def _bump(distance: Field, width: Field) -> Field:
+def _bump(distance: Floats, width: Floats) -> Floats:
     """1 at distance 0, falling to 0 over about two widths; a width of 0 has no bump."""
     return np.where(width > 1e-3, np.exp(-((distance / np.maximum(width, 1e-3)) ** 2)), 0.0)
 
 
-def _edge(inside: Field, *, softness: float) -> Field:
+def _edge(inside: Floats, *, softness: float) -> Floats:
     """0 outside, 1 inside, rising over `softness` pixels on either side of the edge."""
     return 1.0 / (1.0 + np.exp(-np.clip(4.0 * inside / softness, -60.0, 60.0)))
 
 
-def _taper(along: Field) -> Field:
+def _taper(along: Floats) -> Floats:
     """1 in the middle of a curve, 0 at and beyond its ends."""
     return np.clip(4.0 * along * (1.0 - along), 0.0, 1.0) ** 0.5
 
 
-def _draw_bands(across: Field, generator: np.random.Generator, *, width: float) -> Field:
-    """Uneven parallel bands, about `width` pixels wide, of mean 0 and std 1, over the distance `across` them."""
+def _draw_bands(across: Floats, generator: np.random.Generator, *, width: float) -> Floats:
+    """Draw uneven parallel bands, `width` pixels wide, of mean 0 and std 1, along `across`."""
     fine = ndimage.gaussian_filter1d(generator.standard_normal(8 * len(across)), 2.0 * width)
     places = np.arange(len(fine)) / 2.0 - 2.0 * len(across)
-    bands: Field = np.interp(across, places, (fine - fine.mean()) / fine.std())
+    bands: Floats = np.interp(across, places, (fine - fine.mean()) / fine.std())
     return bands
 
 
-def _draw_center(shape: tuple[int, ...], generator: np.random.Generator) -> Field:
+def _draw_center(shape: tuple[int, ...], generator: np.random.Generator) -> Floats:
     return generator.uniform(0.22, 0.78, 2) * shape
 
 
-def _lay_curve(shape: tuple[int, ...], generator: np.random.Generator, *, length: float, bend: float) -> _Curve:
-    """Lay a smooth curve through five points around a line of random direction; `bend` is their spread, of length."""
+def _draw_curve(
+    shape: tuple[int, ...], generator: np.random.Generator, *, length: float, bend: float
+) -> _Curve:
+    """Draw a smooth curve through five points; `bend` is their spread, per `length`."""
     angle = generator.uniform(0.0, np.pi)
-    forward, aside = np.array([np.sin(angle), np.cos(angle)]), np.array([np.cos(angle), -np.sin(angle)])
+    forward, aside = (
+        np.array([np.sin(angle), np.cos(angle)]),
+        np.array([np.cos(angle), -np.sin(angle)]),
+    )
     knots = np.linspace(-0.5, 0.5, 5)
     offsets = bend * generator.uniform(-0.5, 0.5, 5)
-    corners = _draw_center(shape, generator) + length * (np.outer(knots, forward) + np.outer(offsets, aside))
+    corners = _draw_center(shape, generator) + length * (
+        np.outer(knots, forward) + np.outer(offsets, aside)
+    )
     positions = np.linspace(0.0, 1.0, _CURVE_POINTS)
     spline = interpolate.CubicSpline(knots + 0.5, corners)
     points, tangents = spline(positions), spline(positions, 1)
@@ -200,7 +222,7 @@ def _lay_curve(shape: tuple[int, ...], generator: np.random.Generator, *, length
     return _Curve((side * distance).reshape(shape), positions[nearest].reshape(shape))
 
 
-def _lay_outline(
+def _draw_outline(
     shape: tuple[int, ...],
     generator: np.random.Generator,
     *,
@@ -209,25 +231,24 @@ def _lay_outline(
     unevenness: float,
     angle: float | None = None,
 ) -> _Outline:
-    """Lay an ellipse with an uneven edge.
+    """Draw an ellipse with an uneven edge.
 
-    Args:
-        shape: of the surface.
-        generator: draws place, axes, edge and, where it is not given, the angle.
-        size: mean radius in pixels.
-        stretch: longest ratio of the axes; the long one lies along `angle`.
-        unevenness: amplitude of the edge's waves, as a share of the radius.
-        angle: radians, from the columns' axis toward the rows'.
+    `size` is the mean radius in pixels, `stretch` the largest ratio of the axes, `unevenness` the
+    amplitude of the edge's waves per radius, `angle` that of the long axis in radians, from the
+    columns' axis toward the rows'; it is drawn if it is None.
     """
     center = _draw_center(shape, generator)
-    turn = generator.uniform(0.0, np.pi) if angle is None else angle
+    if angle is None:
+        angle = generator.uniform(0.0, np.pi)
     ratio = generator.uniform(0.5 + 0.5 * stretch, stretch) ** 0.5
     rows, columns = np.indices(shape) - center[:, None, None]
-    along = (np.sin(turn) * rows + np.cos(turn) * columns) / ratio
-    across = (np.cos(turn) * rows - np.sin(turn) * columns) * ratio
+    along = (np.sin(angle) * rows + np.cos(angle) * columns) / ratio
+    across = (np.cos(angle) * rows - np.sin(angle) * columns) * ratio
     direction, distance = np.arctan2(across, along), np.hypot(along, across)
     waves = np.arange(2, 9)
     amplitudes = unevenness * generator.normal(size=len(waves)) * 2.0 / waves
     phases = generator.uniform(0.0, 2.0 * np.pi, len(waves))
-    radius = 1.0 + np.tensordot(amplitudes, np.cos(np.multiply.outer(waves, direction) + phases[:, None, None]), axes=1)
+    radius = 1.0 + np.tensordot(
+        amplitudes, np.cos(np.multiply.outer(waves, direction) + phases[:, None, None]), axes=1
+    )
     return _Outline(size * np.maximum(radius, 0.3) - distance, rows, columns)

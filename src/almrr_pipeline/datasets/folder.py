@@ -1,82 +1,87 @@
-"""A user's own images: `folder_NAME`, from the folder or archive that `data.source.folder_NAME` names."""
+"""The user's own images: `folder_NAME`, from the folder or archive at `data.paths.folder_NAME`."""
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 from pathlib import Path
 
 from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.common.files import find_folder, list_folders, transfer
+from almrr_pipeline.common.files import find_folder, list_folders
 from almrr_pipeline.common.images import list_images
-from almrr_pipeline.datasets.layout import GOOD, list_normal, list_test
+from almrr_pipeline.datasets.base import Dataset, FetchRequest
+from almrr_pipeline.datasets.layout import NORMAL_NAMES, list_normal, list_test
 from almrr_pipeline.datasets.manifest import Item
 from almrr_pipeline.datasets.obtain import Archive, DownloadSpec, obtain
-from almrr_pipeline.datasets.specimens import PARTS_FILE, read_parts
-from almrr_pipeline.datasets.base import FetchRequest, Source
-
-logger = logging.getLogger(__name__)
+from almrr_pipeline.datasets.specimens import SPECIMENS_FILE, read_specimens
 
 PREFIX = "folder_"
-_LAYOUT = (
-    "expected is MVTec AD's layout (train/good, validation/good, test/good, test/DEFECT, "
-    "ground_truth/DEFECT/STEM_mask.png) or the flat one (normal, validation, test/good, test/DEFECT, "
-    "masks/DEFECT/STEM.png), where all but the first may be missing"
-)
 _LAYOUTS = (("train", "ground_truth"), ("normal", "masks"))
 """Folder of the training images and folder of the masks."""
+_EXPECTED = (
+    "expected is MVTec AD's layout (train/good, validation/good, test/good, test/DEFECT, "
+    "ground_truth/DEFECT/STEM_mask.png) or the flat one (normal, validation, test/good, "
+    "test/DEFECT, masks/DEFECT/STEM.png), where all but the first may be missing"
+)
 
 
-class Folder(Source):
-    """Any number of categories, each called folder_NAME; masks, specimens.csv and the test set itself are optional."""
+class Folder(Dataset):
+    """Any number of categories folder_NAME; masks, specimens.csv and the test set are optional."""
 
     name = "folder"
     categories = ()
     license = "Images of your own: their terms are yours."
 
     def fetch(self, category: str, *, target: Path, request: FetchRequest) -> None:
-        """Fill `target` with the folder's training images, test images and masks."""
+        """Fill `target` with the folder's images, masks and specimens.csv."""
         self.check(category, request)
 
-        def take(folder: Path, is_ours: bool) -> None:
+        def extract(folder: Path) -> list[Path]:
             for train, masks in _LAYOUTS:
                 found = find_folder(folder, train, depth=2)
                 if found is not None:
-                    taken = [found / name for name in (train, "validation", "test", masks) if (found / name).is_dir()]
-                    if (found / PARTS_FILE).is_file():
-                        taken.append(found / PARTS_FILE)
-                    return transfer(taken, target, move=is_ours)
-            raise AlmrrError(f"there is neither a folder train nor a folder normal in it; {_LAYOUT}")
+                    names = (train, "validation", "test", masks)
+                    folders = [found / name for name in names if (found / name).is_dir()]
+                    specimens = found / SPECIMENS_FILE
+                    return [*folders, specimens] if specimens.is_file() else folders
+            raise AlmrrError(
+                f"there is neither a folder train nor a folder normal in it; {_EXPECTED}"
+            )
 
-        offer = DownloadSpec(category, category, (Archive(category, f"{category}.zip", ()),))
-        obtain(offer, target=target, request=request, take=take)
-        self.items(category, target)
+        def check() -> None:
+            """Nothing: no counts are published, and `registry.fetch_category` opens all images."""
+
+        spec = DownloadSpec(category, category, (Archive(category, f"{category}.zip", ()),))
+        obtain(spec, target=target, request=request, extract=extract, check=check)
 
     def check(self, category: str, request: FetchRequest) -> None:
-        """Make sure that the user said where the images lie.
+        """Check that the user has set the path of the images.
 
         Raises:
-            AlmrrError: there is no data.source.folder_NAME.
+            AlmrrError: there is no data.paths.folder_NAME.
         """
-        if category not in request.local:
-            raise AlmrrError(f"{category}: say where its images lie: data.source.{category}: PATH.")
+        if category not in request.paths:
+            raise AlmrrError(
+                f"{category}: set the path of its images: data.paths.{category}: PATH."
+            )
 
     def items(self, category: str, folder: Path) -> list[Item]:
-        """Return the folder's own split; defective images have masks as soon as there is a folder of masks."""
+        """Return the folder's own split; defective images need masks if there is a mask folder."""
         train, masks = _LAYOUTS[0] if (folder / "train").is_dir() else _LAYOUTS[1]
-        normal = list_normal(_normal_folder(folder / train), "train")
-        ground_truth = folder / masks
-        tested = list_test(folder / "test", ground_truth if ground_truth.is_dir() else None)
-        parts = read_parts(folder)
-        items = normal + _list_validation(folder / "validation") + tested
-        return [replace(item, part=parts.get(item.image, "")) for item in items]
+        ground_truth = folder / masks if (folder / masks).is_dir() else None
+        items = [
+            *list_normal(_normal_folder(folder / train), "train"),
+            *_list_validation(folder / "validation"),
+            *list_test(folder / "test", ground_truth),
+        ]
+        specimens = read_specimens(folder)
+        return [replace(item, specimen=specimens.get(item.image, "")) for item in items]
 
     def expected(self, category: str) -> None:
-        """Nobody published how many images you have."""
+        """Return None: there are no published numbers."""
 
 
 def _list_validation(validation: Path) -> list[Item]:
-    """List the images that thresholds are to be taken from, if there is a folder of them; it may not be empty."""
+    """List the validation images, if there is a folder of them; it may not be empty."""
     items = list_normal(_normal_folder(validation), "validation")
     if validation.is_dir() and not items:
         raise AlmrrError(f"{validation} holds no image; put normal ones into it, or remove it.")
@@ -84,13 +89,13 @@ def _list_validation(validation: Path) -> list[Item]:
 
 
 def _normal_folder(folder: Path) -> Path:
-    """Return where the normal images of train, normal or validation lie: in its good, its normal, or itself."""
+    """Return the folder that contains the normal images: its `good`, its `normal`, or itself."""
     folders = list_folders(folder)
-    odd = [inner for inner in folders if inner.name not in {GOOD, "normal"}]
+    odd = [inner for inner in folders if inner.name not in NORMAL_NAMES]
     if odd or (folders and list_images(folder)):
         where = odd[0] if odd else folder
         raise AlmrrError(
-            f"{where}: training and validation images are normal ones alone, in one folder; move defective ones to "
-            "test/DEFECT."
+            f"{where}: training and validation images are normal ones alone, in one folder; move "
+            "defective ones to test/DEFECT."
         )
     return folders[0] if folders else folder

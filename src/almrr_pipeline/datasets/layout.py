@@ -1,6 +1,6 @@
-"""MVTec AD's folder layout, which many data sets and users follow: train/good, test/DEFECT, ground_truth/DEFECT.
+"""MVTec AD's folder layout, used by many datasets: train/good, test/DEFECT, ground_truth/DEFECT.
 
-Younger sets (MVTec LOCO AD, MVTec AD 2) have validation/good too, normal images that are not for training.
+Newer ones (MVTec LOCO AD, MVTec AD 2) also have validation/good, normal images not to train on.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from almrr_pipeline.common.images import list_images
 from almrr_pipeline.datasets.manifest import Item
 
 GOOD = "good"
-_NORMAL_NAMES = (GOOD, "normal")
+NORMAL_NAMES = (GOOD, "normal")
+"""Names of a folder of normal images."""
 
 
 def list_normal(folder: Path, split: Literal["train", "validation"]) -> list[Item]:
@@ -23,23 +24,25 @@ def list_normal(folder: Path, split: Literal["train", "validation"]) -> list[Ite
 
 
 def list_test(test: Path, masks: Path | None) -> list[Item]:
-    """Return the test images: `good` (or `normal`) and one folder for each defect type.
+    """Return the test images: `good` (or `normal`) and one folder per defect type.
 
-    A defect's mask lies in a folder of the defect's name under `masks` and is called STEM_mask or STEM; an absent one
-    is named as well, so that it will be missed. None for a data set without masks.
+    Args:
+        test: folder of these folders.
+        masks: folder of masks, DEFECT/STEM_mask or DEFECT/STEM; a missing one is listed as well, so
+            that `build_manifest` reports it. None for a dataset without masks.
 
     Raises:
-        AlmrrError: images lie beside the folders, so that nobody knows what they show.
+        AlmrrError: there are images next to the folders, whose label is unknown.
     """
     if stray := list_images(test):
         raise AlmrrError(
-            f"{stray[0]} lies beside the folders of {test}; put it into {test / GOOD}, or into a folder named after "
-            "its defect type."
+            f"{stray[0]} is next to the folders of {test}; move it into {test / GOOD}, or into a "
+            "folder named after its defect type."
         )
     items = []
     for folder in list_folders(test):
         for path in list_images(folder):
-            if folder.name in _NORMAL_NAMES:
+            if folder.name in NORMAL_NAMES:
                 items.append(Item(path, None, "test", "normal", GOOD))
             else:
                 mask = _find_mask(path, masks / folder.name) if masks else None
@@ -48,9 +51,9 @@ def list_test(test: Path, masks: Path | None) -> list[Item]:
 
 
 def _find_mask(image: Path, masks: Path) -> Path:
-    """Return the mask of an image, or where it ought to be."""
+    """Return the mask of an image, or where it is expected."""
     usual = masks / f"{image.stem}_mask.png"
     if usual.is_file():
         return usual
-    named = {path.stem: path for path in list_images(masks)}
-    return named.get(f"{image.stem}_mask") or named.get(image.stem) or usual
+    by_stem = {path.stem: path for path in list_images(masks)}
+    return by_stem.get(f"{image.stem}_mask") or by_stem.get(image.stem) or usual

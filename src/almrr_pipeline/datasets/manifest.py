@@ -1,6 +1,6 @@
-"""The list of a category's images: which is trained on, which is tested, and where its ground truth lies.
+"""Manifest of a category: its images with split, label, defect type and mask.
 
-Making the list opens every image once, so that a broken one is found before hours of training.
+Building it opens every image once, so that a broken one is found before the training.
 """
 
 from __future__ import annotations
@@ -24,52 +24,70 @@ from almrr_pipeline.common.progress import track
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = ("image", "mask", "split", "label", "defect", "part", "width", "height", "sha256")
-_SHOWN = 5
+COLUMNS = (
+    "image",
+    "mask",
+    "split",
+    "label",
+    "defect_type",
+    "specimen",
+    "width",
+    "height",
+    "sha256",
+)
+_NAMED = 5
+"""Files that a message names before it counts the rest."""
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
 
 
 @dataclass(frozen=True)
 class Item:
-    """One image and its part in the protocol; nothing has been opened yet."""
+    """An image and its role in the protocol; it has not been opened yet."""
 
     image: Path
     mask: Path | None
-    """Ground truth; None for normal images, and for defective ones of a data set without masks."""
+    """Ground truth; None for normal images, and for defective ones of a dataset without masks."""
     split: Literal["train", "validation", "test"]
-    """Normal images of `validation` are for the thresholds alone; see `training_split`."""
+    """Normal images of `validation` serve the thresholds alone; see `training_split`."""
     label: Literal["normal", "defective"]
-    defect: str
-    """Kind of defect; `good` for normal images."""
-    part: str = ""
-    """Name of the piece that the image shows, where several show the same one; these are held out together."""
+    defect_type: str
+    """`good` for normal images."""
+    specimen: str = ""
+    """Name of the specimen, where several images show the same one; these stay in one split."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """How many images a data set is published with."""
+    """Numbers of images that a dataset is published with."""
 
     train: int
     test_normal: int
     test_defective: int
     validation: int = 0
 
+    def __str__(self) -> str:
+        validation = f"{self.validation} validation, " if self.validation else ""
+        return (
+            f"{self.train} training, {validation}{self.test_normal} normal and "
+            f"{self.test_defective} defective test images"
+        )
+
 
 @dataclass(frozen=True)
 class _Inspection:
-    """What opening an image and its mask has shown."""
+    """What is known of an image and its mask after opening them."""
 
     width: int
     height: int
     sha256: str
     pixels: str
-    """sha256 of the decoded image: equal for equal images, however they were saved."""
+    """sha256 of the decoded image: equal for equal images in different formats."""
     mask_is_empty: bool
 
 
 def count_items(items: Iterable[Item]) -> Counts:
-    """Count a list of images as data sets are published."""
+    """Count images by split and label."""
     kinds = [(item.split, item.label) for item in items]
     return Counts(
         train=sum(split == "train" for split, _ in kinds),
@@ -79,126 +97,136 @@ def count_items(items: Iterable[Item]) -> Counts:
     )
 
 
-def check_counts(items: Sequence[Item], expected: Counts | None, *, name: str, strict: bool) -> None:
-    """Compare the numbers of images with the published ones; a difference is refused where `strict`.
+def check_counts(
+    items: Sequence[Item], expected: Counts | None, *, name: str, strict: bool
+) -> str | None:
+    """Compare the numbers of images with the published ones.
+
+    Returns:
+        The difference as a sentence, or None if there is none.
 
     Raises:
-        AlmrrError: there is nothing to train on, or the numbers differ and `strict` is set.
+        AlmrrError: there is no training image, or the numbers differ and `strict` is set.
     """
     found = count_items(items)
     if not found.train:
-        raise AlmrrError(f"{name}: there is no normal image to train on; check the folder that it was taken from.")
-    if strict and expected and found != expected:
-        raise AlmrrError(f"{_difference(found, expected, name)}. Fetch it again, or set data.strict to false.")
-
-
-def _difference(found: Counts, expected: Counts, name: str) -> str:
-    return f"{name}: {_say_counts(found)}; published are {_say_counts(expected)}"
-
-
-def _say_counts(counts: Counts) -> str:
-    validation = f"{counts.validation} validation, " if counts.validation else ""
-    return (
-        f"{counts.train} training, {validation}{counts.test_normal} normal and {counts.test_defective} defective test "
-        "images"
-    )
+        raise AlmrrError(
+            f"{name}: there is no normal image to train on; check the folder that it was taken "
+            "from."
+        )
+    if expected is None or found == expected:
+        return None
+    difference = f"{name}: {found}; published are {expected}"
+    if strict:
+        raise AlmrrError(f"{difference}. Fetch it again, or set data.strict to false.")
+    return difference
 
 
 def check_items(items: Sequence[Item], *, root: Path) -> None:
-    """Open every image and mask, as `build_manifest` does, but list nothing.
+    """Open every image and mask, as `build_manifest` does.
 
     Raises:
-        AlmrrError: as for `build_manifest`; files are named by their paths relative to `root`.
+        AlmrrError: as for `build_manifest`; names files by their paths relative to `root`.
     """
     _inspect_all(items, root, description="check images")
 
 
-def build_manifest(items: Sequence[Item], *, root: Path, expected: Counts | None, strict: bool) -> pd.DataFrame:
+def build_manifest(
+    items: Sequence[Item], *, root: Path, expected: Counts | None, strict: bool
+) -> pd.DataFrame:
     """Open every image and mask once and list them.
 
     Args:
         items: a category's images, all under `root`.
-        root: the data folder; paths in the list are relative to it, with forward slashes.
+        root: the data folder.
         expected: published numbers of images, if there are any.
         strict: refuse other numbers instead of warning.
 
     Returns:
-        One row an image, sorted by split and image: image, mask ("" where there is none), split (train,
-        validation or test), label (normal or defective), defect, part ("" where no two images show the same piece),
-        width and height in pixels (upright), sha256 of the file.
+        One row per image, sorted by split and image: image and mask (paths relative to `root`, with
+        forward slashes; no mask is ""), split (train, validation or test), label (normal or
+        defective), defect_type, specimen ("" where no two images show the same one), width and
+        height in pixels (upright), sha256 of the file.
 
     Raises:
-        AlmrrError: no training images, an image that cannot be decoded, a mask that is missing or of another size
-            than its image, a name that is not UTF-8, or the same image or part in two splits; names the files.
+        AlmrrError: there is no training image; an image cannot be decoded; a mask is missing or of
+            another size than its image; a name is not UTF-8; or two splits share an image or a
+            specimen. Names the files.
     """
-    name = _common_folder([item.image for item in items], root)
-    check_counts(items, expected, name=name, strict=strict)
-    if expected and (found := count_items(items)) != expected:
-        logger.warning("%s", _difference(found, expected, name))
+    name = os.path.commonpath([item.image.parent for item in items]) if items else root
+    name = Path(name).name  # the category's folder
+    if difference := check_counts(items, expected, name=name, strict=strict):
+        logger.warning("%s", difference)
     inspections = _inspect_all(items, root, description=f"list {name}")
-    _report_empty_masks(items, inspections, name)
+    pairs = list(zip(items, inspections, strict=True))
+    _report_empty_masks([item for item, found in pairs if found.mask_is_empty], name)
     rows = [
-        {
-            "image": _relative(item.image, root),
-            "mask": _relative(item.mask, root) if item.mask else "",
-            "split": item.split,
-            "label": item.label,
-            "defect": item.defect,
-            "part": item.part,
-            "width": found.width,
-            "height": found.height,
-            "sha256": found.sha256,
-        }
-        for item, found in zip(items, inspections, strict=True)
+        (
+            _relative(item.image, root),
+            _relative(item.mask, root) if item.mask else "",
+            item.split,
+            item.label,
+            item.defect_type,
+            item.specimen,
+            found.width,
+            found.height,
+            found.sha256,
+        )
+        for item, found in pairs
     ]
-    return pd.DataFrame(rows, columns=list(COLUMNS)).sort_values(["split", "image"], ignore_index=True)
+    table = pd.DataFrame(rows, columns=list(COLUMNS))
+    return table.sort_values(["split", "image"], ignore_index=True)
 
 
 def has_validation(manifest: pd.DataFrame) -> bool:
-    """Whether the data set has validation images of its own, normal ones that are not for training."""
+    """Whether the dataset has validation images of its own."""
     return bool((manifest["split"] == "validation").any())
 
 
 def training_split(manifest: pd.DataFrame, *, fraction: float) -> tuple[list[str], list[str]]:
-    """Divide the normal training images of a manifest into those to train on and those held out for the thresholds.
+    """Split the normal training images into those to train on and those for validation.
 
-    Where the data set has validation images of its own, these are held out and no others. Else the choice goes by
-    the images' parts where those are known, and by their checksums where not: it depends neither on where they lie
-    nor on what they are called, and images of one part, or copies of one, stay on the same side.
+    The dataset's own validation images are used where there are any. Otherwise whole specimens are
+    chosen, or images by checksum where specimens are unknown, by `split_validation`: the choice
+    does not depend on paths, and copies of an image stay on the same side.
 
     Args:
-        manifest: what `build_manifest` returned.
-        fraction: share to hold out, in [0, 0.5]; without effect where there are validation images.
+        manifest: from `build_manifest`.
+        fraction: for validation, in [0, 0.5]; unused if the dataset has validation images.
 
     Returns:
-        (training, held out): paths relative to the data folder, each in the order of the manifest.
+        (training, validation): paths relative to the data folder, in the order of the manifest.
     """
     normal = manifest[(manifest["split"] == "train") & (manifest["label"] == "normal")]
     if has_validation(manifest):
-        return normal["image"].tolist(), manifest.loc[manifest["split"] == "validation", "image"].tolist()
-    kept_together = normal["part"].where(normal["part"] != "", normal["sha256"])
-    _, validation = split_validation(list(dict.fromkeys(kept_together)), fraction)
-    is_validation = kept_together.isin(validation)
-    return normal.loc[~is_validation, "image"].tolist(), normal.loc[is_validation, "image"].tolist()
+        own = manifest.loc[manifest["split"] == "validation", "image"]
+        return normal["image"].tolist(), own.tolist()
+    groups = normal["specimen"].where(normal["specimen"] != "", normal["sha256"])
+    _, validation = split_validation(list(dict.fromkeys(groups)), fraction)
+    chosen = groups.isin(validation)
+    return normal.loc[~chosen, "image"].tolist(), normal.loc[chosen, "image"].tolist()
 
 
 def split_validation(names: Sequence[str], fraction: float) -> tuple[list[str], list[str]]:
-    """Hold out a part of the normal training images: those whose names have the lowest sha256.
+    """Choose the names with the lowest sha256 for validation.
 
-    The choice depends on nothing but the names, and one image more or less changes it by at most one or two.
+    The choice depends on the names alone; adding or removing one changes it by at most two.
 
     Args:
-        names: names or paths, all different.
-        fraction: share to hold out, in [0, 0.5].
+        names: all different.
+        fraction: for validation, in [0, 0.5].
 
     Returns:
-        (training, held out), each in the order of `names`. At least one is held out where `fraction` is above 0 and
-        there are two or more.
+        (training, validation), each in the order of `names`. Validation has at least one name if
+        `fraction` is above 0 and there are two or more.
     """
     count = max(1, round(fraction * len(names))) if fraction > 0 and len(names) > 1 else 0
     ranked = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
     validation = set(ranked[:count])
-    return [name for name in names if name not in validation], [name for name in names if name in validation]
+    return (
+        [name for name in names if name not in validation],
+        [name for name in names if name in validation],
+    )
 
 
 def check_images(paths: Sequence[Path], *, root: Path) -> None:
@@ -207,7 +235,11 @@ def check_images(paths: Sequence[Path], *, root: Path) -> None:
     Raises:
         AlmrrError: some cannot be decoded; names them by their paths relative to `root`.
     """
-    _for_each(lambda path: decode_image(_read(path, root), path.relative_to(root)).shape, paths, "check images")
+
+    def decode(path: Path) -> None:
+        decode_image(_read(path, root), path.relative_to(root))
+
+    _for_each(decode, paths, "check images")
 
 
 def _inspect_all(items: Sequence[Item], root: Path, description: str) -> list[_Inspection]:
@@ -217,8 +249,8 @@ def _inspect_all(items: Sequence[Item], root: Path, description: str) -> list[_I
 
 
 def _for_each(work: Callable[[_In], _Out], inputs: Sequence[_In], description: str) -> list[_Out]:
-    """Do work on all inputs in threads (decoding releases Python's lock), and report all failures at once."""
-    results, complaints = [], []
+    """Apply `work` in threads (decoding releases the GIL), and report all failures at once."""
+    results, failures = [], []
 
     def attempt(each: _In) -> _Out | AlmrrError:
         try:
@@ -233,17 +265,23 @@ def _for_each(work: Callable[[_In], _Out], inputs: Sequence[_In], description: s
         for result in threads.map(attempt, inputs):
             advance(1)
             if isinstance(result, AlmrrError):
-                complaints.append(str(result))
+                failures.append(str(result))
             else:
                 results.append(result)
-    if complaints:
-        more = f" And {len(complaints) - _SHOWN} more of this kind." if len(complaints) > _SHOWN else ""
-        raise AlmrrError(" ".join(complaints[:_SHOWN]) + more)
+    if failures:
+        hidden = len(failures) - _NAMED
+        more = f" And {hidden} more of this kind." if hidden > 0 else ""
+        raise AlmrrError(" ".join(failures[:_NAMED]) + more)
     return results
 
 
 def _inspect(item: Item, root: Path) -> _Inspection:
-    _check_name(item.image)
+    try:
+        str(item.image).encode("utf-8")
+    except UnicodeEncodeError:
+        raise AlmrrError(
+            f"{str(item.image)!r}: the name is not UTF-8 text; rename the file."
+        ) from None
     data = _read(item.image, root)
     pixels = decode_image(data, item.image.relative_to(root))
     height, width = pixels.shape[:2]
@@ -252,7 +290,8 @@ def _inspect(item: Item, root: Path) -> _Inspection:
         height=height,
         sha256=hashlib.sha256(data).hexdigest(),
         pixels=hashlib.sha256(f"{height} {width} ".encode() + pixels.tobytes()).hexdigest(),
-        mask_is_empty=item.mask is not None and not _mask_has_defect(item.mask, item.image, (height, width), root),
+        mask_is_empty=item.mask is not None
+        and not _mask_has_defect(item.mask, item.image, (height, width), root),
     )
 
 
@@ -261,39 +300,45 @@ def _read(path: Path, root: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         name = _relative(path, root)
-        raise AlmrrError(f"{name} cannot be read ({error.strerror}); replace or remove it.") from error
+        raise AlmrrError(
+            f"{name} cannot be read ({error.strerror}); replace or remove it."
+        ) from error
 
 
 def _mask_has_defect(path: Path, image: Path, size: tuple[int, int], root: Path) -> bool:
     name, image_name = _relative(path, root), _relative(image, root)
     if not path.is_file():
-        raise AlmrrError(f"{image_name} is defective but has no mask: there is no {name}; add it, or remove the image.")
+        raise AlmrrError(
+            f"{image_name} is defective but has no mask: there is no {name}; add it, or remove the "
+            "image."
+        )
     mask = decode_mask(_read(path, root), path.relative_to(root))
     if mask.shape != size:
         raise AlmrrError(
-            f"{name} has {mask.shape[1]} x {mask.shape[0]} pixels, its image {image_name} has {size[1]} x {size[0]}; "
-            "a mask has the size of its image."
+            f"{name} has {mask.shape[1]} x {mask.shape[0]} pixels, its image {image_name} has "
+            f"{size[1]} x {size[0]}; a mask has the size of its image."
         )
     return bool(mask.any())
 
 
-def _check_name(path: Path) -> None:
-    try:
-        str(path).encode("utf-8")
-    except UnicodeEncodeError:
-        raise AlmrrError(f"{str(path)!r}: the name is not UTF-8 text; rename the file.") from None
-
-
 def _refuse_leaks(items: Sequence[Item], inspections: Sequence[_Inspection], root: Path) -> None:
-    """No image and no part may be in two splits, under whatever name or format: what is tested was not trained on."""
-    images = [(item.split, item.image, found.pixels) for item, found in zip(items, inspections, strict=True)]
-    parts = [(item.split, item.image, item.part) for item in items if item.part]
+    """Refuse an image, in any format, or a specimen that is in two splits."""
+    pairs = zip(items, inspections, strict=True)
+    images = [(item.split, item.image, found.pixels) for item, found in pairs]
+    specimens = [(item.split, item.image, item.specimen) for item in items if item.specimen]
     _refuse_shared(images, root, what="The same image is", remedy="remove one of each pair")
-    _refuse_shared(parts, root, what="Images of the same part are", remedy="keep each part on one side")
+    _refuse_shared(
+        specimens,
+        root,
+        what="Images of the same specimen are",
+        remedy="keep each specimen in one split",
+    )
 
 
-def _refuse_shared(identities: Sequence[tuple[str, Path, str]], root: Path, *, what: str, remedy: str) -> None:
-    """Refuse what is in two splits; given are split, image, and what is equal where it should not be."""
+def _refuse_shared(
+    identities: Sequence[tuple[str, Path, str]], root: Path, *, what: str, remedy: str
+) -> None:
+    """Refuse identities in two splits; given are split, image and identity."""
     for earlier, later in combinations(("train", "validation", "test"), 2):
         seen = {identity: image for split, image, identity in identities if split == earlier}
         leaks = [
@@ -302,26 +347,22 @@ def _refuse_shared(identities: Sequence[tuple[str, Path, str]], root: Path, *, w
             if split == later and identity in seen
         ]
         if leaks:
-            more = f" (and {len(leaks) - _SHOWN} more pairs)" if len(leaks) > _SHOWN else ""
-            raise AlmrrError(f"{what} in {earlier} and in {later}: {'; '.join(leaks[:_SHOWN])}{more}; {remedy}.")
+            hidden = len(leaks) - _NAMED
+            more = f" (and {hidden} more pairs)" if hidden > 0 else ""
+            raise AlmrrError(
+                f"{what} in {earlier} and in {later}: {'; '.join(leaks[:_NAMED])}{more}; {remedy}."
+            )
 
 
-def _report_empty_masks(items: Sequence[Item], inspections: Sequence[_Inspection], name: str) -> None:
-    empty = [item.image.name for item, found in zip(items, inspections, strict=True) if found.mask_is_empty]
-    if empty:
+def _report_empty_masks(items: Sequence[Item], name: str) -> None:
+    if items:
         logger.warning(
-            "%s: the masks of %d defective images show no defect (%s): these count as defective images, but no "
-            "pixel of theirs does",
+            "%s: the masks of %d defective images show no defect (%s): these count as defective "
+            "images, but none of their pixels as anomalous",
             name,
-            len(empty),
-            ", ".join(empty[:_SHOWN]),
+            len(items),
+            ", ".join(item.image.name for item in items[:_NAMED]),
         )
-
-
-def _common_folder(paths: Sequence[Path], root: Path) -> str:
-    """Name what the images have in common, which is their category's folder."""
-    common = Path(os.path.commonpath([path.parent for path in paths])) if paths else root
-    return common.name
 
 
 def _relative(path: Path, root: Path) -> str:

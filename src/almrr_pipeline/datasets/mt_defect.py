@@ -1,4 +1,4 @@
-"""Magnetic tile defects (Huang, Qiu, Yuan: Surface defect saliency of magnetic tile, The Visual Computer 2018)."""
+"""MT-defect: magnetic tiles (Huang et al., The Visual Computer 2018)."""
 
 from __future__ import annotations
 
@@ -8,127 +8,133 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.common.files import find_folder, list_folders, transfer
+from almrr_pipeline.common.files import find_folder, list_folders
 from almrr_pipeline.common.images import list_images
+from almrr_pipeline.datasets.base import Dataset, FetchRequest
 from almrr_pipeline.datasets.layout import GOOD
 from almrr_pipeline.datasets.manifest import Counts, Item, check_counts
 from almrr_pipeline.datasets.obtain import Archive, DownloadSpec, obtain
-from almrr_pipeline.datasets.specimens import PARTS_FILE, read_parts, write_parts
 from almrr_pipeline.datasets.same_tile import group_by_tile
-from almrr_pipeline.datasets.base import FetchRequest, Source
+from almrr_pipeline.datasets.specimens import SPECIMENS_FILE, read_specimens, write_specimens
 
 logger = logging.getLogger(__name__)
 
 _BY_NAME, _BY_TILE = "mt_defect", "mt_defect_tiles"
 _PREFIX = "MT_"
 _FREE = "MT_Free"
+_JPEG = (".jpg",)
+"""The images; the .png of the same name is the mask."""
 _TRAIN = 761
-"""Training images in the literature's most cited split, about 80 % of the 952 free ones."""
-_OFFER = DownloadSpec(
+"""Training images in the literature's most cited split, about 80 % of the 952 normal ones."""
+_COUNTS = Counts(_TRAIN, 952 - _TRAIN, 392)
+_ADDRESS = "https://codeload.github.com/abin24/Magnetic-tile-defect-datasets./zip/refs/heads/master"
+_SPEC = DownloadSpec(
     "mt_defect",
     "mt_defect",
-    (
-        Archive(
-            "mt_defect",
-            "Magnetic-tile-defect-datasets.-master.zip",
-            ("https://codeload.github.com/abin24/Magnetic-tile-defect-datasets./zip/refs/heads/master",),
-        ),
-    ),
+    (Archive("mt_defect", "Magnetic-tile-defect-datasets.-master.zip", (_ADDRESS,)),),
 )
 
 
-class MtDefect(Source):
-    """952 images of free tiles and 392 of five defect types, gray and of many sizes.
+class MtDefect(Dataset):
+    """952 normal images and 392 of five defect types, gray and of many sizes.
 
-    Nobody published a split, only its counts. Category `mt_defect` trains on the 761 free images whose file names
-    have the lowest sha256 and tests on the other 191 and on all defective ones: the counts of the literature, chosen by
-    no one. But a tile was photographed about six times, under different light, so nearly every free test image has a
-    twin in training and hardly a defective one has: to recognize the tile is enough. Category `mt_defect_tiles` keeps
-    all images of a tile on one side, and those of a tile with a defect in the test; the counts are the same.
+    Only the counts of the split are published. Category `mt_defect` trains on the 761 normal images
+    whose file names have the lowest sha256, and tests on the other 191 and on all defective ones.
+    But each tile has about six images under different light, so that nearly every normal test
+    image, and hardly a defective one, shows a tile of the training: recognizing tiles is enough.
+    Category `mt_defect_tiles` keeps the images of a tile in one split, and those of a tile with a
+    defect in the test; the counts are the same.
     """
 
     name = "mt_defect"
     categories = (_BY_NAME, _BY_TILE)
     license = (
         "Magnetic tile defects: no license is stated, the authors welcome its use; "
-        "cite Huang, Qiu and Yuan, Surface defect saliency of magnetic tile, The Visual Computer, 2018."
+        "cite Huang, Qiu and Yuan, Surface defect saliency of magnetic tile, "
+        "The Visual Computer, 2018."
     )
 
     def fetch(self, category: str, *, target: Path, request: FetchRequest) -> None:
         """Fill `target` with the folders MT_*, each with its Imgs."""
         logger.info("%s: %s", category, self.license)
 
-        def take(folder: Path, is_ours: bool) -> None:
+        def extract(folder: Path) -> list[Path]:
             found = find_folder(folder, _FREE)
             if found is None:
                 raise AlmrrError(f"there is no folder {_FREE} in it")
-            parts = [part for part in list_folders(found) if part.name.startswith(_PREFIX)]
-            transfer(parts, target, move=is_ours)
-            if category == _BY_TILE:
-                write_parts(target, _find_tiles(target))
-            check_counts(self.items(category, target), self.expected(category), name=category, strict=request.strict)
+            return [each for each in list_folders(found) if each.name.startswith(_PREFIX)]
 
-        obtain(_OFFER, target=target, request=request, take=take)
+        def check() -> None:
+            if category == _BY_TILE:
+                write_specimens(target, _find_tiles(target))
+            check_counts(
+                self.items(category, target), _COUNTS, name=category, strict=request.strict
+            )
+
+        obtain(_SPEC, target=target, request=request, extract=extract, check=check)
 
     def items(self, category: str, folder: Path) -> list[Item]:
-        """Return the split by hash of the name, or of the tile; the empty masks of free images are left out."""
-        # The images are .jpg; the .png of the same name beside it is the mask.
-        free, defective = list_images(folder / _FREE / "Imgs", (".jpg",)), _list_defective(folder)
+        """Return the split by hash of the file name or of the tile; normal images have no mask."""
+        normal, defective = list_images(folder / _FREE / "Imgs", _JPEG), _list_defective(folder)
         tiles = _read_tiles(folder) if category == _BY_TILE else {}
-        chosen = _choose_tiles(free, defective, tiles) if tiles else _choose_images(free)
-        normal = [
-            Item(path, None, "train" if path in chosen else "test", "normal", GOOD, tiles.get(path, ""))
-            for path in free
-        ]
-        return normal + [
-            Item(path, path.with_suffix(".png"), "test", "defective", kind, tiles.get(path, ""))
-            for path, kind in defective.items()
-        ]
+        chosen = _choose_tiles(normal, defective, tiles) if tiles else _choose_images(normal)
+        items = []
+        for path in normal:
+            split = "train" if path in chosen else "test"
+            items.append(Item(path, None, split, "normal", GOOD, tiles.get(path, "")))
+        for path, defect_type in defective.items():
+            mask, tile = path.with_suffix(".png"), tiles.get(path, "")
+            items.append(Item(path, mask, "test", "defective", defect_type, tile))
+        return items
 
     def expected(self, category: str) -> Counts:
-        """Return the counts of the whole set under this split."""
-        return Counts(_TRAIN, 952 - _TRAIN, 392)
+        """Return the counts of the whole dataset under this split."""
+        return _COUNTS
 
 
 def _list_defective(folder: Path) -> dict[Path, str]:
-    """Images of tiles with a defect, and its kind."""
+    """Return the images with a defect, and their defect types."""
     return {
-        path: kind.name.removeprefix(_PREFIX).lower()
-        for kind in list_folders(folder)
-        if kind.name != _FREE and kind.name.startswith(_PREFIX)
-        for path in list_images(kind / "Imgs", (".jpg",))
+        path: each.name.removeprefix(_PREFIX).lower()
+        for each in list_folders(folder)
+        if each.name != _FREE and each.name.startswith(_PREFIX)
+        for path in list_images(each / "Imgs", _JPEG)
     }
 
 
-def _choose_images(free: Iterable[Path]) -> set[Path]:
-    return set(sorted(free, key=lambda path: _hash(path.name))[:_TRAIN])
+def _choose_images(normal: Iterable[Path]) -> set[Path]:
+    return set(sorted(normal, key=lambda path: _hash(path.name))[:_TRAIN])
 
 
-def _choose_tiles(free: Iterable[Path], defective: Iterable[Path], tiles: Mapping[Path, str]) -> set[Path]:
-    """Take whole tiles in the order of their hash, as long as the training images do not become too many."""
+def _choose_tiles(
+    normal: Iterable[Path], defective: Iterable[Path], tiles: Mapping[Path, str]
+) -> set[Path]:
+    """Choose whole tiles in the order of their hash, up to the number of training images."""
     tested = {tiles[path] for path in defective}
-    members: dict[str, list[Path]] = {}
-    for path in free:
+    images: dict[str, list[Path]] = {}
+    for path in normal:
         if tiles[path] not in tested:
-            members.setdefault(tiles[path], []).append(path)
+            images.setdefault(tiles[path], []).append(path)
     chosen: set[Path] = set()
-    for tile in sorted(members, key=_hash):
-        if len(chosen) + len(members[tile]) <= _TRAIN:
-            chosen.update(members[tile])
+    for tile in sorted(images, key=_hash):
+        if len(chosen) + len(images[tile]) <= _TRAIN:
+            chosen.update(images[tile])
     return chosen
 
 
 def _find_tiles(folder: Path) -> dict[Path, str]:
-    """Name each image's tile after the first one that shows it."""
-    images = [*list_images(folder / _FREE / "Imgs", (".jpg",)), *_list_defective(folder)]
-    return {image: images[first].stem for image, first in zip(images, group_by_tile(images), strict=True)}
+    """Name each image's tile after the first image of it."""
+    images = [*list_images(folder / _FREE / "Imgs", _JPEG), *_list_defective(folder)]
+    groups = group_by_tile(images)
+    return {image: images[first].stem for image, first in zip(images, groups, strict=True)}
 
 
 def _read_tiles(folder: Path) -> dict[Path, str]:
-    tiles = read_parts(folder)
+    tiles = read_specimens(folder)
     if not tiles:
         raise AlmrrError(
-            f"{folder} holds no {PARTS_FILE}, the list of images of the same tile; fetch {_BY_TILE} again."
+            f"{folder} holds no {SPECIMENS_FILE}, the list of each image's tile; fetch {_BY_TILE} "
+            "again."
         )
     return tiles
 

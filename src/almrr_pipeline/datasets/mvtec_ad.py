@@ -6,52 +6,58 @@ import logging
 from pathlib import Path
 
 from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.common.files import find_folder, transfer
+from almrr_pipeline.common.files import find_folder
+from almrr_pipeline.datasets.base import Dataset, FetchRequest
 from almrr_pipeline.datasets.layout import list_normal, list_test
 from almrr_pipeline.datasets.manifest import Counts, Item, check_counts
-from almrr_pipeline.datasets.obtain import Archive, DownloadSpec, is_local, obtain
-from almrr_pipeline.datasets.base import FetchRequest, Source
+from almrr_pipeline.datasets.obtain import Archive, DownloadSpec, has_own_path, obtain
 
 logger = logging.getLogger(__name__)
 
 PREFIX = "mvtec_"
 _TERMS = "CC-BY-NC-SA-4.0"
 _SHARES = "https://www.mydrive.ch/shares"
-_BUNDLE = (
-    f"{_SHARES}/150996/b52ecdcbf521176e9db9c731f2304b27/download/420938113-1629960298/mvtec_anomaly_detection.tar.xz"
+_BUNDLE = Archive(
+    "mvtec_ad",
+    "mvtec_anomaly_detection.tar.xz",
+    (
+        f"{_SHARES}/150996/b52ecdcbf521176e9db9c731f2304b27/download/420938113-1629960298/"
+        "mvtec_anomaly_detection.tar.xz",
+    ),
+    "cf4313b13603bec67abb49ca959488f7eedce2a9f7795ec54446c649ac98cd3d",
+    shared=True,
 )
-_BUNDLE_SHA256 = "cf4313b13603bec67abb49ca959488f7eedce2a9f7795ec54446c649ac98cd3d"
-_PARTS = ("train", "test", "ground_truth", "license.txt", "readme.txt")
+_CONTENT = ("train", "test", "ground_truth", "license.txt", "readme.txt")
 
-# Category: the published numbers of images (table 1 of the paper), and where its own archive lies under _SHARES.
-# The links move now and then, so data.addresses takes others, and the bundle of all categories is asked next.
-_CATEGORIES: dict[str, tuple[Counts, str]] = {
-    "bottle": (Counts(209, 20, 63), "150452/132a93367fb17cdf968dfb5c4013f6e7/download/420937370-1629958698"),
-    "cable": (Counts(224, 58, 92), "150453/10f960e07fec2838b2cd512586633a32/download/420937413-1629958794"),
-    "capsule": (Counts(219, 23, 109), "150454/e0ce6dd74eb150f46c0d98131b3703f2/download/420937454-1629958872"),
-    "carpet": (Counts(280, 28, 89), "150455/eac7fbce84d93a5094e13f391170eca4/download/420937484-1629959013"),
-    "grid": (Counts(264, 21, 57), "150456/bb0b2e3dc804ccb8b4485e01f8e4493b/download/420937487-1629959044"),
-    "hazelnut": (Counts(391, 40, 70), "150457/51d49f65e84bdc100ff8035d7dd783ea/download/420937545-1629959162"),
-    "leather": (Counts(245, 32, 92), "150458/923030ce14e10a7d147e95d0f8885f6b/download/420937607-1629959262"),
-    "metal_nut": (Counts(220, 22, 93), "150459/c68856a21dca589b0f8ff6d4ee0f18f4/download/420937637-1629959294"),
-    "pill": (Counts(267, 26, 141), "150460/d4f1c04da67034ccc8d8b5fa3e73f244/download/420938129-1629960351"),
-    "screw": (Counts(320, 41, 119), "150461/242f454cc6385e5693c4fd4b94567d1e/download/420938130-1629960389"),
-    "tile": (Counts(230, 33, 84), "150462/5479f0fdc97bc6fa16eab0cb0cf0109f/download/420938133-1629960456"),
-    "toothbrush": (Counts(60, 12, 30), "150463/895a1a5fb84b958f07417784b060434b/download/420938134-1629960477"),
-    "transistor": (Counts(213, 60, 40), "150464/99b8ea0332438d64fcc2475ee73f9c29/download/420938166-1629960554"),
-    "wood": (Counts(247, 19, 60), "150465/d5b4115b720cdb54d217e75636e6e374/download/420938383-1629960649"),
-    "zipper": (Counts(240, 32, 119), "150466/bd155b557520edaf692d9bfdb915c24a/download/420938385-1629960680"),
+# Category: the published numbers of images (table 1 of the paper), share and file of its archive.
+# The links move now and then; then data.addresses or the bundle of all categories is used.
+_CATEGORIES: dict[str, tuple[tuple[int, int, int], str]] = {
+    "bottle": ((209, 20, 63), "150452/132a93367fb17cdf968dfb5c4013f6e7/420937370-1629958698"),
+    "cable": ((224, 58, 92), "150453/10f960e07fec2838b2cd512586633a32/420937413-1629958794"),
+    "capsule": ((219, 23, 109), "150454/e0ce6dd74eb150f46c0d98131b3703f2/420937454-1629958872"),
+    "carpet": ((280, 28, 89), "150455/eac7fbce84d93a5094e13f391170eca4/420937484-1629959013"),
+    "grid": ((264, 21, 57), "150456/bb0b2e3dc804ccb8b4485e01f8e4493b/420937487-1629959044"),
+    "hazelnut": ((391, 40, 70), "150457/51d49f65e84bdc100ff8035d7dd783ea/420937545-1629959162"),
+    "leather": ((245, 32, 92), "150458/923030ce14e10a7d147e95d0f8885f6b/420937607-1629959262"),
+    "metal_nut": ((220, 22, 93), "150459/c68856a21dca589b0f8ff6d4ee0f18f4/420937637-1629959294"),
+    "pill": ((267, 26, 141), "150460/d4f1c04da67034ccc8d8b5fa3e73f244/420938129-1629960351"),
+    "screw": ((320, 41, 119), "150461/242f454cc6385e5693c4fd4b94567d1e/420938130-1629960389"),
+    "tile": ((230, 33, 84), "150462/5479f0fdc97bc6fa16eab0cb0cf0109f/420938133-1629960456"),
+    "toothbrush": ((60, 12, 30), "150463/895a1a5fb84b958f07417784b060434b/420938134-1629960477"),
+    "transistor": ((213, 60, 40), "150464/99b8ea0332438d64fcc2475ee73f9c29/420938166-1629960554"),
+    "wood": ((247, 19, 60), "150465/d5b4115b720cdb54d217e75636e6e374/420938383-1629960649"),
+    "zipper": ((240, 32, 119), "150466/bd155b557520edaf692d9bfdb915c24a/420938385-1629960680"),
 }
 
 
-class MvtecAd(Source):
-    """MVTec AD with its own split; a category's own archive first, the bundle of all 15 as the fallback."""
+class MvtecAd(Dataset):
+    """MVTec AD with its own split; each category has an archive, and there is a bundle of all."""
 
     name = "mvtec_ad"
     categories = tuple(PREFIX + name for name in _CATEGORIES)
     license = (
-        "MVTec AD is licensed CC BY-NC-SA 4.0: non-commercial use, share alike; "
-        "cite Bergmann et al., MVTec AD, CVPR 2019, and The MVTec Anomaly Detection Dataset, IJCV 2021."
+        "MVTec AD is licensed CC BY-NC-SA 4.0: non-commercial use, share alike; cite Bergmann et "
+        "al., MVTec AD, CVPR 2019, and The MVTec Anomaly Detection Dataset, IJCV 2021."
     )
 
     def fetch(self, category: str, *, target: Path, request: FetchRequest) -> None:
@@ -60,37 +66,45 @@ class MvtecAd(Source):
         logger.info("%s: %s", category, self.license)
         name = category.removeprefix(PREFIX)
 
-        def take(folder: Path, is_ours: bool) -> None:
+        def extract(folder: Path) -> list[Path]:
             found = find_folder(folder, "train/good", "test", name=name)
             if found is None:
                 raise AlmrrError(f"there is no {name}/train/good in it")
-            transfer([found / part for part in _PARTS if (found / part).exists()], target, move=is_ours)
-            check_counts(self.items(category, target), self.expected(category), name=category, strict=request.strict)
+            return [found / each for each in _CONTENT if (found / each).exists()]
 
-        obtain(_offer(category), target=target, request=request, take=take)
+        def check() -> None:
+            items, expected = self.items(category, target), self.expected(category)
+            check_counts(items, expected, name=category, strict=request.strict)
+
+        obtain(_spec(category), target=target, request=request, extract=extract, check=check)
 
     def check(self, category: str, request: FetchRequest) -> None:
-        """Make sure that the license was accepted; whoever names files of their own on disk has agreed to it before.
+        """Check that the license is accepted; users of their own files have accepted it before.
 
         Raises:
             AlmrrError: the license is not among `data.accept_licenses`.
         """
-        if _TERMS not in request.accept_licenses and not is_local(_offer(category), request):
+        if _TERMS not in request.accept_licenses and not has_own_path(_spec(category), request):
             raise AlmrrError(
-                f"{category}: {self.license} If you accept these terms, add {_TERMS} to data.accept_licenses."
+                f"{category}: {self.license} If you accept these terms, add {_TERMS} to "
+                "data.accept_licenses."
             )
 
     def items(self, category: str, folder: Path) -> list[Item]:
-        """Return the data set's own split."""
-        return list_normal(folder / "train" / "good", "train") + list_test(folder / "test", folder / "ground_truth")
+        """Return the dataset's own split."""
+        return [
+            *list_normal(folder / "train" / "good", "train"),
+            *list_test(folder / "test", folder / "ground_truth"),
+        ]
 
     def expected(self, category: str) -> Counts:
         """Return the published numbers of images."""
-        return _CATEGORIES[category.removeprefix(PREFIX)][0]
+        return Counts(*_CATEGORIES[category.removeprefix(PREFIX)][0])
 
 
-def _offer(category: str) -> DownloadSpec:
+def _spec(category: str) -> DownloadSpec:
     name = category.removeprefix(PREFIX)
-    own = Archive(category, f"{name}.tar.xz", (f"{_SHARES}/{_CATEGORIES[name][1]}/{name}.tar.xz",))
-    bundle = Archive("mvtec_ad", "mvtec_anomaly_detection.tar.xz", (_BUNDLE,), _BUNDLE_SHA256, shared=True)
-    return DownloadSpec(category, f"mvtec_ad/{name}", (own, bundle))
+    share, _, file = _CATEGORIES[name][1].rpartition("/")
+    address = f"{_SHARES}/{share}/download/{file}/{name}.tar.xz"
+    own = Archive(category, f"{name}.tar.xz", (address,))
+    return DownloadSpec(category, f"mvtec_ad/{name}", (own, _BUNDLE))

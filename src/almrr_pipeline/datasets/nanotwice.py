@@ -1,4 +1,4 @@
-"""NanoTWICE: nanofibres under an electron microscope (Carrera et al., IEEE Trans. on Industrial Informatics 2017)."""
+"""NanoTWICE: nanofibers under an electron microscope (Carrera et al., IEEE TII 2017)."""
 
 from __future__ import annotations
 
@@ -6,57 +6,60 @@ import logging
 from pathlib import Path
 
 from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.common.files import find_folder, transfer
+from almrr_pipeline.common.files import find_folder
 from almrr_pipeline.common.images import list_images
+from almrr_pipeline.datasets.base import Dataset, FetchRequest
 from almrr_pipeline.datasets.layout import GOOD
 from almrr_pipeline.datasets.manifest import Counts, Item, check_counts
 from almrr_pipeline.datasets.obtain import Archive, DownloadSpec, obtain
-from almrr_pipeline.datasets.base import FetchRequest, Source
 
 logger = logging.getLogger(__name__)
 
-_PARTS = ("Normal", "Anomalous")
-_DEFECT = "anomalous"
+_NORMAL, _ANOMALOUS = "Normal", "Anomalous"
+_DEFECT_TYPE = "anomalous"
 _TIFF = (".tif", ".tiff")
-_OFFER = DownloadSpec(
-    "nanotwice",
-    "nanotwice",
-    (Archive("nanotwice", "dfg05er_Data.zip", ("http://web.mi.imati.cnr.it/ettore/NanoTWICE/dfg05er_Data.zip",)),),
+_ADDRESS = "http://web.mi.imati.cnr.it/ettore/NanoTWICE/dfg05er_Data.zip"
+_SPEC = DownloadSpec(
+    "nanotwice", "nanotwice", (Archive("nanotwice", "dfg05er_Data.zip", (_ADDRESS,)),)
 )
 
 
-class Nanotwice(Source):
-    """5 normal images to train on, 40 to test, each with defects: image-level metrics are undefined."""
+class Nanotwice(Dataset):
+    """5 normal images to train on, 40 defective ones to test: image metrics are undefined."""
 
     name = "nanotwice"
     categories = ("nanotwice",)
     license = (
-        "NanoTWICE: no license is stated; cite Carrera, Manganini, Boracchi and Lanzarone, Defect Detection in SEM "
-        "Images of Nanofibrous Materials, IEEE Transactions on Industrial Informatics, 2017."
+        "NanoTWICE: no license is stated; cite Carrera, Manganini, Boracchi and Lanzarone, "
+        "Defect Detection in SEM Images of Nanofibrous Materials, "
+        "IEEE Transactions on Industrial Informatics, 2017."
     )
 
     def fetch(self, category: str, *, target: Path, request: FetchRequest) -> None:
         """Fill `target` with Normal and Anomalous."""
         logger.info("%s: %s", category, self.license)
 
-        def take(folder: Path, is_ours: bool) -> None:
-            found = find_folder(folder, *_PARTS)
+        def extract(folder: Path) -> list[Path]:
+            found = find_folder(folder, _NORMAL, _ANOMALOUS)
             if found is None:
-                raise AlmrrError("there are no folders Normal and Anomalous in it")
-            transfer([found / part for part in _PARTS], target, move=is_ours)
-            check_counts(self.items(category, target), self.expected(category), name=category, strict=request.strict)
+                raise AlmrrError(f"there are no folders {_NORMAL} and {_ANOMALOUS} in it")
+            return [found / _NORMAL, found / _ANOMALOUS]
 
-        obtain(_OFFER, target=target, request=request, take=take)
+        def check() -> None:
+            items, expected = self.items(category, target), self.expected(category)
+            check_counts(items, expected, name=category, strict=request.strict)
+
+        obtain(_SPEC, target=target, request=request, extract=extract, check=check)
 
     def items(self, category: str, folder: Path) -> list[Item]:
         """Return the normal images for training, the anomalous ones for testing."""
-        masks = folder / "Anomalous" / "gt"
-        train = [Item(path, None, "train", "normal", GOOD) for path in list_images(folder / "Normal", _TIFF)]
-        test = [
-            Item(path, masks / f"{path.stem}_gt.png", "test", "defective", _DEFECT)
-            for path in list_images(folder / "Anomalous" / "images", _TIFF)
+        normal = list_images(folder / _NORMAL, _TIFF)
+        anomalous = list_images(folder / _ANOMALOUS / "images", _TIFF)
+        masks = folder / _ANOMALOUS / "gt"
+        return [Item(path, None, "train", "normal", GOOD) for path in normal] + [
+            Item(path, masks / f"{path.stem}_gt.png", "test", "defective", _DEFECT_TYPE)
+            for path in anomalous
         ]
-        return train + test
 
     def expected(self, category: str) -> Counts:
         """Return the published numbers of images."""

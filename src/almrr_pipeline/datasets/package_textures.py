@@ -1,8 +1,8 @@
-"""Anomaly sources that come with scikit-image: photographs of other things than the sample suite's textures.
+"""Textures from scikit-image's wheel: photographs of other things than the sample suite's.
 
-Squares are cut out of each, so that the resizing to the network's size does not distort them and there is a variety of
-scales: the largest squares, and smaller ones. Near-uniform squares (a night sky) would only give gray spots and are
-left out.
+Squares are cut out of each, so that resizing to the network's input does not distort them: the
+largest ones, and smaller ones for a variety of scales. Nearly uniform squares (a night sky) are
+left out, because they would only give gray spots.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.common.arrays import ImageArray
+from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.common.images import read_image, resize_image
 from almrr_pipeline.common.progress import track
 
@@ -36,35 +36,35 @@ IMAGES = (
     "rocket.jpg",
     "text.png",
 )
-"""Files in scikit-image's wheel. Not among them: brick, grass and gravel, which are the sample suite's own."""
+"""Files in scikit-image's wheel, without brick, grass and gravel of the sample suite."""
 LARGEST = 512
-"""Pixels of a square's side; larger ones are scaled down, as no network input here needs more."""
+"""Largest side of a square in pixels; no network input here needs more."""
 DETAIL = 0.55
-"""Side of a smaller square, as a share of the largest one that fits."""
-LEAST_DEVIATION = 12.0
-"""Standard deviation of the gray values, of 255, below which a square counts as uniform."""
+"""Side of a smaller square, as a fraction of the largest one that fits."""
+LEAST_STD = 12.0
+"""Std of the gray values, of 255, below which a square counts as uniform."""
 
 
 def read_package_image(name: str) -> ImageArray:
-    """Read an image out of the installed scikit-image, without its downloader.
+    """Read an image from the installed scikit-image, without its downloader.
 
     Returns:
         uint8 in [0, 255], shape (H, W, 3).
 
     Raises:
-        AlmrrError: this scikit-image does not carry it.
+        AlmrrError: this scikit-image does not contain it.
     """
     with resources.as_file(resources.files("skimage.data") / name) as path:
         if not path.is_file():
             raise AlmrrError(
-                f"The installed scikit-image does not carry {name}; install the version that constraints.txt names, "
-                "or choose another suite or data.textures: dtd."
+                f"The installed scikit-image does not carry {name}; install the version "
+                "in constraints.txt, or choose another suite or data.textures: dtd."
             )
         return read_image(path)
 
 
 def write_package_textures(target: Path) -> None:
-    """Fill the existing folder `target` with textures as PNG files, always the same.
+    """Fill the existing folder `target` with the textures as PNG files, always the same.
 
     Raises:
         AlmrrError: the installed scikit-image lacks one of the images.
@@ -79,7 +79,7 @@ def write_package_textures(target: Path) -> None:
 
 
 def cut_squares(image: ImageArray) -> Iterator[ImageArray]:
-    """Cut the largest squares along the longer side, then a grid of smaller ones; uniform ones are left out.
+    """Cut the largest squares, then a grid of smaller ones, without uniform ones.
 
     Args:
         image: uint8 in [0, 255], shape (H, W, 3).
@@ -92,11 +92,11 @@ def cut_squares(image: ImageArray) -> Iterator[ImageArray]:
         for top in _spread_starts(height, side):
             for left in _spread_starts(width, side):
                 square = image[top : top + side, left : left + side]
-                if square.mean(axis=2).std() >= LEAST_DEVIATION:
+                if square.mean(axis=2).std() >= LEAST_STD:
                     yield square
 
 
 def _spread_starts(length: int, side: int) -> list[int]:
-    """Return the starts of the fewest evenly spread stretches of `side` pixels that cover `length`."""
+    """Return the starts of the fewest evenly spread intervals of `side` that cover `length`."""
     count = -(-length // side)
     return np.linspace(0, length - side, count).round().astype(int).tolist() if count > 1 else [0]

@@ -1,4 +1,4 @@
-"""All data sources by name, one line each, and the questions that are asked before any work begins."""
+"""All datasets by name, one line each, and the checks that are made before any work begins."""
 
 from __future__ import annotations
 
@@ -10,32 +10,20 @@ from typing import Literal
 
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.datasets import dtd
+from almrr_pipeline.datasets.base import Dataset, FetchRequest
 from almrr_pipeline.datasets.folder import PREFIX as FOLDER_PREFIX
 from almrr_pipeline.datasets.folder import Folder
 from almrr_pipeline.datasets.manifest import check_items
 from almrr_pipeline.datasets.mt_defect import MtDefect
 from almrr_pipeline.datasets.mvtec_ad import MvtecAd
 from almrr_pipeline.datasets.nanotwice import Nanotwice
-from almrr_pipeline.datasets.obtain import check_mirror, local_path
+from almrr_pipeline.datasets.obtain import check_mirror, check_path, local_path
 from almrr_pipeline.datasets.package_textures import write_package_textures
 from almrr_pipeline.datasets.sample import Sample
-from almrr_pipeline.datasets.base import FetchRequest, RetryPolicy, Source
 
-__all__ = [
-    "SOURCES",
-    "FetchRequest",
-    "RetryPolicy",
-    "Source",
-    "check_request",
-    "fetch_category",
-    "fetch_textures",
-    "known_categories",
-    "source_for",
-]
-
-SOURCES: dict[str, Source] = {
-    source.name: source
-    for source in (
+DATASETS: dict[str, Dataset] = {
+    dataset.name: dataset
+    for dataset in (
         MvtecAd(),
         MtDefect(),
         Nanotwice(),
@@ -46,78 +34,83 @@ SOURCES: dict[str, Source] = {
 
 
 def known_categories() -> list[str]:
-    """Return all category ids but the user's own (folder_NAME), sorted."""
-    return sorted(category for source in SOURCES.values() for category in source.categories)
+    """Return all category ids except the user's own (folder_NAME), sorted."""
+    return sorted(category for dataset in DATASETS.values() for category in dataset.categories)
 
 
-def source_for(category: str) -> Source:
-    """Return the source that has a category.
+def dataset_for(category: str) -> Dataset:
+    """Return the dataset that a category belongs to.
 
     Raises:
-        AlmrrError: no source has it; names the most similar ones first.
+        AlmrrError: there is no such category; lists the most similar ones first.
     """
-    if re.fullmatch(rf"{FOLDER_PREFIX}[\w-]+", category):  # without dots, which the catalog's patterns split at
-        return SOURCES["folder"]
-    for source in SOURCES.values():
-        if category in source.categories:
-            return source
+    if re.fullmatch(rf"{FOLDER_PREFIX}[\w-]+", category):  # no dots: Kedro's namespaces have them
+        return DATASETS["folder"]
+    for dataset in DATASETS.values():
+        if category in dataset.categories:
+            return dataset
     raise AlmrrError(
-        f"categories: there is no {category!r}. Known are {_similar_first(category, known_categories())}, and "
-        f"{FOLDER_PREFIX}NAME (letters, digits, _ and -) for images of your own."
+        f"categories: there is no {category!r}. Known are "
+        f"{_similar_first(category, known_categories())}, and {FOLDER_PREFIX}NAME (letters, "
+        "digits, _ and -) for images of your own."
     )
 
 
 def check_request(categories: Iterable[str], *, request: FetchRequest) -> None:
-    """Find out before any work begins what would stop it half-way.
+    """Check beforehand what would stop the fetching half-way.
 
     Raises:
-        AlmrrError: a category is unknown, a folder, archive or mirror is not there, an address is of a kind that cannot
-            be read, a license is not accepted, or data.source, data.addresses or data.sha256 name an unknown source.
+        AlmrrError: a category is unknown; a folder, archive or mirror does not exist; an address
+            cannot be read; a license is not accepted; or data.paths, data.addresses or data.sha256
+            has an unknown key.
     """
     for category in categories:
-        source_for(category).check(category, request)
+        dataset_for(category).check(category, request)
     check_mirror(request.mirror)
-    names = [*SOURCES, *known_categories(), dtd.NAME]
-    for section, keys in (("source", request.local), ("addresses", request.addresses), ("sha256", request.sha256)):
-        for key in keys:
+    names = [*DATASETS, *known_categories(), dtd.NAME]
+    for section in ("paths", "addresses", "sha256"):
+        for key in getattr(request, section):
             if key not in names and not key.startswith(FOLDER_PREFIX):
-                raise AlmrrError(f"data.{section}: there is no {key!r}. Known are {_similar_first(key, names)}.")
-    for key, place in request.local.items():
-        if not Path(place).expanduser().exists():
-            raise AlmrrError(f"data.source.{key}: there is nothing at {place}; correct the path.")
+                raise AlmrrError(
+                    f"data.{section}: there is no {key!r}. Known are {_similar_first(key, names)}."
+                )
+    for key in request.paths:
+        check_path(key, request)
     for addresses in request.addresses.values():
         for address in addresses:
             local_path(address)
 
 
 def fetch_category(category: str, *, target: Path, request: FetchRequest) -> None:
-    """Fetch a category and open every image of it, so that nothing broken is ever renamed into place.
+    """Fetch a category and open every image of it, so that nothing broken is used later.
 
     Args:
         category: one of `known_categories`, or folder_NAME.
-        target: an existing empty folder, which the caller renames when this returns, and removes when it raises.
+        target: an existing empty folder, which the caller moves into place or removes.
         request: where to look.
 
     Raises:
-        AlmrrError: nothing could be fetched, or an image or mask of what came is missing or broken.
+        AlmrrError: nothing could be fetched, or an image or mask is missing or broken.
     """
-    source = source_for(category)
-    source.fetch(category, target=target, request=request)
-    check_items(source.items(category, target), root=target)
+    dataset = dataset_for(category)
+    dataset.fetch(category, target=target, request=request)
+    check_items(dataset.items(category, target), root=target)
 
 
-def fetch_textures(kind: Literal["package", "dtd"], *, target: Path, request: FetchRequest) -> None:
-    """Fill the empty folder `target` with images that serve as textures.
+def fetch_textures(
+    textures: Literal["package", "dtd"], *, target: Path, request: FetchRequest
+) -> None:
+    """Fill the empty folder `target` with the images that simulated anomalies are made of.
 
     Raises:
         AlmrrError: they could not be fetched.
     """
-    if kind == "dtd":
+    if textures == "dtd":
         dtd.fetch_dtd(target=target, request=request)
     else:
         write_package_textures(target)
 
 
 def _similar_first(wanted: str, known: Iterable[str]) -> str:
-    ranked = sorted(known, key=lambda name: -difflib.SequenceMatcher(None, wanted, name).ratio())
-    return ", ".join(ranked)
+    matcher = difflib.SequenceMatcher
+    return ", ".join(sorted(known, key=lambda name: -matcher(None, wanted, name).ratio()))

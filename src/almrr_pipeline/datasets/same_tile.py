@@ -1,8 +1,8 @@
-"""Which images show the same piece of surface, taken again under other light.
+"""Grouping of images that show the same piece of surface under different light.
 
-MT-defect holds about six exposures of every tile. A split that knows nothing of it puts some of a tile's images
-into training and others into the test, and then normal test images are known from training while defective ones are
-not: a method that only recognizes tiles passes for one that finds defects.
+MT-defect has about six exposures of every tile. A split by image puts some of a tile's exposures
+into training and others into the test. Normal test images are then known from training and
+defective ones are not, so that a method which only recognizes tiles seems to find defects.
 """
 
 from __future__ import annotations
@@ -19,18 +19,21 @@ from almrr_pipeline.common.images import read_image, resize_image
 from almrr_pipeline.common.progress import track
 
 SAME_TILE = 0.7
-"""Correlation above which two images show the same tile; on MT-defect fewer pairs lie near it than elsewhere."""
+"""Correlation above which two images show the same tile.
+
+Fewer of MT-defect's pairs of images are near it than near any other value.
+"""
 _SIDE = 96
 _FINE, _COARSE, _LOCAL = 0.7, 5.0, 8.0
-"""Widths in pixels: of the noise that is smoothed away, of the light that is taken off, of the contrast made equal."""
+"""Gaussian widths in pixels: noise removed, illumination removed, local contrast normalized."""
 _SHIFT = 2
-"""Pixels by which two takes of one tile may lie apart after resizing."""
+"""Largest misalignment of two exposures of a tile, in pixels after resizing."""
 
 Signatures = npt.NDArray[np.float32]
 
 
 def group_by_tile(images: Sequence[Path]) -> list[int]:
-    """Group images of the same tile: chains of images that each resemble the next one.
+    """Group images of the same tile: the connected components of `correlations` > `SAME_TILE`.
 
     Args:
         images: of any size.
@@ -41,23 +44,24 @@ def group_by_tile(images: Sequence[Path]) -> list[int]:
     Raises:
         AlmrrError: an image cannot be read.
     """
-    _, labels = connected_components(resemblance(compute_signatures(images)) > SAME_TILE)
+    _, labels = connected_components(correlations(compute_signatures(images)) > SAME_TILE)
     first: dict[int, int] = {}
     return [first.setdefault(int(label), position) for position, label in enumerate(labels)]
 
 
 def compute_signatures(images: Sequence[Path]) -> Signatures:
-    """What remains of each image when light and contrast are taken off, (n, 96, 96), of mean 0 and length 1."""
+    """Remove illumination and local contrast; returns (n, 96, 96), each of mean 0 and norm 1."""
     signatures = np.empty((len(images), _SIDE, _SIDE), np.float32)
-    with track(len(images), unit="images", description="look for images of the same tile") as advance:
+    description = "look for images of the same tile"
+    with track(len(images), unit="images", description=description) as advance:
         for position, path in enumerate(images):
             signatures[position] = _compute_signature(path)
             advance(1)
     return signatures
 
 
-def resemblance(signatures: Signatures) -> Signatures:
-    """Correlation of each two images, at the best of the small shifts between them.
+def correlations(signatures: Signatures) -> Signatures:
+    """Correlate all pairs of images, each at the best small shift between the two.
 
     Args:
         signatures: from `compute_signatures`, (n, S, S).

@@ -1,4 +1,9 @@
-"""Unpack archives that nobody has to trust: plain files and folders alone, none outside, no bombs, all or nothing."""
+"""Safe unpacking of untrusted archives: plain files and folders inside the target, all or nothing.
+
+The checks are made here, the same for both formats, because tarfile's data filter and zipfile admit
+more: links, absolute paths made relative, Windows paths, names that come twice, any size. The
+decompressor of a tar is opened here too, because tarfile takes a truncated stream for its end.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +22,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import IO, Literal, cast
+from typing import IO, Literal, NamedTuple, cast
 
 from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.common.progress import format_amount, track
 from almrr_pipeline.common.files import remove_folder, report_disk_errors
+from almrr_pipeline.common.progress import format_amount, track
 
 _BLOCK = 1 << 20
-_TAR_BLOCK = 512
 _COMPRESSIONS = {b"\x1f\x8b": gzip.GzipFile, b"BZh": bz2.BZ2File, b"\xfd7zXZ\x00": lzma.LZMAFile}
-"""How a compressed file begins, and what reads it."""
+"""First bytes of a compressed file, and what reads it."""
 _BROKEN = (
     zipfile.BadZipFile,
     tarfile.TarError,
@@ -34,62 +38,53 @@ _BROKEN = (
     zlib.error,
     struct.error,
     EOFError,
-    RuntimeError,  # an encrypted member, or (NotImplementedError) a compression that this Python does not know
+    RuntimeError,  # an encrypted member, or (NotImplementedError) an unknown compression
     ValueError,
     OverflowError,
     MemoryError,
 )
+_ADVICE = "nothing was unpacked. Fetch it from a place that you trust"
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What an archive may become. The largest real one, MVTec AD, has about 7000 files and 5 GiB."""
+    """Largest content of an archive. MVTec AD, the largest real one, has 7,000 files and 5 GiB."""
 
     files: int = 100_000
     size: int = 32 << 30
     """Bytes in all."""
     ratio: float = 100.0
-    """Bytes unpacked per byte of the archive; packed images stay near 1, plain text below 20."""
+    """Bytes unpacked per byte of the archive; images have about 1, plain text less than 20."""
     allowance: int = 64 << 20
     """Bytes that even the smallest archive may unpack to."""
 
 
-@dataclass(frozen=True)
-class _Member:
+class _Member(NamedTuple):
     name: str
     kind: Literal["file", "folder", "other"]
-    open: Callable[[], IO[bytes]]
+    open: Callable[[], IO[bytes] | None]
 
 
 class _Budget:
-    """What may still come out of one archive; asking for more is refused before it is written."""
+    """Counts down the bytes that may still come out of one archive."""
 
     def __init__(self, archive: Path, limits: Limits) -> None:
         self.archive = archive.name
-        self.limits = limits
-        self.bytes = min(limits.size, max(limits.allowance, int(limits.ratio * archive.stat().st_size)))
-        self._spent = 0
-        self._members = 0
+        allowed = max(limits.allowance, int(limits.ratio * archive.stat().st_size))
+        self.size = min(limits.size, allowed)
+        self._left = self.size
 
     def spend(self, amount: int) -> None:
-        self._spent += amount
-        if self._spent > self.bytes:
+        self._left -= amount
+        if self._left < 0:
             raise AlmrrError(
-                f"{self.archive} unpacks to more than {format_amount(self.bytes, 'B')}, which no honest archive of its "
-                "size does; nothing was unpacked. Fetch it from a place that you trust."
-            )
-
-    def count_member(self) -> None:
-        self._members += 1
-        if self._members > self.limits.files:
-            raise AlmrrError(
-                f"{self.archive} holds more than {self.limits.files} files; nothing was unpacked. "
-                "Fetch it from a place that you trust."
+                f"{self.archive} unpacks to more than {format_amount(self.size, 'B')}, which no "
+                f"honest archive of its size does; {_ADVICE}."
             )
 
 
 class _Metered(io.RawIOBase):
-    """A stream that spends a budget as it is read, in blocks small enough to notice a bomb in time."""
+    """A stream that spends a budget as it is read, in blocks small enough to stop a bomb early."""
 
     def __init__(self, stream: IO[bytes], budget: _Budget) -> None:
         self._stream = stream
@@ -100,7 +95,7 @@ class _Metered(io.RawIOBase):
 
     def read(self, size: int = -1, /) -> bytes:
         blocks = []
-        left = size if size >= 0 else self._budget.bytes + 1
+        left = size if size >= 0 else self._budget.size + 1
         while left > 0 and (block := self._stream.read(min(left, _BLOCK))):
             self._budget.spend(len(block))
             blocks.append(block)
@@ -113,79 +108,82 @@ class _Metered(io.RawIOBase):
 
 
 def unpack(archive: Path, target: Path, *, limits: Limits | None = None) -> None:
-    """Unpack a zip, tar, tar.gz, tar.bz2 or tar.xz; which one it is, its content says, not its name.
+    """Unpack a zip, tar, tar.gz, tar.bz2 or tar.xz, recognized by its content.
 
-    The members are written to a folder beside `target`, which is renamed when all are there: `target`, which must not
-    exist, is complete or absent. Only files and folders are made, with ordinary permissions.
+    The members are written to a folder next to `target`, which is renamed when it is complete:
+    `target`, which must not exist, is complete or absent. Permissions are not taken over.
 
     Raises:
-        AlmrrError: the archive is missing, broken or truncated, or a member is neither file nor folder, lies outside
-            the target, comes twice, or exceeds the limits.
-        DiskError: the disk is full, or the target may not be written.
+        AlmrrError: the archive is missing, broken or truncated, or a member is neither file nor
+            folder, is outside the target, comes twice, or exceeds the limits.
+        DiskError: the disk is full, or the target cannot be written.
     """
     if not archive.is_file():
         raise AlmrrError(f"There is no archive at {archive}; check the path.")
+    partial_target = target.with_name(f".unpacking-{target.name}")
     with report_disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        beside = target.with_name(f".unpacking-{target.name}")
-        if beside.exists():  # a run that was killed has left it
-            remove_folder(beside)
-        beside.mkdir()
+        remove_folder(partial_target)  # a killed run may have left it
+        partial_target.mkdir()
         try:
             with _report_broken(archive):
-                _write_members(archive, beside, limits or Limits())
-            beside.rename(target)
+                _write_members(archive, partial_target, limits or Limits())
+            partial_target.rename(target)
         finally:
-            if beside.exists():
-                remove_folder(beside)
+            remove_folder(partial_target)
 
 
 @contextmanager
 def _report_broken(archive: Path) -> Iterator[None]:
-    """Turn the many ways in which an archive can be broken into one sentence."""
+    """Turn the many errors of a broken archive into one sentence."""
     try:
         yield
     except (*_BROKEN, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # gzip and bz2 say "invalid data" without one
-            raise
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk's; gzip and bz2 raise "invalid data" without a number
         reason = str(error) or type(error).__name__
-        raise AlmrrError(f"{archive.name} is truncated or broken ({reason}); fetch it again.") from error
+        raise AlmrrError(
+            f"{archive.name} is truncated or broken ({reason}); fetch it again."
+        ) from error
 
 
 def _write_members(archive: Path, folder: Path, limits: Limits) -> None:
     with archive.open("rb") as raw:
-        members = _zip_members(archive) if raw.read(2) == b"PK" else _tar_members(archive, _Budget(archive, limits))
+        is_zip = raw.read(2) == b"PK"
+    members = _zip_members(archive) if is_zip else _tar_members(archive, _Budget(archive, limits))
     written = _Budget(archive, limits)
     with track(None, unit="files", description=f"unpack {archive.name}") as advance:
-        for member in members:
-            written.count_member()
+        for count, member in enumerate(members, start=1):
+            if count > limits.files:
+                raise AlmrrError(f"{archive.name} holds more than {limits.files} files; {_ADVICE}.")
             _write_member(member, _place_of(member, folder, archive), archive, written)
             advance(1)
 
 
 def _place_of(member: _Member, folder: Path, archive: Path) -> Path:
-    """Where a member belongs; refuses what would leave the folder, on this system or any other."""
+    """Return the path of a member in `folder`; refuses what is outside it on any system."""
     windows = PureWindowsPath(member.name)
     parts = PurePosixPath(member.name).parts
     nameless = member.kind == "file" and not parts
-    if windows.anchor or "\\" in member.name or ".." in parts or parts[:1] == ("/",) or nameless:
+    outside = windows.anchor or "\\" in member.name or ".." in parts or parts[:1] == ("/",)
+    if outside or nameless:
         raise AlmrrError(
-            f"{archive.name} holds the path {member.name!r}, which leads out of its folder; nothing was unpacked. "
-            "Fetch it from a place that you trust."
+            f"{archive.name} holds the path {member.name!r}, which leads out of its folder; "
+            f"{_ADVICE}."
         )
     if member.kind == "other":
         raise AlmrrError(
-            f"{archive.name} holds {member.name!r}, a link or a device or a sparse file; only plain files and "
-            "folders are unpacked, so nothing was. Fetch it from a place that you trust, or pack it again without."
+            f"{archive.name} holds {member.name!r}, a link or a device or a sparse file; only "
+            f"plain files and folders are unpacked, so {_ADVICE}, or pack it again without."
         )
-    if not member.name.isprintable() or not _is_unicode(member.name):
-        raise AlmrrError(f"{archive.name} holds the name {member.name!r}, which is not UTF-8 text; pack it again.")
+    # Python represents bytes that are not UTF-8 by surrogates.
+    surrogates = any("\ud800" <= letter <= "\udfff" for letter in member.name)
+    if surrogates or not member.name.isprintable():
+        raise AlmrrError(
+            f"{archive.name} holds the name {member.name!r}, which is not UTF-8 text; pack it "
+            "again."
+        )
     return folder.joinpath(*parts)
-
-
-def _is_unicode(name: str) -> bool:
-    """False for the stand-ins by which Python keeps bytes that are no UTF-8."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 def _write_member(member: _Member, place: Path, archive: Path, budget: _Budget) -> None:
@@ -194,64 +192,59 @@ def _write_member(member: _Member, place: Path, archive: Path, budget: _Budget) 
             place.mkdir(parents=True, exist_ok=True)
             return
         place.parent.mkdir(parents=True, exist_ok=True)
-        with place.open("xb") as copy, _Metered(member.open(), budget) as stream:
+        content = cast(IO[bytes], member.open())
+        with place.open("xb") as copy, _Metered(content, budget) as stream:
             shutil.copyfileobj(cast(IO[bytes], stream), copy, _BLOCK)
     except (FileExistsError, NotADirectoryError, IsADirectoryError):
         raise AlmrrError(
-            f"{archive.name} holds {member.name!r} twice, or as a file and a folder; nothing was unpacked. "
-            "Pack it again."
+            f"{archive.name} holds {member.name!r} twice, or as a file and a folder; nothing was "
+            "unpacked. Pack it again."
         ) from None
 
 
 def _zip_members(archive: Path) -> Iterator[_Member]:
     with zipfile.ZipFile(archive) as opened:
         for info in opened.infolist():
-            kind = stat.S_IFMT(info.external_attr >> 16)  # 0 when it was not packed on Unix
-            folder = info.filename.endswith("/") or kind == stat.S_IFDIR
-            regular = kind in {0, stat.S_IFREG}
-            yield _Member(
-                info.filename,
-                "folder" if folder else "file" if regular else "other",
-                partial(opened.open, info),
+            mode = stat.S_IFMT(info.external_attr >> 16)  # 0 when it was not packed on Unix
+            is_folder = info.filename.endswith("/") or mode == stat.S_IFDIR
+            is_file = mode in {0, stat.S_IFREG}
+            kind: Literal["file", "folder", "other"] = (
+                "folder" if is_folder else "file" if is_file else "other"
             )
-
-
-def _open_tarred(opened: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:
-    return cast(IO[bytes], opened.extractfile(info))
+            yield _Member(info.filename, kind, partial(opened.open, info))
 
 
 def _tar_members(archive: Path, budget: _Budget) -> Iterator[_Member]:
-    """Read a tar in one pass; the decompressor is ours, because tarfile's own takes a truncated stream for an end.
+    """Read a tar in one pass.
 
-    The budget is for all that comes out of the decompressor, headers and what lies behind the last member included.
+    The budget is for all decompressed bytes, headers and what follows the last member included.
     """
     with archive.open("rb") as raw:
         start = raw.read(6)
-    opener = next((opener for magic, opener in _COMPRESSIONS.items() if start.startswith(magic)), None)
+    opener = next((each for magic, each in _COMPRESSIONS.items() if start.startswith(magic)), None)
     if opener is None:
         _check_end_of_tar(archive)
     stream = _Metered(cast(IO[bytes], opener(archive)) if opener else archive.open("rb"), budget)
     with stream, tarfile.open(fileobj=cast(IO[bytes], stream), mode="r|") as opened:
         for info in opened:
-            regular = info.isreg() and not info.issparse()  # a sparse file's holes are made up, whatever their size
-            yield _Member(
-                info.name,
-                "folder" if info.isdir() else "file" if regular else "other",
-                partial(_open_tarred, opened, info),
+            is_file = info.isreg() and not info.issparse()  # holes have any size at no cost
+            kind: Literal["file", "folder", "other"] = (
+                "folder" if info.isdir() else "file" if is_file else "other"
             )
+            yield _Member(info.name, kind, partial(opened.extractfile, info))
         while stream.read(_BLOCK):  # on to the checksum at the end of the compressed stream
             pass
 
 
 def _check_end_of_tar(archive: Path) -> None:
-    """A tar ends with blocks of zeros; without them it was cut off, perhaps between two members."""
+    """Check that a tar ends with a block of zeros, without which it may be cut after a member."""
     with archive.open("rb") as raw:
-        size = raw.seek(0, io.SEEK_END)
-        raw.seek(max(0, size - _TAR_BLOCK))
+        start = raw.read(tarfile.BLOCKSIZE)
+        raw.seek(max(0, archive.stat().st_size - tarfile.BLOCKSIZE))
         end = raw.read()
-        raw.seek(0)
-        start = raw.read(_TAR_BLOCK)
     if b"ustar" not in start[257:265]:
-        raise tarfile.ReadError(f"it is neither a zip nor a tar file and begins with {start[:24]!r}")
+        raise tarfile.ReadError(
+            f"it is neither a zip nor a tar file and begins with {start[:24]!r}"
+        )
     if end.strip(b"\0"):
         raise tarfile.ReadError("the end of the tar file is missing")
