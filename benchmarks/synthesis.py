@@ -22,7 +22,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from almrr_pipeline.common.images import MaskArray, read_image, resize_image
+from almrr_pipeline.common.arrays import MaskArray
+from almrr_pipeline.common.images import read_image, resize_image
 from almrr_pipeline.config import SynthesisSettings, Tiling
 from almrr_pipeline.synthesis.blend import blend_anomaly
 from almrr_pipeline.synthesis.perlin import perlin_mask, perlin_noise
@@ -43,18 +44,25 @@ def collect_images(folder: Path) -> tuple[list[Path], list[Path]]:
     """Write the sample suite's images; returns normal images and textures."""
     # Imported here, because the processes that are started import this file, and these take a second.
     from almrr_pipeline.datasets.package_textures import write_package_textures
-    from almrr_pipeline.datasets.registry import FetchRequest, source_for
+    from almrr_pipeline.datasets.base import FetchRequest
+    from almrr_pipeline.datasets.registry import dataset_for
 
     (folder / CATEGORY).mkdir()
     (folder / "textures").mkdir()
-    source = source_for(CATEGORY)
-    source.fetch(CATEGORY, target=folder / CATEGORY, request=FetchRequest(scratch=folder / "scratch"))
+    source = dataset_for(CATEGORY)
+    source.fetch(
+        CATEGORY, target=folder / CATEGORY, request=FetchRequest(scratch=folder / "scratch")
+    )
     write_package_textures(folder / "textures")
-    normals = [item.image for item in source.items(CATEGORY, folder / CATEGORY) if item.split == "train"]
+    normals = [
+        item.image for item in source.items(CATEGORY, folder / CATEGORY) if item.split == "train"
+    ]
     return normals, sorted((folder / "textures").iterdir())
 
 
-def measure_synthetic_set(normals: list[Path], textures: list[Path], *, samples: int, size: int, workers: int) -> Cost:
+def measure_synthetic_set(
+    normals: list[Path], textures: list[Path], *, samples: int, size: int, workers: int
+) -> Cost:
     """Simulate a synthetic set once."""
     with tempfile.TemporaryDirectory() as folder:
         begun, used = time.perf_counter(), _processor_seconds()
@@ -72,7 +80,9 @@ def measure_synthetic_set(normals: list[Path], textures: list[Path], *, samples:
 
 def measure_steps(normals: list[Path], textures: list[Path], *, size: int) -> dict[str, float]:
     """Time the steps of one simulated anomaly; returns milliseconds, medians of 100 draws."""
-    normal, texture = (resize_image(read_image(paths[0]), (size, size)) for paths in (normals, textures))
+    normal, texture = (
+        resize_image(read_image(paths[0]), (size, size)) for paths in (normals, textures)
+    )
     generator = np.random.default_rng(0)
     settings = SynthesisSettings()
 
@@ -88,10 +98,15 @@ def measure_steps(normals: list[Path], textures: list[Path], *, size: int) -> di
     steps: dict[str, Callable[[], object]] = {
         "noise, 8 x 8 cells": lambda: perlin_noise((size, size), cells=(8, 8), generator=generator),
         "mask (noise, rotation, redraws)": draw_mask,
-        f"3 of {len(OPERATIONS)} operations": lambda: alter_texture(texture, count=3, generator=generator),
+        f"3 of {len(OPERATIONS)} operations": lambda: alter_texture(
+            texture, count=3, generator=generator
+        ),
         "blending": lambda: blend_anomaly(normal, texture, mask, opacity=0.4),
     }
-    return {name: 1e3 * statistics.median(_time(step) for _ in range(100)) for name, step in steps.items()}
+    return {
+        name: 1e3 * statistics.median(_time(step) for _ in range(100))
+        for name, step in steps.items()
+    }
 
 
 def _processor_seconds() -> float:
@@ -108,7 +123,9 @@ def _time(step: Callable[[], object]) -> float:
 
 def main() -> None:
     """Parse the command line, measure, print both tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--samples", type=int, default=2000)
     parser.add_argument("--size", type=int, default=256, help="rows and columns")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
@@ -121,7 +138,13 @@ def main() -> None:
         for _ in range(arguments.repeats):
             for workers, found in costs.items():
                 found.append(
-                    measure_synthetic_set(normals, textures, samples=arguments.samples, size=arguments.size, workers=workers)
+                    measure_synthetic_set(
+                        normals,
+                        textures,
+                        samples=arguments.samples,
+                        size=arguments.size,
+                        workers=workers,
+                    )
                 )
         steps = measure_steps(normals, textures, size=arguments.size)
     print("processes   samples per second   processor time per sample")
@@ -133,7 +156,9 @@ def main() -> None:
         print(f"{name:34}{duration:6.2f} ms")
     if arguments.json:
         figures = {
-            "synthetic_set": {workers: [cost._asdict() for cost in found] for workers, found in costs.items()},
+            "synthetic_set": {
+                workers: [cost._asdict() for cost in found] for workers, found in costs.items()
+            },
             "steps_ms": steps,
         }
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

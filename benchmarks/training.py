@@ -34,7 +34,8 @@ from timing import Timing, measure
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from almrr_pipeline.common.images import ImageArray, read_image, resize_image
+from almrr_pipeline.common.arrays import ImageArray
+from almrr_pipeline.common.images import read_image, resize_image
 from almrr_pipeline.config import (
     BackboneSettings,
     ModelSettings,
@@ -45,7 +46,8 @@ from almrr_pipeline.config import (
 from almrr_pipeline.model.almrr import ALMRR
 from almrr_pipeline.model.backbone import Backbone, build_backbone
 from almrr_pipeline.datasets.package_textures import write_package_textures
-from almrr_pipeline.datasets.registry import FetchRequest, source_for
+from almrr_pipeline.datasets.base import FetchRequest
+from almrr_pipeline.datasets.registry import dataset_for
 from almrr_pipeline.synthesis.simulate import simulate_sample
 from almrr_pipeline.synthesis.synthetic_set import ImagePaths, SyntheticSet, synthesize
 from almrr_pipeline.training.train import fit
@@ -92,7 +94,10 @@ class SimulatedOnTheFly(Dataset[dict[str, Tensor]]):
             number, normals=normal[None], textures=texture[None], settings=self._settings, seed=0
         )
         images = {"normal": normal, "augmented": augmented}
-        images = {name: torch.from_numpy(one).permute(2, 0, 1).float() / 255 for name, one in images.items()}
+        images = {
+            name: torch.from_numpy(one).permute(2, 0, 1).float() / 255
+            for name, one in images.items()
+        }
         return {**images, "mask": torch.from_numpy(mask)}
 
     @staticmethod
@@ -104,14 +109,20 @@ def collect_images(folder: Path) -> tuple[list[Path], list[Path]]:
     """Write the sample suite's images; returns normal images and textures."""
     (folder / CATEGORY).mkdir()
     (folder / "textures").mkdir()
-    source = source_for(CATEGORY)
-    source.fetch(CATEGORY, target=folder / CATEGORY, request=FetchRequest(scratch=folder / "scratch"))
+    source = dataset_for(CATEGORY)
+    source.fetch(
+        CATEGORY, target=folder / CATEGORY, request=FetchRequest(scratch=folder / "scratch")
+    )
     write_package_textures(folder / "textures")
-    normals = [item.image for item in source.items(CATEGORY, folder / CATEGORY) if item.split == "train"]
+    normals = [
+        item.image for item in source.items(CATEGORY, folder / CATEGORY) if item.split == "train"
+    ]
     return normals, sorted((folder / "textures").iterdir())
 
 
-def make_synthetic_set(folder: Path, normals: list[Path], textures: list[Path], samples: int) -> tuple[SyntheticSet, float]:
+def make_synthetic_set(
+    folder: Path, normals: list[Path], textures: list[Path], samples: int
+) -> tuple[SyntheticSet, float]:
     """Make our synthetic set; returns it with the seconds that a sample took."""
     (folder / "synthetic_set").mkdir()
     begun = time.perf_counter()
@@ -126,9 +137,15 @@ def make_synthetic_set(folder: Path, normals: list[Path], textures: list[Path], 
     return SyntheticSet.load(folder / "synthetic_set"), (time.perf_counter() - begun) / samples
 
 
-def make_loader(dataset: SimulatedOnTheFly, *, batch: int, workers: int) -> Iterator[dict[str, Tensor]]:
+def make_loader(
+    dataset: SimulatedOnTheFly, *, batch: int, workers: int
+) -> Iterator[dict[str, Tensor]]:
     """The authors' batches, in order."""
-    return iter(DataLoader(dataset, batch_size=batch, num_workers=workers, pin_memory=torch.cuda.is_available()))
+    return iter(
+        DataLoader(
+            dataset, batch_size=batch, num_workers=workers, pin_memory=torch.cuda.is_available()
+        )
+    )
 
 
 def build_parts(arguments: argparse.Namespace) -> tuple[Backbone, ModelSettings]:
@@ -137,18 +154,26 @@ def build_parts(arguments: argparse.Namespace) -> tuple[Backbone, ModelSettings]
     return build_backbone(settings, weights=None), SMALL if arguments.small else ModelSettings()
 
 
-def train_as_authors(batches: Iterator[dict[str, Tensor]], arguments: argparse.Namespace) -> Callable[[], None]:
+def train_as_authors(
+    batches: Iterator[dict[str, Tensor]], arguments: argparse.Namespace
+) -> Callable[[], None]:
     """A function that makes one step of the authors' training: plain loop, Adam, mean squared error + focal loss."""
     device = torch.device(arguments.device)
     backbone, widths = build_parts(arguments)
-    model = AuthorsALMRR(backbone, widths, image_size=SIZE, scan=arguments.authors_scan).train().to(device)
+    model = (
+        AuthorsALMRR(backbone, widths, image_size=SIZE, scan=arguments.authors_scan)
+        .train()
+        .to(device)
+    )
     optimizer = torch.optim.Adam((one for one in model.parameters() if one.requires_grad), lr=1e-4)
 
     def step() -> None:
         batch = {name: one.to(device, non_blocking=True) for name, one in next(batches).items()}
         optimizer.zero_grad()
         output = model.training_forward(batch["normal"], batch["augmented"])
-        loss = reconstruction_loss(output.reconstruction, output.target) + focal_loss(output.logits, batch["mask"])
+        loss = reconstruction_loss(output.reconstruction, output.target) + focal_loss(
+            output.logits, batch["mask"]
+        )
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
@@ -157,7 +182,9 @@ def train_as_authors(batches: Iterator[dict[str, Tensor]], arguments: argparse.N
 
 def time_fit(synthetic_set: SyntheticSet, arguments: argparse.Namespace, scratch: Path) -> Timing:
     """Seconds a step of `fit`, by the times at which its windows end."""
-    window = 10 if arguments.device == "cuda" else 1  # on a GPU, reading the loss at each step would make it wait
+    window = (
+        10 if arguments.device == "cuda" else 1
+    )  # on a GPU, reading the loss at each step would make it wait
     ends: list[float] = []
     backbone, widths = build_parts(arguments)
     fit(
@@ -203,36 +230,61 @@ def compare(arguments: argparse.Namespace, folder: Path) -> tuple[list[Row], flo
     """Measure both ways; returns their rows, and the seconds that a sample of our synthetic set took."""
     device = torch.device(arguments.device)
     normals, textures = collect_images(folder)
-    synthetic_set, synthetic_set_seconds = make_synthetic_set(folder, normals, textures, arguments.samples)
+    synthetic_set, synthetic_set_seconds = make_synthetic_set(
+        folder, normals, textures, arguments.samples
+    )
     on_the_fly = SimulatedOnTheFly(normals, textures)
     alone = make_loader(on_the_fly, batch=arguments.batch, workers=0)
     simulated = measure(lambda: next(alone), repeats=20)
 
     batches = make_loader(on_the_fly, batch=arguments.batch, workers=arguments.workers)
     step = train_as_authors(batches, arguments)
-    theirs = Row("the authors' way", measure(step, repeats=arguments.steps, warmup=SKIPPED, device=device), simulated)
+    theirs = Row(
+        "the authors' way",
+        measure(step, repeats=arguments.steps, warmup=SKIPPED, device=device),
+        simulated,
+    )
     del step, batches
     return [
         theirs,
-        Row("ours", time_fit(synthetic_set, arguments, folder / "checkpoints"), time_gathering(synthetic_set, arguments)),
+        Row(
+            "ours",
+            time_fit(synthetic_set, arguments, folder / "checkpoints"),
+            time_gathering(synthetic_set, arguments),
+        ),
     ], synthetic_set_seconds
 
 
 def parse(command: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=5, help="measured; on a GPU, of `fit`, tens of them")
+    parser.add_argument(
+        "--steps", type=int, default=5, help="measured; on a GPU, of `fit`, tens of them"
+    )
     parser.add_argument("--samples", type=int, default=200, help="of our synthetic set")
     parser.add_argument(
-        "--precision", choices=["32-true", "bf16-mixed", "16-mixed"], default="32-true", help="of `fit`"
+        "--precision",
+        choices=["32-true", "bf16-mixed", "16-mixed"],
+        default="32-true",
+        help="of `fit`",
     )
     parser.add_argument("--channels-last", action="store_true", help="of `fit`")
-    parser.add_argument("--authors-scan", default="indexed", help="indexed, mamba_ssm, triton, numba or torch")
-    parser.add_argument("--workers", type=int, default=0, help="processes that simulate for the authors' loop")
+    parser.add_argument(
+        "--authors-scan", default="indexed", help="indexed, mamba_ssm, triton, numba or torch"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=0, help="processes that simulate for the authors' loop"
+    )
     parser.add_argument("--json", type=Path, help="also write the numbers here")
-    parser.add_argument("--small", action="store_true", help="small widths on ResNet-18, to try the script")
+    parser.add_argument(
+        "--small", action="store_true", help="small widths on ResNet-18, to try the script"
+    )
     return parser.parse_args(command)
 
 
@@ -247,13 +299,18 @@ def main() -> None:
         end="",
     )
     print(f"their scan {arguments.authors_scan}, `fit` at {arguments.precision}\n")
-    print("| | a step | samples a second | making a batch | its share |\n| --- | --- | --- | --- | --- |")
+    print(
+        "| | a step | samples a second | making a batch | its share |\n| --- | --- | --- | --- | --- |"
+    )
     for row in rows:
         print(row.describe(arguments.batch))
     print(f"\nThroughput, ours over the authors': {rows[0].step.median / rows[1].step.median:.3g}")
     print(f"Our synthetic set: {1e3 * synthetic_set_seconds:.3g} ms a sample, once")
     if arguments.json:
-        written: dict[str, Any] = {"rows": [asdict(row) for row in rows], "synthetic_set_seconds_per_sample": synthetic_set_seconds}
+        written: dict[str, Any] = {
+            "rows": [asdict(row) for row in rows],
+            "synthetic_set_seconds_per_sample": synthetic_set_seconds,
+        }
         arguments.json.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
 

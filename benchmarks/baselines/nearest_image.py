@@ -17,14 +17,16 @@ import numpy.typing as npt
 from sklearn.metrics import roc_auc_score
 
 from almrr_pipeline.datasets.manifest import Item
-from almrr_pipeline.datasets.registry import source_for
-from almrr_pipeline.datasets.same_tile import SAME_TILE, compute_signatures, resemblance
+from almrr_pipeline.datasets.registry import dataset_for
+from almrr_pipeline.datasets.same_tile import SAME_TILE, compute_signatures, correlations
 
 
 def score_images(train: list[Item], test: list[Item]) -> npt.NDArray[np.float64]:
     """Return for each test image 1 minus its correlation with the training image that is most like it."""
-    likeness = resemblance(compute_signatures([item.image for item in (*train, *test)]))
-    scores: npt.NDArray[np.float64] = 1.0 - likeness[len(train) :, : len(train)].max(axis=1).astype(np.float64)
+    likeness = correlations(compute_signatures([item.image for item in (*train, *test)]))
+    scores: npt.NDArray[np.float64] = 1.0 - likeness[len(train) :, : len(train)].max(axis=1).astype(
+        np.float64
+    )
     return scores
 
 
@@ -33,7 +35,7 @@ def evaluate(items: list[Item]) -> dict[str, float]:
     train, test = ([item for item in items if item.split == split] for split in ("train", "test"))
     scores = score_images(train, test)
     defective = np.array([item.label == "defective" for item in test])
-    kinds = np.array([item.defect for item in test])
+    kinds = np.array([item.defect_type for item in test])
     figures = {
         "image_auroc": float(roc_auc_score(defective, scores)),
         "normal_with_twin": float((scores[~defective] < 1.0 - SAME_TILE).mean()),
@@ -47,12 +49,22 @@ def evaluate(items: list[Item]) -> dict[str, float]:
 
 def main() -> None:
     """Run, and print the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with one folder a category, as fetched")
-    parser.add_argument("--category", default="mt_defect", help="category id with normal test images")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder with one folder a category, as fetched"
+    )
+    parser.add_argument(
+        "--category", default="mt_defect", help="category id with normal test images"
+    )
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
-    figures = evaluate(source_for(arguments.category).items(arguments.category, arguments.data / arguments.category))
+    figures = evaluate(
+        dataset_for(arguments.category).items(
+            arguments.category, arguments.data / arguments.category
+        )
+    )
     for name, value in figures.items():
         print(f"{name:28}{value:8.4f}")
     if arguments.json:

@@ -35,7 +35,7 @@ from almrr_pipeline.common.images import read_image, read_mask, resize_image, re
 from almrr_pipeline.config import BackboneSettings
 from almrr_pipeline.model.backbone import Backbone, build_backbone
 from almrr_pipeline.datasets.manifest import Item
-from almrr_pipeline.datasets.registry import source_for
+from almrr_pipeline.datasets.registry import dataset_for
 
 BATCH = 8
 PROJECTED = 128
@@ -43,28 +43,41 @@ SIGMA = 4.0
 logger = logging.getLogger("patchcore")
 
 
-def embed(backbone: Backbone, items: Sequence[Item], size: int, device: torch.device) -> Iterator[Tensor]:
+def embed(
+    backbone: Backbone, items: Sequence[Item], size: int, device: torch.device
+) -> Iterator[Tensor]:
     """Features of one batch of images after the other.
 
     Yields:
         float32 (B, C, size / 8, size / 8), C being the channels of both stages together.
     """
     for start in range(0, len(items), BATCH):
-        images = [resize_image(read_image(item.image), (size, size)) for item in items[start : start + BATCH]]
+        images = [
+            resize_image(read_image(item.image), (size, size))
+            for item in items[start : start + BATCH]
+        ]
         images = torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2).float() / 255.0
-        _, fine, coarse = (functional.avg_pool2d(stage, 3, stride=1, padding=1) for stage in backbone(images))
-        coarse = functional.interpolate(coarse, size=fine.shape[-2:], mode="bilinear", align_corners=False)
+        _, fine, coarse = (
+            functional.avg_pool2d(stage, 3, stride=1, padding=1) for stage in backbone(images)
+        )
+        coarse = functional.interpolate(
+            coarse, size=fine.shape[-2:], mode="bilinear", align_corners=False
+        )
         yield torch.cat([fine, coarse], dim=1)
 
 
-def draw_pool(batches: Iterator[Tensor], images: int, pool: int, generator: torch.Generator) -> Tensor:
+def draw_pool(
+    batches: Iterator[Tensor], images: int, pool: int, generator: torch.Generator
+) -> Tensor:
     """Draw features evenly from all training images, at most `pool` of them; float32 (n, C)."""
     drawn = []
     for batch in batches:
         cells = batch.permute(0, 2, 3, 1).flatten(1, 2)  # (B, cells, C)
         count = min(cells.shape[1], -(-pool // images))
         for image in cells:
-            drawn.append(image[torch.randperm(len(image), generator=generator)[:count].to(image.device)])
+            drawn.append(
+                image[torch.randperm(len(image), generator=generator)[:count].to(image.device)]
+            )
     return torch.cat(drawn)[:pool]
 
 
@@ -83,19 +96,25 @@ def choose_core(features: Tensor, count: int, generator: torch.Generator) -> Ten
     nearest = torch.full_like(squares, torch.inf)
     while len(chosen) < count:
         last = chosen[-1]
-        distance = squares - 2.0 * (points @ points[last])  # less the constant square of the last point
+        distance = squares - 2.0 * (
+            points @ points[last]
+        )  # less the constant square of the last point
         nearest = torch.minimum(nearest, distance + squares[last])
         chosen.append(int(nearest.argmax()))
     return features[torch.tensor(chosen, device=features.device)]
 
 
-def map_distances(batches: Iterator[Tensor], core: Tensor, size: int) -> Iterator[npt.NDArray[np.float32]]:
+def map_distances(
+    batches: Iterator[Tensor], core: Tensor, size: int
+) -> Iterator[npt.NDArray[np.float32]]:
     """Anomaly maps: distance of each cell to the nearest core feature, enlarged and smoothed; float32 (size, size)."""
     for batch in batches:
         for image in batch:
             cells = image.flatten(1).T  # (cells, C)
             distance = torch.cdist(cells, core).amin(dim=1).view(1, 1, *image.shape[1:])
-            enlarged = functional.interpolate(distance, size=(size, size), mode="bilinear", align_corners=False)
+            enlarged = functional.interpolate(
+                distance, size=(size, size), mode="bilinear", align_corners=False
+            )
             yield scipy.ndimage.gaussian_filter(enlarged[0, 0].cpu().numpy(), sigma=SIGMA)
 
 
@@ -110,12 +129,18 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         BackboneSettings(name=arguments.backbone, stride_in_1x1=arguments.stride_in_1x1),
         weights=arguments.weights,
     ).to(device)
-    items = source_for(arguments.category).items(arguments.category, arguments.data / arguments.category)
+    items = dataset_for(arguments.category).items(
+        arguments.category, arguments.data / arguments.category
+    )
     train, test = ([item for item in items if item.split == split] for split in ("train", "test"))
     generator = torch.Generator().manual_seed(arguments.seed)
     begun = time.perf_counter()
-    pool = draw_pool(embed(backbone, train, arguments.size, device), len(train), arguments.pool, generator)
-    logger.info("%d features of %d images after %.0f s", len(pool), len(train), time.perf_counter() - begun)
+    pool = draw_pool(
+        embed(backbone, train, arguments.size, device), len(train), arguments.pool, generator
+    )
+    logger.info(
+        "%d features of %d images after %.0f s", len(pool), len(train), time.perf_counter() - begun
+    )
     core = choose_core(pool, arguments.core, generator)
     logger.info("%d of them chosen after %.0f s", len(core), time.perf_counter() - begun)
     maps = list(map_distances(embed(backbone, test, arguments.size, device), core, arguments.size))
@@ -123,33 +148,56 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     logger.info("%d test images mapped after %.0f s", len(test), seconds)
     found = evaluate(
         maps,
-        [None if item.mask is None else resize_mask(read_mask(item.mask), (arguments.size,) * 2) for item in test],
+        [
+            None if item.mask is None else resize_mask(read_mask(item.mask), (arguments.size,) * 2)
+            for item in test
+        ],
         [float(values.max()) for values in maps],
         [item.label == "defective" for item in test],
-        [item.defect for item in test],
+        [item.defect_type for item in test],
         image_threshold=None,
         pixel_threshold=None,
         bootstrap=arguments.bootstrap,
         seed=arguments.seed,
     )
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
+    settings = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in vars(arguments).items()
+    }
     return {**found.metrics, "settings": settings, "train_images": len(train), "seconds": seconds}
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with one folder a category, as fetched")
-    parser.add_argument("--category", required=True, help="category id, such as mt_defect or nanotwice")
-    parser.add_argument("--weights", type=Path, required=True, help="the backbone's weights")
-    parser.add_argument("--backbone", default="resnet50.tv_in1k", help="timm's name of the backbone")
-    parser.add_argument(
-        "--stride-in-1x1", action=argparse.BooleanOptionalAction, default=True, help="Caffe-style ResNet"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--size", type=int, default=256, help="edge of the network's input, in pixels")
-    parser.add_argument("--pool", type=int, default=100_000, help="features among which the core is chosen")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder with one folder a category, as fetched"
+    )
+    parser.add_argument(
+        "--category", required=True, help="category id, such as mt_defect or nanotwice"
+    )
+    parser.add_argument("--weights", type=Path, required=True, help="the backbone's weights")
+    parser.add_argument(
+        "--backbone", default="resnet50.tv_in1k", help="timm's name of the backbone"
+    )
+    parser.add_argument(
+        "--stride-in-1x1",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="Caffe-style ResNet",
+    )
+    parser.add_argument(
+        "--size", type=int, default=256, help="edge of the network's input, in pixels"
+    )
+    parser.add_argument(
+        "--pool", type=int, default=100_000, help="features among which the core is chosen"
+    )
     parser.add_argument("--core", type=int, default=5000, help="features that are kept")
-    parser.add_argument("--bootstrap", type=int, default=1000, help="resamplings for the 95 %% intervals")
+    parser.add_argument(
+        "--bootstrap", type=int, default=1000, help="resamplings for the 95 %% intervals"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="also write everything to this file")
@@ -164,7 +212,11 @@ def main() -> None:
     for name, value in figures.items():
         if isinstance(value, float):
             low, high = figures["intervals"].get(name, (float("nan"),) * 2)
-            print(f"{name:24}{value:8.4f}   {low:.4f} to {high:.4f}" if low == low else f"{name:24}{value:8.4f}")
+            print(
+                f"{name:24}{value:8.4f}   {low:.4f} to {high:.4f}"
+                if low == low
+                else f"{name:24}{value:8.4f}"
+            )
     for name, reason in figures["undefined"].items():
         print(f"{name:24}undefined: {reason}")
     if arguments.json:
