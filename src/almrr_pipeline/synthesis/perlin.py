@@ -14,34 +14,28 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from almrr_pipeline.common.arrays import MaskArray
 from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.common.images import MaskArray
 
 Noise = npt.NDArray[np.float32]
 
-LARGEST_ROTATION = 90.0
-"""Degrees: the noise is rotated by up to this angle either way, as in DRAEM."""
-MOST_DRAWS = 200
-"""Masks drawn in search of one that is not empty; about one in 18 is, with the paper's values."""
+LARGEST_ROTATION = 90.0  # degrees either way, as in DRAEM
+MOST_DRAWS = 200  # in search of a mask that is not empty: about one in 18 is, by the paper's values
 
 
 class _Axis(NamedTuple):
-    """Positions of an axis's pixels in the grid; each array has shape (length,)."""
+    """Positions of an axis's pixels in the grid, in cells; each array has shape (length,)."""
 
-    cell: npt.NDArray[np.intp]
-    """Index of the node before; the node after is one more."""
-    before: Noise
-    """Distance to the node before, in cells, in [0, 1)."""
-    after: Noise
-    """Distance to the node after, in cells, in [-1, 0)."""
-    fade: Noise
-    """Weight of the node after, in [0, 1); the node before has the rest."""
+    cell: npt.NDArray[np.intp]  # index of the node before; the node after is one more
+    before: Noise  # distance to the node before, in [0, 1)
+    after: Noise  # distance to the node after, in [-1, 0)
+    fade: Noise  # weight of the node after, in [0, 1); the node before has the rest
 
 
 def perlin_noise(
     shape: tuple[int, int], *, cells: tuple[int, int], generator: np.random.Generator
 ) -> Noise:
-    """Draw an image of Perlin noise.
+    """Draw Perlin noise, float32 in [-1, 1], 0 at the nodes.
 
     Pixel p of an axis with n pixels and c cells is at p c / n, so the first pixel is on a node; n
     need not be a multiple of c. Noise is linear in the gradients and its weights are products of
@@ -52,21 +46,17 @@ def perlin_noise(
         shape: rows and columns, in pixels.
         cells: grid cells along rows and columns.
         generator: draws (cells[0] + 1) * (cells[1] + 1) angles.
-
-    Returns:
-        float32 in [-1, 1], shape `shape`; 0 at the nodes.
     """
     nodes = (cells[0] + 1, cells[1] + 1)
     angles = generator.uniform(0.0, 2.0 * np.pi, nodes).astype(np.float32)
     y, x = _lay_axis(shape[0], cells[0]), _lay_axis(shape[1], cells[1])
     gradient_y, gradient_x = np.sin(angles), np.cos(angles)
     left, right = 1.0 - x.fade, x.fade
+    before, after = left * x.before, right * x.after
     # Along a row of nodes, for every column: the gradients' contribution per unit of y (slope) and
     # from x alone (offset); both have shape (rows of nodes, columns).
     slope = gradient_y[:, x.cell] * left + gradient_y[:, x.cell + 1] * right
-    offset = gradient_x[:, x.cell] * (left * x.before) + gradient_x[:, x.cell + 1] * (
-        right * x.after
-    )
+    offset = gradient_x[:, x.cell] * before + gradient_x[:, x.cell + 1] * after
     above = slope[y.cell] * y.before[:, None] + offset[y.cell]  # (rows, columns)
     below = slope[y.cell + 1] * y.after[:, None] + offset[y.cell + 1]
     noise: Noise = np.float32(np.sqrt(2.0)) * (above + y.fade[:, None] * (below - above))
@@ -80,42 +70,34 @@ def perlin_mask(
     threshold: float,
     generator: np.random.Generator,
 ) -> MaskArray:
-    """Draw the mask of one simulated anomaly: rotated Perlin noise above a threshold.
+    """Draw the mask of one anomaly: rotated Perlin noise above a threshold, True somewhere.
 
     An empty mask is drawn again. DRAEM counts such a sample as free of anomalies instead, which
     makes their fraction larger than the one that was set.
 
     Args:
         shape: rows and columns, in pixels.
-        grid_exponents: the grid has 2^k cells per axis, k drawn per axis from this range, ends
-            included.
+        grid_exponents: 2^k cells per axis, k drawn per axis from this range, ends included.
         threshold: noise above it is anomalous; in (0, 1).
-        generator: draws exponents, gradients and the angle in [-90, 90] degrees.
-
-    Returns:
-        bool, shape `shape`; at least one pixel is True.
+        generator: draws exponents, gradients and the angle.
 
     Raises:
-        AlmrrError: no mask in 200 draws, because the threshold is too close to 1.
+        AlmrrError: all of 200 masks were empty, because the threshold is too close to 1.
     """
     lowest, highest = grid_exponents
     for _ in range(MOST_DRAWS):
         rows, columns = 2 ** generator.integers(lowest, highest, 2, endpoint=True)
         noise = perlin_noise(shape, cells=(int(rows), int(columns)), generator=generator)
         angle = generator.uniform(-LARGEST_ROTATION, LARGEST_ROTATION)
-        mask: MaskArray = _rotate(noise, angle) > threshold
+        # About the center, bilinear, with 0 outside, as in DRAEM.
+        rotated = Image.fromarray(noise).rotate(angle, Image.Resampling.BILINEAR, fillcolor=0.0)
+        mask: MaskArray = np.asarray(rotated) > threshold
         if mask.any():
             return mask
     raise AlmrrError(
         f"synthesis.threshold: no Perlin noise above {threshold} in {MOST_DRAWS} draws with "
         f"2^{lowest} to 2^{highest} cells per axis; lower the threshold (the paper takes 0.5)."
     )
-
-
-def _rotate(noise: Noise, degrees: float) -> Noise:
-    """Rotate counter-clockwise about the center, bilinear, with 0 outside, as in DRAEM."""
-    image = Image.fromarray(noise)
-    return np.asarray(image.rotate(degrees, resample=Image.Resampling.BILINEAR, fillcolor=0.0))
 
 
 @lru_cache(maxsize=64)

@@ -10,31 +10,22 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageDraw
 
-from almrr_pipeline.common.images import MaskArray
+from almrr_pipeline.common.arrays import MaskArray
 
+# Lengths are fractions of the image's shorter side.
 LINE_LENGTH = (0.08, 0.6)
-"""Of a line, as a fraction of the image's shorter side."""
-WIDEST_LINE = 1 / 64
-"""As a fraction of the image's shorter side; the thinnest line is a pixel wide."""
-LINE_BEND = 0.25
-"""Largest distance of a line's middle from the chord of its ends, as a fraction of its length."""
-BAND_FRACTION = (0.05, 0.45)
-"""Of the image, covered by a band: less than half, so that the band is what is unusual."""
-BAND_WAVE = 0.04
-"""Largest amplitude of a band's edge, as a fraction of the image's shorter side."""
-_CURVE_POINTS = 48
-"""Corners of the polygon that a line is drawn as; it keeps within 0.0001 sides of the curve."""
+WIDEST_LINE = 1 / 64  # the thinnest line is a pixel wide
+LINE_BEND = 0.25  # largest distance of a line's middle from its chord, as a fraction of its length
+BAND_FRACTION = (0.05, 0.45)  # of the image's area: below half, so that the band is what is unusual
+BAND_WAVE = 0.04  # largest amplitude of a band's edge
+_CURVE_POINTS = 48  # corners of a line's polygon, which keeps within 0.0001 sides of the curve
 
 
 def line_mask(shape: tuple[int, int], *, generator: np.random.Generator) -> MaskArray:
-    """Draw a thin, slightly bent line of any direction: a quadratic Bezier curve.
+    """Draw a thin line, a quadratic Bezier curve, into a mask of `shape` pixels (rows, columns).
 
-    Args:
-        shape: rows and columns, in pixels.
-        generator: draws place, direction, length, bend and width.
-
-    Returns:
-        bool, shape `shape`; at least one pixel is True, as the line's middle is inside the image.
+    Place, direction, length, bend and width are random. The mask is True somewhere, as the line's
+    middle is inside the image.
     """
     side = min(shape)
     length = generator.uniform(*LINE_LENGTH) * side
@@ -53,14 +44,10 @@ def line_mask(shape: tuple[int, int], *, generator: np.random.Generator) -> Mask
 
 
 def band_mask(shape: tuple[int, int], *, generator: np.random.Generator) -> MaskArray:
-    """Draw a band across the image: one side of a wavy line, or the area between two.
+    """Draw one side of a wavy line, or the area between two, into a mask of `shape` pixels.
 
-    Args:
-        shape: rows and columns, in pixels.
-        generator: draws direction, fraction of the image, wave, and one edge or two.
-
-    Returns:
-        bool, shape `shape`; the fraction of True pixels is in `BAND_FRACTION`.
+    Direction, area, wave, and whether there are one or two lines are random. The fraction of True
+    pixels is in `BAND_FRACTION`.
     """
     side = min(shape)
     angle = generator.uniform(0.0, 2.0 * np.pi)

@@ -6,19 +6,13 @@ from enum import IntEnum
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from almrr_pipeline.common.images import ImageArray, MaskArray
+from almrr_pipeline.common.arrays import ImageArray, MaskArray
 from almrr_pipeline.config import SynthesisSettings, Weights
+from almrr_pipeline.synthesis import textures as operations
 from almrr_pipeline.synthesis.blend import blend_anomaly
 from almrr_pipeline.synthesis.perlin import perlin_mask
 from almrr_pipeline.synthesis.shapes import band_mask, line_mask
-from almrr_pipeline.synthesis.textures import (
-    alter_texture,
-    change_exposure,
-    has_color,
-    remove_color,
-)
 
 
 class Stream(IntEnum):
@@ -34,11 +28,8 @@ class Sample(NamedTuple):
     """One sample of a synthetic set."""
 
     augmented: ImageArray
-    """uint8 in [0, 255], shape (H, W, 3)."""
-    mask: MaskArray
-    """bool, shape (H, W); all False for a sample without an anomaly."""
-    normal_index: int
-    """Row of the normal image that was augmented."""
+    mask: MaskArray  # all False without an anomaly
+    normal_index: int  # of the normal image that was augmented
 
 
 def make_generator(seed: int, number: int, stream: Stream) -> np.random.Generator:
@@ -49,23 +40,21 @@ def make_generator(seed: int, number: int, stream: Stream) -> np.random.Generato
 def simulate_sample(
     number: int,
     *,
-    normals: npt.NDArray[np.uint8],
-    textures: npt.NDArray[np.uint8],
+    normals: ImageArray,
+    textures: ImageArray,
     settings: SynthesisSettings,
     seed: int,
     stream: Stream = Stream.TRAINING,
 ) -> Sample:
-    """Simulate one sample of the synthetic set.
-
-    The order of the draws is part of what a seed stands for.
+    """Simulate one sample; the order of the draws is part of what a seed stands for.
 
     Args:
         number: of the sample; with seed and stream it determines all random numbers.
         normals: normal images, uint8 in [0, 255], shape (n, H, W, 3).
         textures: anomaly textures, uint8 in [0, 255], shape (t, H, W, 3).
-        settings: what is drawn from which range.
+        settings: ranges and weights of what is drawn.
         seed: 0 or more.
-        stream: training or validation.
+        stream: of the training or the validation samples.
     """
     generator = make_generator(seed, number, stream)
     normal_index = int(generator.integers(len(normals)))
@@ -76,11 +65,11 @@ def simulate_sample(
     texture = np.asarray(textures[generator.integers(len(textures))]) if is_texture else None
     mask = _draw_mask(normal.shape[:2], settings, generator)
     if texture is None:
-        anomaly = change_exposure(normal, generator=generator)
+        anomaly = operations.change_exposure(normal, generator=generator)
     else:
-        anomaly = alter_texture(texture, count=settings.operations, generator=generator)
-        if settings.color == "match" and not has_color(normal):
-            anomaly = remove_color(anomaly)
+        anomaly = operations.alter_texture(texture, count=settings.operations, generator=generator)
+        if settings.color == "match" and not operations.has_color(normal):
+            anomaly = operations.remove_color(anomaly)
     opacity = generator.uniform(*settings.opacity)
     return Sample(blend_anomaly(normal, anomaly, mask, opacity=opacity), mask, normal_index)
 
@@ -93,19 +82,14 @@ def _draw_mask(
             return line_mask(shape, generator=generator)
         case "band":
             return band_mask(shape, generator=generator)
-        case _:
-            return perlin_mask(
-                shape,
-                grid_exponents=settings.grid_exponents,
-                threshold=settings.threshold,
-                generator=generator,
-            )
+    exponents, threshold = settings.grid_exponents, settings.threshold
+    return perlin_mask(shape, grid_exponents=exponents, threshold=threshold, generator=generator)
 
 
 def _draw_choice(weights: Weights, generator: np.random.Generator) -> str:
     """Draw one of several names by weight; where only one has a weight, no number is drawn."""
-    possible = [(name, weight) for name, weight in weights if weight > 0]
-    if len(possible) == 1:
-        return possible[0][0]
-    values = np.array([weight for _, weight in possible])
-    return possible[generator.choice(len(possible), p=values / values.sum())][0]
+    names = [name for name, weight in weights if weight > 0]
+    if len(names) == 1:
+        return names[0]
+    values = np.array([getattr(weights, name) for name in names])
+    return names[generator.choice(len(names), p=values / values.sum())]

@@ -12,10 +12,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageEnhance, ImageOps
 
-from almrr_pipeline.common.images import ImageArray
+from almrr_pipeline.common.arrays import ImageArray
 
-EXPOSURE = (0.2, 0.8)
-"""Least and largest logarithm of the factor between two exposures: factors of 1.22 and 2.23."""
+EXPOSURE = (0.2, 0.8)  # least and largest |log| of the factor between two exposures: 1.22 and 2.23
 
 Operation = Callable[[Image.Image, np.random.Generator], Image.Image]
 
@@ -77,31 +76,16 @@ def rotate(texture: Image.Image, generator: np.random.Generator) -> Image.Image:
     return texture.rotate(generator.uniform(-45.0, 45.0), resample=Image.Resampling.BILINEAR)
 
 
-OPERATIONS: tuple[Operation, ...] = (
-    adjust_gamma,
-    adjust_brightness,
-    adjust_sharpness,
-    shift_hue_and_saturation,
-    solarize,
-    posterize,
-    invert,
-    stretch_contrast,
-    equalize,
-    rotate,
-)
-"""The ten operations, in the order in which DRAEM lists them."""
+OPERATIONS: tuple[Operation, ...] = (  # in the order in which DRAEM lists them
+    adjust_gamma, adjust_brightness, adjust_sharpness, shift_hue_and_saturation, solarize,
+    posterize, invert, stretch_contrast, equalize, rotate,
+)  # fmt: skip
 
 
 def alter_texture(texture: ImageArray, *, count: int, generator: np.random.Generator) -> ImageArray:
-    """Change a texture by `count` different random operations, in random order.
+    """Alter a texture by `count` different operations, drawn with their order; the paper takes 3.
 
-    Args:
-        texture: uint8 in [0, 255], shape (H, W, 3); it is not changed.
-        count: how many of the ten operations, 0 to 10; the paper takes 3.
-        generator: draws the operations and what they do.
-
-    Returns:
-        uint8 in [0, 255], shape (H, W, 3).
+    uint8 in [0, 255], shape (H, W, 3), in and out; the texture itself is not changed.
     """
     image = Image.fromarray(texture)
     for index in generator.permutation(len(OPERATIONS))[:count]:
@@ -114,13 +98,7 @@ def change_exposure(image: ImageArray, *, generator: np.random.Generator) -> Ima
 
     A value v becomes gain * (mean + contrast * (v - mean)), cut to [0, 255]. Gain and contrast are
     log-uniform; the gain differs from 1, either way, by at least the lower end of `EXPOSURE`.
-
-    Args:
-        image: uint8 in [0, 255], shape (H, W, 3); it is not changed.
-        generator: draws gain and contrast.
-
-    Returns:
-        uint8 in [0, 255], shape (H, W, 3).
+    uint8 in [0, 255], shape (H, W, 3), in and out; the image itself is not changed.
     """
     gain = np.exp(generator.choice([-1.0, 1.0]) * generator.uniform(*EXPOSURE))
     contrast = np.exp(generator.uniform(-EXPOSURE[1], EXPOSURE[1]))

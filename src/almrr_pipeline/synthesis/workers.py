@@ -16,26 +16,21 @@ Spread = Callable[..., Iterator[int]]
 
 
 def count_processes(requested: int, *, work: int, least_work: int) -> int:
-    """Return how many processes to start.
+    """Return how many processes to start: as requested, by default one per core of this process.
 
-    Args:
-        requested: a number, or 0 for one per core that this process may use.
-        work: pieces of work there are.
-        least_work: pieces for which a process is worth its start, which takes some tenths of a
-            second.
+    There are fewer where less than `least_work` pieces of work remain for each.
     """
-    return max(1, min(requested or _count_cores(), work // least_work))
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return max(1, min(requested or cores, work // least_work))
 
 
 @contextmanager
 def spread_over(processes: int) -> Iterator[Spread]:
-    """Provide a `map` that works in so many processes; with 1 in this one.
+    """Provide a `map` that works in so many processes, with 1 in this one.
 
-    Processes are spawned, not forked: a fork copies the locks of libraries whose threads it does
-    not copy. So functions and tasks have to be importable and picklable.
-
-    Yields:
-        A function like `map`; an error in a task ends it and is raised here.
+    Processes are spawned: a fork copies the locks of libraries whose threads it does not copy. So
+    functions and tasks have to be importable and picklable. An error in a task is raised here.
 
     Raises:
         AlmrrError: a process ended without an answer.
@@ -52,9 +47,3 @@ def spread_over(processes: int) -> Iterator[Spread]:
             f"One of {processes} processes ended without an answer, perhaps for lack of memory; "
             "set synthesis.workers to a smaller number (1 starts no further processes)."
         ) from error
-
-
-def _count_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -6,56 +6,40 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from numpy.lib.format import open_memmap
 
-from almrr_pipeline.common.images import ImageArray, read_image, resize_image
+from almrr_pipeline.common.arrays import ImageArray
+from almrr_pipeline.common.images import read_image, resize_image
 from almrr_pipeline.common.progress import track
 from almrr_pipeline.config import SynthesisSettings
 from almrr_pipeline.synthesis.simulate import Stream, make_generator, simulate_sample
 from almrr_pipeline.synthesis.workers import Spread
 
-TEXTURES = "textures"
-"""Name of the array that is needed while the samples are made, and not a part of the set."""
+# Of the training and the validation samples, by the prefix of their arrays' names.
+SAMPLE_STREAMS = {"": Stream.TRAINING, "validation_": Stream.VALIDATION}
+CROP_STREAMS = {"": Stream.TRAINING_CROPS, "validation_": Stream.VALIDATION_CROPS}
+# Tenths of a second's work: long beside the cost of a task, short enough for smooth progress.
 _SAMPLES_PER_TASK = 32
 _IMAGES_PER_TASK = 16
-"""Tenths of a second's work: long enough for a task's cost, short enough for smooth progress."""
-
-
-class Split(NamedTuple):
-    """The training or the validation samples."""
-
-    prefix: str
-    """Begins the names of the split's arrays."""
-    sample_stream: Stream
-    crop_stream: Stream
-
-
-SPLITS = (
-    Split("", Stream.TRAINING, Stream.TRAINING_CROPS),
-    Split("validation_", Stream.VALIDATION, Stream.VALIDATION_CROPS),
-)
 
 
 @dataclass(frozen=True)
 class ImagePaths:
     """The images that a synthetic set is made of; no others are opened."""
 
-    root: Path
-    """Folder that the set's description names the normal images relative to."""
-    training: Sequence[Path]
-    """Normal images to train on."""
-    validation: Sequence[Path]
-    """Normal images that are not trained on; may be empty."""
+    root: Path  # folder that the set's description names the normal images relative to
+    training: Sequence[Path]  # normal images to train on
+    validation: Sequence[Path]  # normal images that are not trained on; may be empty
     textures: Sequence[Path]
 
 
 @dataclass(frozen=True)
 class SetWriter:
-    """Writes rows of a set's arrays, which exist; the result depends on arguments and files alone.
+    """Fills a set's arrays, which exist; the result depends on arguments and files alone.
 
     Every sample and every crop has a random generator of its own, so any process may write it.
     """
@@ -63,29 +47,27 @@ class SetWriter:
     folder: Path
     settings: SynthesisSettings
     seed: int
-    crop_scale: float | None
-    """Factor of the images before crops are cut; None for whole images, resized."""
+    crop_scale: float | None  # of the images before crops are cut; None for whole images, resized
 
     def open(self, name: str, mode: str = "r") -> npt.NDArray[Any]:
         """Open an array by its name."""
         return open_memmap(self.folder / f"{name}.npy", mode=mode)
 
     def write_all(self, images: ImagePaths, spread: Spread) -> None:
-        """Write all arrays: the textures, then each split's normal images and its samples."""
-        self._resize(TEXTURES, images.textures, spread, "read textures")
-        for split, paths in zip(SPLITS, (images.training, images.validation), strict=True):
-            normals = f"{split.prefix}normals"
+        """Write the textures, then the training and the validation samples."""
+        self._resize("textures", images.textures, spread, "read textures")
+        for prefix, paths in (("", images.training), ("validation_", images.validation)):
+            normals = f"{prefix}normals"
             if self.crop_scale is None:
                 self._resize(normals, paths, spread, "read normal images")
             else:
                 total = len(self.open(normals))
                 rows = [range(first, total, len(paths)) for first in range(len(paths))]
-                done = spread(partial(self.write_crops, split), paths, rows)
-                _follow(done, total, "crops", "cut normal images")
-            total = len(self.open(f"{split.prefix}augmented"))
-            stretches = _stretches(total, _SAMPLES_PER_TASK)
-            done = spread(partial(self.write_samples, split), stretches)
-            _follow(done, total, "samples", "simulate anomalies")
+                crops = spread(partial(self.write_crops, prefix), paths, rows)
+                _follow(crops, total, "crops", "cut normal images")
+            total = len(self.open(f"{prefix}augmented"))
+            samples = spread(partial(self.write_samples, prefix), _cut(total, _SAMPLES_PER_TASK))
+            _follow(samples, total, "samples", "simulate anomalies")
 
     def write_resized(self, name: str, paths: Sequence[Path], rows: range) -> int:
         """Read images and write them at the network's size; returns how many."""
@@ -94,46 +76,47 @@ class SetWriter:
             target[row] = resize_image(read_image(path), target.shape[1:3])
         return len(rows)
 
-    def write_crops(self, split: Split, path: Path, rows: range) -> int:
+    def write_crops(self, prefix: str, path: Path, rows: range) -> int:
         """Read an image, scale it and write random crops of it; returns how many."""
-        target = self.open(f"{split.prefix}normals", "r+")
+        target = self.open(f"{prefix}normals", "r+")
         height, width = target.shape[1:3]
         image = scale_image(read_image(path), self.crop_scale or 1.0, at_least=(height, width))
         for row in rows:
-            generator = make_generator(self.seed, row, split.crop_stream)
+            generator = make_generator(self.seed, row, CROP_STREAMS[prefix])
             top = int(generator.integers(image.shape[0] - height + 1))
             left = int(generator.integers(image.shape[1] - width + 1))
             target[row] = image[top : top + height, left : left + width]
         return len(rows)
 
-    def write_samples(self, split: Split, rows: range) -> int:
+    def write_samples(self, prefix: str, rows: range) -> int:
         """Simulate samples and write them; returns how many."""
-        normals, textures = self.open(f"{split.prefix}normals"), self.open(TEXTURES)
         names = ("augmented", "masks", "normal_index")
-        targets = [self.open(f"{split.prefix}{name}", "r+") for name in names]
-        simulate = partial(
-            simulate_sample, normals=normals, textures=textures, settings=self.settings
-        )
+        targets = [self.open(f"{prefix}{name}", "r+") for name in names]
+        normals, textures = self.open(f"{prefix}normals"), self.open("textures")
         for row in rows:
-            sample = simulate(row, seed=self.seed, stream=split.sample_stream)
+            sample = simulate_sample(
+                row,
+                normals=normals,
+                textures=textures,
+                settings=self.settings,
+                seed=self.seed,
+                stream=SAMPLE_STREAMS[prefix],
+            )
             for target, value in zip(targets, sample, strict=True):
                 target[row] = value
         return len(rows)
 
     def _resize(self, name: str, paths: Sequence[Path], spread: Spread, description: str) -> None:
-        stretches = _stretches(len(paths), _IMAGES_PER_TASK)
-        chunks = [paths[rows.start : rows.stop] for rows in stretches]
-        done = spread(partial(self.write_resized, name), chunks, stretches)
+        rows = _cut(len(paths), _IMAGES_PER_TASK)
+        chunks = [paths[one.start : one.stop] for one in rows]
+        done = spread(partial(self.write_resized, name), chunks, rows)
         _follow(done, len(paths), "images", description)
 
 
 def scale_image(image: ImageArray, scale: float, *, at_least: tuple[int, int]) -> ImageArray:
-    """Scale an image; pad one smaller than a crop by reflection, as prediction on tiles does.
+    """Scale both sides of an image; pad one smaller than a crop by reflection, as prediction does.
 
-    Args:
-        image: uint8 in [0, 255], shape (H, W, 3).
-        scale: factor of both sides.
-        at_least: rows and columns of a crop.
+    uint8 in [0, 255], shape (H, W, 3), in and out; at_least: rows and columns of a crop.
     """
     rows, columns = (max(1, round(length * scale)) for length in image.shape[:2])
     scaled = resize_image(image, (rows, columns))
@@ -151,5 +134,5 @@ def _follow(done: Iterable[int], total: int, unit: str, description: str) -> Non
             advance(amount)
 
 
-def _stretches(total: int, step: int) -> list[range]:
+def _cut(total: int, step: int) -> list[range]:
     return [range(start, min(total, start + step)) for start in range(0, total, step)]
