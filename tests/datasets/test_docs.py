@@ -16,7 +16,8 @@ import pytest
 import yaml
 
 from almrr_pipeline.config import DataSettings
-from almrr_pipeline.datasets import dtd, mt_defect, mvtec_ad, nanotwice
+from almrr_pipeline.datasets import dtd
+from almrr_pipeline.datasets.obtain import ArchivedDataset
 from almrr_pipeline.datasets.registry import DATASETS, dataset_for, known_categories
 
 QUIET = {"DVC_NO_ANALYTICS": "1", "DO_NOT_TRACK": "1"}
@@ -57,13 +58,15 @@ def test_the_counts_are_those_that_are_checked(text: str) -> None:
 
 
 def test_the_addresses_and_checksums_are_those_that_are_asked(text: str) -> None:
-    specs = [mvtec_ad._spec("mvtec_wood"), mt_defect._SPEC, nanotwice._SPEC, dtd._SPEC]
-    for archive in [
-        archive for spec in specs for archive in spec.archives if archive.key != "mvtec_wood"
-    ]:
-        assert f"`{archive.file_name}`" in text
-        assert all(address in text for address in archive.addresses)
-        assert archive.sha256 is None or archive.sha256 in text
+    datasets = [dataset for dataset in DATASETS.values() if isinstance(dataset, ArchivedDataset)]
+    specs = [dataset.spec(category) for dataset in datasets for category in dataset.categories]
+    archives = {archive for spec in [*specs, dtd._SPEC] for archive in spec.archives}
+    assert len(archives) == 15 + 4
+    for archive in archives:
+        if not archive.key.startswith("mvtec_") or archive.key == "mvtec_ad":
+            assert f"`{archive.file_name}`" in text
+            assert all(address in text for address in archive.addresses)
+            assert archive.sha256 is None or archive.sha256 in text
 
 
 def test_every_row_of_bad_input_is_a_test_and_every_test_is_a_row(text: str, project: Path) -> None:

@@ -167,7 +167,7 @@ def test_without_a_connection_the_hub_is_replaced_by_advice(
             lambda tensors: {**tensors, "bn1.weight": torch.zeros(1)},
             r"bn1\.weight is \(1,\), not \(32,\)",
         ),
-        (lambda tensors: {"other": torch.zeros(1)}, "tensors are missing"),
+        (lambda tensors: {"other": torch.zeros(1)}, "is missing"),
         (
             lambda tensors: {**tensors, "bn1.weight": torch.full((32,), torch.nan)},
             "features that are not finite",

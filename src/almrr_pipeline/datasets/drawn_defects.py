@@ -3,9 +3,8 @@
 They are test material, made of geometry, shading and material, with light from the upper left; they
 share nothing with the anomalies that are simulated for training.
 
-A surface is float64 in [0, 1], shape (S, S), gray, before a camera takes it. Each drawing takes a
-`strength` in (0, 1], which sets its contrast from faint to plain; the generator draws sizes and
-places.
+A surface is float64 in [0, 1], shape (S, S), gray, before a camera takes it. The `strength` in
+(0, 1] sets a drawing's contrast; the generator draws sizes and places.
 """
 
 from __future__ import annotations
@@ -14,11 +13,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+from numpy.random import Generator
 from scipy import interpolate, ndimage, spatial
 
 from almrr_pipeline.common.arrays import Floats
 
-Drawing = Callable[[Floats, np.random.Generator, float], Floats]
+Drawing = Callable[[Floats, Generator, float], Floats]
+_Shape = tuple[int, ...]
 
 LIGHT = np.array([-0.6, -0.8]) / np.hypot(0.6, 0.8)
 """Direction of the light as a unit vector of rows and columns: from the upper left."""
@@ -46,53 +47,49 @@ class _Outline(NamedTuple):
     """Columns from the center."""
 
 
-def draw_scratch(surface: Floats, generator: np.random.Generator, strength: float) -> Floats:
+def draw_scratch(surface: Floats, generator: Generator, strength: float) -> Floats:
     """A long, nearly straight groove: dark away from the light, bright where torn open."""
     length = generator.uniform(0.45, 0.9) * len(surface)
     curve = _draw_curve(surface.shape, generator, length=length, bend=0.05)
     width = generator.uniform(1.3, 2.6) * _taper(curve.along)
     groove = _bump(curve.across, width)
     ridge = _bump(curve.across - 1.6 * width, width)
-    pressure = 0.7 + 0.3 * np.sin(
-        2 * np.pi * (generator.uniform(1, 3) * curve.along + generator.uniform())
-    )
+    periods = generator.uniform(1, 3) * curve.along + generator.uniform()
+    pressure = 0.7 + 0.3 * np.sin(2 * np.pi * periods)
     torn_open = surface.mean() + 2.0 * surface.std() + 0.1 + 0.2 * strength
     scratched = _mix(surface, torn_open, (0.6 + 0.4 * strength) * pressure * ridge)
     return _mix(scratched, 0.3 * surface.mean(), (0.6 + 0.4 * strength) * pressure * groove)
 
 
-def draw_stain(surface: Floats, generator: np.random.Generator, strength: float) -> Floats:
+def draw_stain(surface: Floats, generator: Generator, strength: float) -> Floats:
     """A dried liquid: darker, with the texture shining through and an even darker edge."""
     size = generator.uniform(0.1, 0.2) * len(surface)
-    outline = _draw_outline(surface.shape, generator, size=size, stretch=1.6, unevenness=0.16)
+    outline = _draw_outline(surface.shape, generator, size, 1.6, unevenness=0.16)
     covered = _edge(outline.inside, softness=generator.uniform(0.8, 2.0))
     rim = covered * np.exp(-((outline.inside / 3.0) ** 2))
     soaked = _mix(surface, ndimage.gaussian_filter(surface, 1.5), 0.65 * covered)
     return soaked * (1.0 - (0.26 + 0.34 * strength) * covered - 0.2 * strength * rim)
 
 
-def draw_dent(surface: Floats, generator: np.random.Generator, strength: float) -> Floats:
+def draw_dent(surface: Floats, generator: Generator, strength: float) -> Floats:
     """A hollow: shaded on the side of the light, bright on the other, its texture drawn inward."""
     size = generator.uniform(0.1, 0.18) * len(surface)
-    outline = _draw_outline(surface.shape, generator, size=size, stretch=1.4, unevenness=0.05)
+    outline = _draw_outline(surface.shape, generator, size, 1.4, unevenness=0.05)
     bowl = np.clip(outline.inside / size, 0.0, 1.0)  # 0 at the edge, 1 in the middle
     slope = np.stack(np.gradient(-ndimage.gaussian_filter((bowl * (2.0 - bowl)) ** 2, 1.5)))
     slope /= np.abs(slope).max()
     places = np.indices(surface.shape) + 2.0 * slope
     warped = ndimage.map_coordinates(surface, places, order=1, mode="nearest")
-    facing = -np.tensordot(
-        LIGHT, slope, axes=1
-    )  # a slope that rises toward the light turns away from it
-    dented: Floats = warped * (
-        1.0 + np.where(facing > 0, 0.9, 0.75) * (0.45 + 0.55 * strength) * facing
-    )
+    facing = -np.tensordot(LIGHT, slope, axes=1)  # what rises toward the light faces away from it
+    shading = np.where(facing > 0, 0.9, 0.75) * (0.45 + 0.55 * strength) * facing
+    dented: Floats = warped * (1.0 + shading)
     return dented
 
 
-def draw_hole(surface: Floats, generator: np.random.Generator, strength: float) -> Floats:
+def draw_hole(surface: Floats, generator: Generator, strength: float) -> Floats:
     """A piece broken out: nearly black, lighter where light reaches it, with a bright edge."""
     size = generator.uniform(0.05, 0.115) * len(surface)
-    outline = _draw_outline(surface.shape, generator, size=size, stretch=1.5, unevenness=0.2)
+    outline = _draw_outline(surface.shape, generator, size, 1.5, unevenness=0.2)
     covered = _edge(outline.inside, softness=0.6)
     away = -(LIGHT[0] * outline.rows + LIGHT[1] * outline.columns) / size
     bottom = 0.06 + 0.3 * (1.0 - strength) * surface.mean() + 0.08 * np.clip(away, 0.0, 1.0)
@@ -102,7 +99,7 @@ def draw_hole(surface: Floats, generator: np.random.Generator, strength: float) 
     return _mix(holed, surface.mean() + 0.35, (0.3 + 0.5 * strength) * broken)
 
 
-def draw_thread(surface: Floats, generator: np.random.Generator, strength: float) -> Floats:
+def draw_thread(surface: Floats, generator: Generator, strength: float) -> Floats:
     """A fiber on the surface: round, lit from one side, with a cast shadow."""
     length = generator.uniform(0.5, 1.0) * len(surface)
     curve = _draw_curve(surface.shape, generator, length=length, bend=0.55)
@@ -116,33 +113,27 @@ def draw_thread(surface: Floats, generator: np.random.Generator, strength: float
     return _mix(shaded, tone * roundness, (0.55 + 0.4 * strength) * body)
 
 
-def draw_smear(surface: Floats, generator: np.random.Generator, strength: float) -> Floats:
+def draw_smear(surface: Floats, generator: Generator, strength: float) -> Floats:
     """A wiped stroke: texture rubbed out along it, under a lighter or darker film."""
     size = generator.uniform(0.1, 0.17) * len(surface)
     angle = generator.uniform(0.0, np.pi)
-    outline = _draw_outline(
-        surface.shape, generator, size=size, stretch=2.6, unevenness=0.1, angle=angle
-    )
+    outline = _draw_outline(surface.shape, generator, size, 2.6, unevenness=0.1, angle=angle)
     covered = _edge(outline.inside, softness=2.0)
     direction = np.array([np.sin(angle), np.cos(angle)])
     reach = np.linspace(-1.0, 1.0, 15) * generator.uniform(6.0, 14.0)
-    rubbed = np.mean(
-        [ndimage.shift(surface, step * direction, order=1, mode="reflect") for step in reach],
-        axis=0,
-    )
+    steps = [ndimage.shift(surface, k * direction, order=1, mode="reflect") for k in reach]
+    rubbed = np.mean(steps, axis=0)
     across = direction[0] * outline.columns - direction[1] * outline.rows
     streaks = 1.0 + 0.35 * _draw_bands(across, generator, width=2.0)
     film = generator.choice([-1.0, 1.0]) * (0.08 + 0.16 * strength) * streaks
     return _mix(surface, rubbed + film, (0.65 + 0.3 * strength) * covered)
 
 
-def draw_chip(surface: Floats, generator: np.random.Generator, strength: float) -> Floats:
+def draw_chip(surface: Floats, generator: Generator, strength: float) -> Floats:
     """A splinter of another material: its own grain, lit edges, a cast shadow."""
     size = generator.uniform(0.04, 0.085) * len(surface)
     angle = generator.uniform(0.0, np.pi)
-    outline = _draw_outline(
-        surface.shape, generator, size=size, stretch=3.0, unevenness=0.06, angle=angle
-    )
+    outline = _draw_outline(surface.shape, generator, size, 3.0, unevenness=0.06, angle=angle)
     body = _edge(outline.inside, softness=0.5)
     shadow = ndimage.gaussian_filter(ndimage.shift(body, -3.0 * LIGHT, order=1), 1.2)
     across = np.cos(angle) * outline.rows - np.sin(angle) * outline.columns
@@ -186,7 +177,7 @@ def _taper(along: Floats) -> Floats:
     return np.clip(4.0 * along * (1.0 - along), 0.0, 1.0) ** 0.5
 
 
-def _draw_bands(across: Floats, generator: np.random.Generator, *, width: float) -> Floats:
+def _draw_bands(across: Floats, generator: Generator, *, width: float) -> Floats:
     """Draw uneven parallel bands, `width` pixels wide, of mean 0 and std 1, along `across`."""
     fine = ndimage.gaussian_filter1d(generator.standard_normal(8 * len(across)), 2.0 * width)
     places = np.arange(len(fine)) / 2.0 - 2.0 * len(across)
@@ -194,24 +185,19 @@ def _draw_bands(across: Floats, generator: np.random.Generator, *, width: float)
     return bands
 
 
-def _draw_center(shape: tuple[int, ...], generator: np.random.Generator) -> Floats:
+def _draw_center(shape: _Shape, generator: Generator) -> Floats:
     return generator.uniform(0.22, 0.78, 2) * shape
 
 
-def _draw_curve(
-    shape: tuple[int, ...], generator: np.random.Generator, *, length: float, bend: float
-) -> _Curve:
+def _draw_curve(shape: _Shape, generator: Generator, *, length: float, bend: float) -> _Curve:
     """Draw a smooth curve through five points; `bend` is their spread, per `length`."""
     angle = generator.uniform(0.0, np.pi)
-    forward, aside = (
-        np.array([np.sin(angle), np.cos(angle)]),
-        np.array([np.cos(angle), -np.sin(angle)]),
-    )
+    forward = np.array([np.sin(angle), np.cos(angle)])
+    aside = np.array([np.cos(angle), -np.sin(angle)])
     knots = np.linspace(-0.5, 0.5, 5)
     offsets = bend * generator.uniform(-0.5, 0.5, 5)
-    corners = _draw_center(shape, generator) + length * (
-        np.outer(knots, forward) + np.outer(offsets, aside)
-    )
+    deflected = np.outer(knots, forward) + np.outer(offsets, aside)
+    corners = _draw_center(shape, generator) + length * deflected
     positions = np.linspace(0.0, 1.0, _CURVE_POINTS)
     spline = interpolate.CubicSpline(knots + 0.5, corners)
     points, tangents = spline(positions), spline(positions, 1)
@@ -223,11 +209,11 @@ def _draw_curve(
 
 
 def _draw_outline(
-    shape: tuple[int, ...],
-    generator: np.random.Generator,
-    *,
+    shape: _Shape,
+    generator: Generator,
     size: float,
     stretch: float,
+    *,
     unevenness: float,
     angle: float | None = None,
 ) -> _Outline:

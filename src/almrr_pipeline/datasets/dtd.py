@@ -41,7 +41,7 @@ def fetch_dtd(*, target: Path, request: FetchRequest) -> None:
             raise AlmrrError("there are no images under images/CLASS in it")
         return classes
 
-    def check() -> None:
+    def verify() -> None:
         images = [path for each in list_folders(target) for path in list_images(each)]
         check_images(images, root=target)
         if len(images) != _PUBLISHED:
@@ -50,4 +50,4 @@ def fetch_dtd(*, target: Path, request: FetchRequest) -> None:
                 raise AlmrrError(f"{message}; fetch it again, or set data.strict to false.")
             logger.warning("%s", message)
 
-    obtain(_SPEC, target=target, request=request, extract=extract, check=check)
+    obtain(_SPEC, target=target, request=request, extract=extract, verify=verify)

@@ -8,10 +8,10 @@ from pathlib import Path
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.common.files import find_folder, list_folders
 from almrr_pipeline.common.images import list_images
-from almrr_pipeline.datasets.base import Dataset, FetchRequest
+from almrr_pipeline.datasets.base import FetchRequest
 from almrr_pipeline.datasets.layout import NORMAL_NAMES, list_normal, list_test
 from almrr_pipeline.datasets.manifest import Item
-from almrr_pipeline.datasets.obtain import Archive, DownloadSpec, obtain
+from almrr_pipeline.datasets.obtain import Archive, ArchivedDataset, DownloadSpec
 from almrr_pipeline.datasets.specimens import SPECIMENS_FILE, read_specimens
 
 PREFIX = "folder_"
@@ -24,34 +24,25 @@ _EXPECTED = (
 )
 
 
-class Folder(Dataset):
+class Folder(ArchivedDataset):
     """Any number of categories folder_NAME; masks, specimens.csv and the test set are optional."""
 
     name = "folder"
     categories = ()
     license = "Images of your own: their terms are yours."
 
-    def fetch(self, category: str, *, target: Path, request: FetchRequest) -> None:
-        """Fill `target` with the folder's images, masks and specimens.csv."""
-        self.check(category, request)
+    def spec(self, category: str) -> DownloadSpec:
+        """Return the archive's name in a mirror; there is no public address."""
+        return DownloadSpec(category, category, (Archive(category, f"{category}.zip", ()),))
 
-        def extract(folder: Path) -> list[Path]:
-            for train, masks in _LAYOUTS:
-                found = find_folder(folder, train, depth=2)
-                if found is not None:
-                    names = (train, "validation", "test", masks)
-                    folders = [found / name for name in names if (found / name).is_dir()]
-                    specimens = found / SPECIMENS_FILE
-                    return [*folders, specimens] if specimens.is_file() else folders
-            raise AlmrrError(
-                f"there is neither a folder train nor a folder normal in it; {_EXPECTED}"
-            )
-
-        def check() -> None:
-            """Nothing: no counts are published, and `registry.fetch_category` opens all images."""
-
-        spec = DownloadSpec(category, category, (Archive(category, f"{category}.zip", ()),))
-        obtain(spec, target=target, request=request, extract=extract, check=check)
+    def extract(self, category: str, folder: Path) -> list[Path]:
+        """Return the folders of images and masks, and specimens.csv."""
+        for train, masks in _LAYOUTS:
+            found = find_folder(folder, train, depth=2)
+            if found is not None:
+                names = (train, "validation", "test", masks, SPECIMENS_FILE)
+                return [found / name for name in names if (found / name).exists()]
+        raise AlmrrError(f"there is neither a folder train nor a folder normal in it; {_EXPECTED}")
 
     def check(self, category: str, request: FetchRequest) -> None:
         """Check that the user has set the path of the images.

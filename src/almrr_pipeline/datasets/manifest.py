@@ -24,19 +24,11 @@ from almrr_pipeline.common.progress import track
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = (
-    "image",
-    "mask",
-    "split",
-    "label",
-    "defect_type",
-    "specimen",
-    "width",
-    "height",
-    "sha256",
-)
+_ROLE = ("image", "mask", "split", "label", "defect_type", "specimen")
+COLUMNS = (*_ROLE, "width", "height", "sha256")
 _NAMED = 5
 """Files that a message names before it counts the rest."""
+Split = Literal["train", "validation", "test"]
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
 
@@ -48,7 +40,7 @@ class Item:
     image: Path
     mask: Path | None
     """Ground truth; None for normal images, and for defective ones of a dataset without masks."""
-    split: Literal["train", "validation", "test"]
+    split: Split
     """Normal images of `validation` serve the thresholds alone; see `training_split`."""
     label: Literal["normal", "defective"]
     defect_type: str
@@ -110,10 +102,7 @@ def check_counts(
     """
     found = count_items(items)
     if not found.train:
-        raise AlmrrError(
-            f"{name}: there is no normal image to train on; check the folder that it was taken "
-            "from."
-        )
+        raise AlmrrError(f"{name}: there is no normal image to train on; check where it is from.")
     if expected is None or found == expected:
         return None
     difference = f"{name}: {found}; published are {expected}"
@@ -153,27 +142,26 @@ def build_manifest(
             another size than its image; a name is not UTF-8; or two splits share an image or a
             specimen. Names the files.
     """
-    name = os.path.commonpath([item.image.parent for item in items]) if items else root
-    name = Path(name).name  # the category's folder
+    common = os.path.commonpath([item.image.parent for item in items]) if items else root
+    name = Path(common).name  # the category's folder
     if difference := check_counts(items, expected, name=name, strict=strict):
         logger.warning("%s", difference)
     inspections = _inspect_all(items, root, description=f"list {name}")
-    pairs = list(zip(items, inspections, strict=True))
-    _report_empty_masks([item for item, found in pairs if found.mask_is_empty], name)
-    rows = [
-        (
-            _relative(item.image, root),
-            _relative(item.mask, root) if item.mask else "",
-            item.split,
-            item.label,
-            item.defect_type,
-            item.specimen,
-            found.width,
-            found.height,
-            found.sha256,
+    rows, empty = [], []
+    for item, found in zip(items, inspections, strict=True):
+        paths = _relative(item.image, root), _relative(item.mask, root) if item.mask else ""
+        role = item.split, item.label, item.defect_type, item.specimen
+        rows.append((*paths, *role, found.width, found.height, found.sha256))
+        if found.mask_is_empty:
+            empty.append(item.image.name)
+    if empty:
+        logger.warning(
+            "%s: the masks of %d defective images show no defect (%s): these count as defective "
+            "images, but none of their pixels as anomalous",
+            name,
+            len(empty),
+            ", ".join(empty[:_NAMED]),
         )
-        for item, found in pairs
-    ]
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     return table.sort_values(["split", "image"], ignore_index=True)
 
@@ -222,11 +210,9 @@ def split_validation(names: Sequence[str], fraction: float) -> tuple[list[str], 
     """
     count = max(1, round(fraction * len(names))) if fraction > 0 and len(names) > 1 else 0
     ranked = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
-    validation = set(ranked[:count])
-    return (
-        [name for name in names if name not in validation],
-        [name for name in names if name in validation],
-    )
+    chosen = set(ranked[:count])
+    training = [name for name in names if name not in chosen]
+    return training, [name for name in names if name in chosen]
 
 
 def check_images(paths: Sequence[Path], *, root: Path) -> None:
@@ -269,9 +255,9 @@ def _for_each(work: Callable[[_In], _Out], inputs: Sequence[_In], description: s
             else:
                 results.append(result)
     if failures:
-        hidden = len(failures) - _NAMED
-        more = f" And {hidden} more of this kind." if hidden > 0 else ""
-        raise AlmrrError(" ".join(failures[:_NAMED]) + more)
+        if len(failures) > _NAMED:
+            failures[_NAMED:] = [f"And {len(failures) - _NAMED} more of this kind."]
+        raise AlmrrError(" ".join(failures))
     return results
 
 
@@ -279,46 +265,38 @@ def _inspect(item: Item, root: Path) -> _Inspection:
     try:
         str(item.image).encode("utf-8")
     except UnicodeEncodeError:
-        raise AlmrrError(
-            f"{str(item.image)!r}: the name is not UTF-8 text; rename the file."
-        ) from None
+        message = f"{str(item.image)!r}: the name is not UTF-8 text; rename the file."
+        raise AlmrrError(message) from None
     data = _read(item.image, root)
     pixels = decode_image(data, item.image.relative_to(root))
     height, width = pixels.shape[:2]
-    return _Inspection(
-        width=width,
-        height=height,
-        sha256=hashlib.sha256(data).hexdigest(),
-        pixels=hashlib.sha256(f"{height} {width} ".encode() + pixels.tobytes()).hexdigest(),
-        mask_is_empty=item.mask is not None
-        and not _mask_has_defect(item.mask, item.image, (height, width), root),
-    )
+    content = hashlib.sha256(f"{height} {width} ".encode() + pixels.tobytes()).hexdigest()
+    is_empty = item.mask is not None and _is_empty_mask(item.mask, item.image, pixels.shape, root)
+    return _Inspection(width, height, hashlib.sha256(data).hexdigest(), content, is_empty)
 
 
 def _read(path: Path, root: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        name = _relative(path, root)
-        raise AlmrrError(
-            f"{name} cannot be read ({error.strerror}); replace or remove it."
-        ) from error
+        message = (
+            f"{_relative(path, root)} cannot be read ({error.strerror}); replace or remove it."
+        )
+        raise AlmrrError(message) from error
 
 
-def _mask_has_defect(path: Path, image: Path, size: tuple[int, int], root: Path) -> bool:
+def _is_empty_mask(path: Path, image: Path, shape: tuple[int, ...], root: Path) -> bool:
     name, image_name = _relative(path, root), _relative(image, root)
     if not path.is_file():
-        raise AlmrrError(
-            f"{image_name} is defective but has no mask: there is no {name}; add it, or remove the "
-            "image."
-        )
+        missing = f"{image_name} is defective but has no mask: there is no {name}"
+        raise AlmrrError(f"{missing}; add it, or remove the image.")
     mask = decode_mask(_read(path, root), path.relative_to(root))
-    if mask.shape != size:
+    if mask.shape != shape[:2]:
         raise AlmrrError(
             f"{name} has {mask.shape[1]} x {mask.shape[0]} pixels, its image {image_name} has "
-            f"{size[1]} x {size[0]}; a mask has the size of its image."
+            f"{shape[1]} x {shape[0]}; a mask has the size of its image."
         )
-    return bool(mask.any())
+    return not mask.any()
 
 
 def _refuse_leaks(items: Sequence[Item], inspections: Sequence[_Inspection], root: Path) -> None:
@@ -326,17 +304,13 @@ def _refuse_leaks(items: Sequence[Item], inspections: Sequence[_Inspection], roo
     pairs = zip(items, inspections, strict=True)
     images = [(item.split, item.image, found.pixels) for item, found in pairs]
     specimens = [(item.split, item.image, item.specimen) for item in items if item.specimen]
-    _refuse_shared(images, root, what="The same image is", remedy="remove one of each pair")
-    _refuse_shared(
-        specimens,
-        root,
-        what="Images of the same specimen are",
-        remedy="keep each specimen in one split",
-    )
+    _refuse_shared(images, root, "The same image is", "remove one of each pair")
+    what = "Images of the same specimen are"
+    _refuse_shared(specimens, root, what, "keep each specimen in one split")
 
 
 def _refuse_shared(
-    identities: Sequence[tuple[str, Path, str]], root: Path, *, what: str, remedy: str
+    identities: Sequence[tuple[str, Path, str]], root: Path, what: str, remedy: str
 ) -> None:
     """Refuse identities in two splits; given are split, image and identity."""
     for earlier, later in combinations(("train", "validation", "test"), 2):
@@ -347,22 +321,10 @@ def _refuse_shared(
             if split == later and identity in seen
         ]
         if leaks:
-            hidden = len(leaks) - _NAMED
-            more = f" (and {hidden} more pairs)" if hidden > 0 else ""
-            raise AlmrrError(
-                f"{what} in {earlier} and in {later}: {'; '.join(leaks[:_NAMED])}{more}; {remedy}."
-            )
-
-
-def _report_empty_masks(items: Sequence[Item], name: str) -> None:
-    if items:
-        logger.warning(
-            "%s: the masks of %d defective images show no defect (%s): these count as defective "
-            "images, but none of their pixels as anomalous",
-            name,
-            len(items),
-            ", ".join(item.image.name for item in items[:_NAMED]),
-        )
+            pairs = "; ".join(leaks[:_NAMED])
+            if len(leaks) > _NAMED:
+                pairs += f" (and {len(leaks) - _NAMED} more pairs)"
+            raise AlmrrError(f"{what} in {earlier} and in {later}: {pairs}; {remedy}.")
 
 
 def _relative(path: Path, root: Path) -> str:

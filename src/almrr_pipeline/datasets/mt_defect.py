@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.common.files import find_folder, list_folders
 from almrr_pipeline.common.images import list_images
-from almrr_pipeline.datasets.base import Dataset, FetchRequest
+from almrr_pipeline.datasets.base import FetchRequest
 from almrr_pipeline.datasets.layout import GOOD
-from almrr_pipeline.datasets.manifest import Counts, Item, check_counts
-from almrr_pipeline.datasets.obtain import Archive, DownloadSpec, obtain
+from almrr_pipeline.datasets.manifest import Counts, Item, Split
+from almrr_pipeline.datasets.obtain import Archive, ArchivedDataset, DownloadSpec
 from almrr_pipeline.datasets.same_tile import group_by_tile
 from almrr_pipeline.datasets.specimens import SPECIMENS_FILE, read_specimens, write_specimens
-
-logger = logging.getLogger(__name__)
 
 _BY_NAME, _BY_TILE = "mt_defect", "mt_defect_tiles"
 _PREFIX = "MT_"
@@ -27,15 +24,11 @@ _JPEG = (".jpg",)
 _TRAIN = 761
 """Training images in the literature's most cited split, about 80 % of the 952 normal ones."""
 _COUNTS = Counts(_TRAIN, 952 - _TRAIN, 392)
+_FILE = "Magnetic-tile-defect-datasets.-master.zip"
 _ADDRESS = "https://codeload.github.com/abin24/Magnetic-tile-defect-datasets./zip/refs/heads/master"
-_SPEC = DownloadSpec(
-    "mt_defect",
-    "mt_defect",
-    (Archive("mt_defect", "Magnetic-tile-defect-datasets.-master.zip", (_ADDRESS,)),),
-)
 
 
-class MtDefect(Dataset):
+class MtDefect(ArchivedDataset):
     """952 normal images and 392 of five defect types, gray and of many sizes.
 
     Only the counts of the split are published. Category `mt_defect` trains on the 761 normal images
@@ -49,29 +42,26 @@ class MtDefect(Dataset):
     name = "mt_defect"
     categories = (_BY_NAME, _BY_TILE)
     license = (
-        "Magnetic tile defects: no license is stated, the authors welcome its use; "
-        "cite Huang, Qiu and Yuan, Surface defect saliency of magnetic tile, "
-        "The Visual Computer, 2018."
+        "Magnetic tile defects: no license is stated, the authors welcome its use; cite Huang, Qiu "
+        "and Yuan, Surface defect saliency of magnetic tile, The Visual Computer, 2018."
     )
 
-    def fetch(self, category: str, *, target: Path, request: FetchRequest) -> None:
-        """Fill `target` with the folders MT_*, each with its Imgs."""
-        logger.info("%s: %s", category, self.license)
+    def spec(self, category: str) -> DownloadSpec:
+        """Return the address of the one archive."""
+        return DownloadSpec("mt_defect", "mt_defect", (Archive("mt_defect", _FILE, (_ADDRESS,)),))
 
-        def extract(folder: Path) -> list[Path]:
-            found = find_folder(folder, _FREE)
-            if found is None:
-                raise AlmrrError(f"there is no folder {_FREE} in it")
-            return [each for each in list_folders(found) if each.name.startswith(_PREFIX)]
+    def extract(self, category: str, folder: Path) -> list[Path]:
+        """Return the folders MT_*, each with its Imgs."""
+        found = find_folder(folder, _FREE)
+        if found is None:
+            raise AlmrrError(f"there is no folder {_FREE} in it")
+        return [each for each in list_folders(found) if each.name.startswith(_PREFIX)]
 
-        def check() -> None:
-            if category == _BY_TILE:
-                write_specimens(target, _find_tiles(target))
-            check_counts(
-                self.items(category, target), _COUNTS, name=category, strict=request.strict
-            )
-
-        obtain(_SPEC, target=target, request=request, extract=extract, check=check)
+    def verify(self, category: str, target: Path, request: FetchRequest) -> None:
+        """Find the images of each tile, if the category needs them, and compare the counts."""
+        if category == _BY_TILE:
+            write_specimens(target, _find_tiles(target))
+        super().verify(category, target, request)
 
     def items(self, category: str, folder: Path) -> list[Item]:
         """Return the split by hash of the file name or of the tile; normal images have no mask."""
@@ -80,7 +70,7 @@ class MtDefect(Dataset):
         chosen = _choose_tiles(normal, defective, tiles) if tiles else _choose_images(normal)
         items = []
         for path in normal:
-            split = "train" if path in chosen else "test"
+            split: Split = "train" if path in chosen else "test"
             items.append(Item(path, None, split, "normal", GOOD, tiles.get(path, "")))
         for path, defect_type in defective.items():
             mask, tile = path.with_suffix(".png"), tiles.get(path, "")
@@ -132,10 +122,7 @@ def _find_tiles(folder: Path) -> dict[Path, str]:
 def _read_tiles(folder: Path) -> dict[Path, str]:
     tiles = read_specimens(folder)
     if not tiles:
-        raise AlmrrError(
-            f"{folder} holds no {SPECIMENS_FILE}, the list of each image's tile; fetch {_BY_TILE} "
-            "again."
-        )
+        raise AlmrrError(f"{folder} holds no {SPECIMENS_FILE}; fetch {_BY_TILE} again.")
     return tiles
 
 

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.common.files import find_folder
-from almrr_pipeline.datasets.base import Dataset, FetchRequest
+from almrr_pipeline.datasets.base import FetchRequest
 from almrr_pipeline.datasets.layout import list_normal, list_test
-from almrr_pipeline.datasets.manifest import Counts, Item, check_counts
-from almrr_pipeline.datasets.obtain import Archive, DownloadSpec, has_own_path, obtain
-
-logger = logging.getLogger(__name__)
+from almrr_pipeline.datasets.manifest import Counts, Item
+from almrr_pipeline.datasets.obtain import Archive, ArchivedDataset, DownloadSpec, has_own_path
 
 PREFIX = "mvtec_"
 _TERMS = "CC-BY-NC-SA-4.0"
 _SHARES = "https://www.mydrive.ch/shares"
+_BUNDLE_SHARE = "150996/b52ecdcbf521176e9db9c731f2304b27/download/420938113-1629960298"
+_BUNDLE_FILE = "mvtec_anomaly_detection.tar.xz"
 _BUNDLE = Archive(
     "mvtec_ad",
-    "mvtec_anomaly_detection.tar.xz",
-    (
-        f"{_SHARES}/150996/b52ecdcbf521176e9db9c731f2304b27/download/420938113-1629960298/"
-        "mvtec_anomaly_detection.tar.xz",
-    ),
-    "cf4313b13603bec67abb49ca959488f7eedce2a9f7795ec54446c649ac98cd3d",
+    _BUNDLE_FILE,
+    (f"{_SHARES}/{_BUNDLE_SHARE}/{_BUNDLE_FILE}",),
+    sha256="cf4313b13603bec67abb49ca959488f7eedce2a9f7795ec54446c649ac98cd3d",
     shared=True,
 )
 _CONTENT = ("train", "test", "ground_truth", "license.txt", "readme.txt")
@@ -50,7 +46,7 @@ _CATEGORIES: dict[str, tuple[tuple[int, int, int], str]] = {
 }
 
 
-class MvtecAd(Dataset):
+class MvtecAd(ArchivedDataset):
     """MVTec AD with its own split; each category has an archive, and there is a bundle of all."""
 
     name = "mvtec_ad"
@@ -60,23 +56,21 @@ class MvtecAd(Dataset):
         "al., MVTec AD, CVPR 2019, and The MVTec Anomaly Detection Dataset, IJCV 2021."
     )
 
-    def fetch(self, category: str, *, target: Path, request: FetchRequest) -> None:
-        """Fill `target` with train, test and ground_truth of one category."""
-        self.check(category, request)
-        logger.info("%s: %s", category, self.license)
+    def spec(self, category: str) -> DownloadSpec:
+        """Return the addresses of the category's archive and of the bundle."""
         name = category.removeprefix(PREFIX)
+        share, _, file = _CATEGORIES[name][1].rpartition("/")
+        address = f"{_SHARES}/{share}/download/{file}/{name}.tar.xz"
+        own = Archive(category, f"{name}.tar.xz", (address,))
+        return DownloadSpec(category, f"mvtec_ad/{name}", (own, _BUNDLE))
 
-        def extract(folder: Path) -> list[Path]:
-            found = find_folder(folder, "train/good", "test", name=name)
-            if found is None:
-                raise AlmrrError(f"there is no {name}/train/good in it")
-            return [found / each for each in _CONTENT if (found / each).exists()]
-
-        def check() -> None:
-            items, expected = self.items(category, target), self.expected(category)
-            check_counts(items, expected, name=category, strict=request.strict)
-
-        obtain(_spec(category), target=target, request=request, extract=extract, check=check)
+    def extract(self, category: str, folder: Path) -> list[Path]:
+        """Return train, test, ground_truth and the license of one category."""
+        name = category.removeprefix(PREFIX)
+        found = find_folder(folder, "train/good", "test", name=name)
+        if found is None:
+            raise AlmrrError(f"there is no {name}/train/good in it")
+        return [found / each for each in _CONTENT if (found / each).exists()]
 
     def check(self, category: str, request: FetchRequest) -> None:
         """Check that the license is accepted; users of their own files have accepted it before.
@@ -84,11 +78,9 @@ class MvtecAd(Dataset):
         Raises:
             AlmrrError: the license is not among `data.accept_licenses`.
         """
-        if _TERMS not in request.accept_licenses and not has_own_path(_spec(category), request):
-            raise AlmrrError(
-                f"{category}: {self.license} If you accept these terms, add {_TERMS} to "
-                "data.accept_licenses."
-            )
+        if _TERMS not in request.accept_licenses and not has_own_path(self.spec(category), request):
+            advice = f"If you accept these terms, add {_TERMS} to data.accept_licenses."
+            raise AlmrrError(f"{category}: {self.license} {advice}")
 
     def items(self, category: str, folder: Path) -> list[Item]:
         """Return the dataset's own split."""
@@ -100,11 +92,3 @@ class MvtecAd(Dataset):
     def expected(self, category: str) -> Counts:
         """Return the published numbers of images."""
         return Counts(*_CATEGORIES[category.removeprefix(PREFIX)][0])
-
-
-def _spec(category: str) -> DownloadSpec:
-    name = category.removeprefix(PREFIX)
-    share, _, file = _CATEGORIES[name][1].rpartition("/")
-    address = f"{_SHARES}/{share}/download/{file}/{name}.tar.xz"
-    own = Archive(category, f"{name}.tar.xz", (address,))
-    return DownloadSpec(category, f"mvtec_ad/{name}", (own, _BUNDLE))

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.common.files import find_folder
 from almrr_pipeline.common.images import list_images
-from almrr_pipeline.datasets.base import Dataset, FetchRequest
 from almrr_pipeline.datasets.layout import GOOD
-from almrr_pipeline.datasets.manifest import Counts, Item, check_counts
-from almrr_pipeline.datasets.obtain import Archive, DownloadSpec, obtain
-
-logger = logging.getLogger(__name__)
+from almrr_pipeline.datasets.manifest import Counts, Item
+from almrr_pipeline.datasets.obtain import Archive, ArchivedDataset, DownloadSpec
 
 _NORMAL, _ANOMALOUS = "Normal", "Anomalous"
 _DEFECT_TYPE = "anomalous"
 _TIFF = (".tif", ".tiff")
-_ADDRESS = "http://web.mi.imati.cnr.it/ettore/NanoTWICE/dfg05er_Data.zip"
-_SPEC = DownloadSpec(
-    "nanotwice", "nanotwice", (Archive("nanotwice", "dfg05er_Data.zip", (_ADDRESS,)),)
-)
+_FILE = "dfg05er_Data.zip"
+_ADDRESS = f"http://web.mi.imati.cnr.it/ettore/NanoTWICE/{_FILE}"
 
 
-class Nanotwice(Dataset):
+class Nanotwice(ArchivedDataset):
     """5 normal images to train on, 40 defective ones to test: image metrics are undefined."""
 
     name = "nanotwice"
@@ -35,21 +29,16 @@ class Nanotwice(Dataset):
         "IEEE Transactions on Industrial Informatics, 2017."
     )
 
-    def fetch(self, category: str, *, target: Path, request: FetchRequest) -> None:
-        """Fill `target` with Normal and Anomalous."""
-        logger.info("%s: %s", category, self.license)
+    def spec(self, category: str) -> DownloadSpec:
+        """Return the address of the one archive."""
+        return DownloadSpec(category, category, (Archive(category, _FILE, (_ADDRESS,)),))
 
-        def extract(folder: Path) -> list[Path]:
-            found = find_folder(folder, _NORMAL, _ANOMALOUS)
-            if found is None:
-                raise AlmrrError(f"there are no folders {_NORMAL} and {_ANOMALOUS} in it")
-            return [found / _NORMAL, found / _ANOMALOUS]
-
-        def check() -> None:
-            items, expected = self.items(category, target), self.expected(category)
-            check_counts(items, expected, name=category, strict=request.strict)
-
-        obtain(_SPEC, target=target, request=request, extract=extract, check=check)
+    def extract(self, category: str, folder: Path) -> list[Path]:
+        """Return the folders Normal and Anomalous."""
+        found = find_folder(folder, _NORMAL, _ANOMALOUS)
+        if found is None:
+            raise AlmrrError(f"there are no folders {_NORMAL} and {_ANOMALOUS} in it")
+        return [found / _NORMAL, found / _ANOMALOUS]
 
     def items(self, category: str, folder: Path) -> list[Item]:
         """Return the normal images for training, the anomalous ones for testing."""

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
@@ -18,14 +19,12 @@ from urllib.request import url2pathname
 from almrr_pipeline.common.errors import AlmrrError, DiskError
 from almrr_pipeline.common.files import empty_folder, hash_file, remove_folder, transfer
 from almrr_pipeline.common.redaction import redact_address
-from almrr_pipeline.datasets.base import FetchRequest
+from almrr_pipeline.datasets.base import Dataset, FetchRequest
 from almrr_pipeline.datasets.download import downloaded
+from almrr_pipeline.datasets.manifest import check_counts
 from almrr_pipeline.datasets.unpack import unpack
 
 logger = logging.getLogger(__name__)
-
-Extract = Callable[[Path], list[Path]]
-"""Finds the data in a folder; returns the files and folders that belong into the target."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +46,47 @@ class DownloadSpec:
     """Where a dataset can be downloaded from."""
 
     name: str
-    """For messages."""
     folder: str
     """Its folder in a mirror that is a folder, such as mvtec_ad/carpet."""
     archives: tuple[Archive, ...]
     """In the order of preference."""
+
+
+class ArchivedDataset(Dataset):
+    """Base of datasets that are published as archives; it implements `fetch`."""
+
+    def spec(self, category: str) -> DownloadSpec:
+        """Return where a category can be downloaded from."""
+        raise NotImplementedError
+
+    def extract(self, category: str, folder: Path) -> list[Path]:
+        """Return the files and folders of a category in an unpacked archive or a mirror.
+
+        Raises:
+            AlmrrError: the folder does not contain the category.
+        """
+        raise NotImplementedError
+
+    def verify(self, category: str, target: Path, request: FetchRequest) -> None:
+        """Compare the counts of a filled `target` with the published ones.
+
+        Raises:
+            AlmrrError: there is nothing to train on, or the counts differ and must not.
+        """
+        items, expected = self.items(category, target), self.expected(category)
+        check_counts(items, expected, name=category, strict=request.strict)
+
+    def fetch(self, category: str, *, target: Path, request: FetchRequest) -> None:
+        """Fill `target` from the first place that has the category."""
+        self.check(category, request)
+        logger.info("%s: %s", category, self.license)
+        obtain(
+            self.spec(category),
+            target=target,
+            request=request,
+            extract=partial(self.extract, category),
+            verify=partial(self.verify, category, target, request),
+        )
 
 
 @dataclass(frozen=True)
@@ -67,7 +102,7 @@ class _Place:
 
     @property
     def shown(self) -> str:
-        """The address as messages show it: paths in full, for the user to find them."""
+        """The address for messages: without secrets, but local paths in full."""
         return redact_address(self.address) if self.path is None else self.address
 
 
@@ -76,17 +111,17 @@ def obtain(
     *,
     target: Path,
     request: FetchRequest,
-    extract: Extract,
-    check: Callable[[], None],
+    extract: Callable[[Path], list[Path]],
+    verify: Callable[[], None],
 ) -> None:
-    """Try one place after the other until one fills `target` with what passes `check`.
+    """Try one place after the other until one fills `target` with what passes `verify`.
 
     Args:
         spec: what is wanted and where it may be.
         target: an existing empty folder; emptied again between two attempts.
         request: the user's paths, mirror, addresses and checksums.
-        extract: raises AlmrrError if the folder does not contain the data.
-        check: verifies the filled target; raises AlmrrError if it is not the dataset.
+        extract: returns the files and folders to bring into the target; AlmrrError if absent.
+        verify: AlmrrError if the filled target is not the dataset.
 
     Raises:
         AlmrrError: no place has it; lists each place and what was wrong with it.
@@ -96,17 +131,17 @@ def obtain(
     for place in _find_places(spec, request):
         logger.info("%s: looking at %s", spec.name, place.shown)
         try:
-            with _opened(place, spec, request) as (folder, is_temporary):
+            with _opened(place, spec.name, request) as (folder, is_temporary):
                 transfer(extract(folder), target, move=is_temporary)
-            check()
+            verify()
             return
         except DiskError:
             raise
         except AlmrrError as error:
             reason = str(error).rstrip(".")
             if has_own_path(spec, request):
-                key = place.archive.key
-                raise AlmrrError(f"data.paths.{key}: {place.address}: {reason}.") from error
+                setting = f"data.paths.{place.archive.key}"
+                raise AlmrrError(f"{setting}: {place.address}: {reason}.") from error
             logger.warning("%s: %s: %s", spec.name, place.shown, reason)
             failures.append(f"{place.shown} ({reason})")
             empty_folder(target)
@@ -130,9 +165,7 @@ def local_path(address: str) -> Path | None:
     if parts.scheme == "file":
         return Path(url2pathname(parts.path))
     if "://" in address:
-        raise AlmrrError(
-            f"{address}: only http://, https://, file:// and paths can be read; use one of these."
-        )
+        raise AlmrrError(f"{address}: only http(s)://, file:// and paths can be read.")
     return Path(address).expanduser()
 
 
@@ -144,9 +177,7 @@ def check_mirror(mirror: str | None) -> None:
     """
     path = local_path(mirror) if mirror else None
     if path is not None and not path.is_dir():
-        raise AlmrrError(
-            f"data.mirror: there is no folder {path}; correct the path, or set it to null."
-        )
+        raise AlmrrError(f"data.mirror: there is no folder {path}; correct the path.")
 
 
 def check_path(key: str, request: FetchRequest) -> Path:
@@ -201,9 +232,7 @@ def _place_at(archive: Archive, address: str, request: FetchRequest) -> _Place:
 
 
 @contextmanager
-def _opened(
-    place: _Place, spec: DownloadSpec, request: FetchRequest
-) -> Iterator[tuple[Path, bool]]:
+def _opened(place: _Place, name: str, request: FetchRequest) -> Iterator[tuple[Path, bool]]:
     """Provide a folder with a place's content, and whether it is temporary."""
     path = place.path
     if path is not None and path.is_dir():
@@ -213,7 +242,7 @@ def _opened(
     elif place.archive.shared:
         yield _unpack_shared(place, request), False
     else:
-        work = request.scratch / f"unpacked-{spec.name}"
+        work = request.scratch / f"unpacked-{name}"
         remove_folder(work)  # a killed run may have left it
         try:
             _unpack_place(place, work, request)
@@ -224,9 +253,9 @@ def _opened(
 
 def _unpack_shared(place: _Place, request: FetchRequest) -> Path:
     """Unpack an archive of several categories once; an existing folder of its name is complete."""
-    stat = None if place.path is None else place.path.stat()
-    state = "" if stat is None else f"{stat.st_size} {stat.st_mtime_ns}"
-    identity = f"{place.address} {place.sha256} {state}"
+    identity = f"{place.address} {place.sha256}"
+    if place.path is not None:
+        identity += f" {place.path.stat().st_size} {place.path.stat().st_mtime_ns}"
     version = hashlib.sha256(identity.encode()).hexdigest()[:12]
     folder = request.scratch / f"{place.archive.key}-{version}"
     if not folder.is_dir():

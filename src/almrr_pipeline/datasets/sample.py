@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from numpy.random import Generator
 from PIL import Image
 from scipy import ndimage
 
@@ -138,14 +139,14 @@ def write_category(photograph: Floats, target: Path, *, seed: tuple[int, int]) -
                 advance(1)
 
 
-def cut_surface(photograph: Floats, region: Region, generator: np.random.Generator) -> Floats:
+def cut_surface(photograph: Floats, region: Region, generator: Generator) -> Floats:
     """Cut a random square, `CROP` wide, out of a region of a photograph."""
     surface = photograph[region]
     top, left = (generator.integers(length - CROP + 1) for length in surface.shape)
     return surface[top : top + CROP, left : left + CROP]
 
 
-def draw_camera(generator: np.random.Generator) -> Camera:
+def draw_camera(generator: Generator) -> Camera:
     """Draw brightness within 6 %, a fall-off within 4 %, and noise of about 1 of 255."""
     across = np.linspace(-1.0, 1.0, CROP)
     falloff = generator.uniform(-0.04, 0.04, 2)
@@ -155,7 +156,7 @@ def draw_camera(generator: np.random.Generator) -> Camera:
 
 
 def draw_defective(
-    photograph: Floats, defect_type: str, generator: np.random.Generator, *, strength: float
+    photograph: Floats, defect_type: str, generator: Generator, *, strength: float
 ) -> tuple[Gray, MaskArray]:
     """Draw a defect on a crop of the test region.
 

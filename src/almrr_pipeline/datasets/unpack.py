@@ -14,6 +14,7 @@ import lzma
 import shutil
 import stat
 import struct
+import sys
 import tarfile
 import zipfile
 import zlib
@@ -22,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import IO, Literal, NamedTuple, cast
+from typing import IO, NamedTuple, cast
 
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.common.files import remove_folder, report_disk_errors
@@ -31,18 +32,9 @@ from almrr_pipeline.common.progress import format_amount, track
 _BLOCK = 1 << 20
 _COMPRESSIONS = {b"\x1f\x8b": gzip.GzipFile, b"BZh": bz2.BZ2File, b"\xfd7zXZ\x00": lzma.LZMAFile}
 """First bytes of a compressed file, and what reads it."""
-_BROKEN = (
-    zipfile.BadZipFile,
-    tarfile.TarError,
-    lzma.LZMAError,
-    zlib.error,
-    struct.error,
-    EOFError,
-    RuntimeError,  # an encrypted member, or (NotImplementedError) an unknown compression
-    ValueError,
-    OverflowError,
-    MemoryError,
-)
+_DECODING = (zipfile.BadZipFile, tarfile.TarError, lzma.LZMAError, zlib.error, struct.error)
+_BROKEN = (*_DECODING, EOFError, RuntimeError, ValueError, OverflowError, MemoryError)
+"""What broken archives raise; RuntimeError for encryption and for unknown compressions."""
 _ADVICE = "nothing was unpacked. Fetch it from a place that you trust"
 
 
@@ -58,46 +50,42 @@ class Limits:
     allowance: int = 64 << 20
     """Bytes that even the smallest archive may unpack to."""
 
-
-class _Member(NamedTuple):
-    name: str
-    kind: Literal["file", "folder", "other"]
-    open: Callable[[], IO[bytes] | None]
-
-
-class _Budget:
-    """Counts down the bytes that may still come out of one archive."""
-
-    def __init__(self, archive: Path, limits: Limits) -> None:
-        self.archive = archive.name
-        allowed = max(limits.allowance, int(limits.ratio * archive.stat().st_size))
-        self.size = min(limits.size, allowed)
-        self._left = self.size
-
-    def spend(self, amount: int) -> None:
-        self._left -= amount
-        if self._left < 0:
+    def check_size(self, size: int, archive: Path) -> None:
+        """Raise AlmrrError if `archive` may not unpack to `size` bytes."""
+        packed = archive.stat().st_size
+        allowed = min(self.size, max(self.allowance, int(self.ratio * packed)))
+        if size > allowed:
             raise AlmrrError(
-                f"{self.archive} unpacks to more than {format_amount(self.size, 'B')}, which no "
+                f"{archive.name} unpacks to more than {format_amount(allowed, 'B')}, which no "
                 f"honest archive of its size does; {_ADVICE}."
             )
 
 
-class _Metered(io.RawIOBase):
-    """A stream that spends a budget as it is read, in blocks small enough to stop a bomb early."""
+class _Member(NamedTuple):
+    name: str
+    is_folder: bool
+    is_file: bool
+    """False for links, devices and sparse files."""
+    open: Callable[[], IO[bytes] | None]
 
-    def __init__(self, stream: IO[bytes], budget: _Budget) -> None:
+
+class _Metered(io.RawIOBase):
+    """A stream of limited size, read in blocks small enough to stop a bomb early."""
+
+    def __init__(self, stream: IO[bytes], check_size: Callable[[int], None]) -> None:
         self._stream = stream
-        self._budget = budget
+        self._check_size = check_size
+        self._size = 0
 
     def readable(self) -> bool:
         return True
 
     def read(self, size: int = -1, /) -> bytes:
         blocks = []
-        left = size if size >= 0 else self._budget.size + 1
+        left = size if size >= 0 else sys.maxsize
         while left > 0 and (block := self._stream.read(min(left, _BLOCK))):
-            self._budget.spend(len(block))
+            self._size += len(block)
+            self._check_size(self._size)
             blocks.append(block)
             left -= len(block)
         return b"".join(blocks)
@@ -142,21 +130,19 @@ def _report_broken(archive: Path) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk's; gzip and bz2 raise "invalid data" without a number
         reason = str(error) or type(error).__name__
-        raise AlmrrError(
-            f"{archive.name} is truncated or broken ({reason}); fetch it again."
-        ) from error
+        message = f"{archive.name} is truncated or broken ({reason}); fetch it again."
+        raise AlmrrError(message) from error
 
 
 def _write_members(archive: Path, folder: Path, limits: Limits) -> None:
     with archive.open("rb") as raw:
         is_zip = raw.read(2) == b"PK"
-    members = _zip_members(archive) if is_zip else _tar_members(archive, _Budget(archive, limits))
-    written = _Budget(archive, limits)
+    members = _zip_members if is_zip else _tar_members
     with track(None, unit="files", description=f"unpack {archive.name}") as advance:
-        for count, member in enumerate(members, start=1):
+        for count, member in enumerate(members(archive, limits), start=1):
             if count > limits.files:
                 raise AlmrrError(f"{archive.name} holds more than {limits.files} files; {_ADVICE}.")
-            _write_member(member, _place_of(member, folder, archive), archive, written)
+            _write_member(member, _place_of(member, folder, archive), archive)
             advance(1)
 
 
@@ -164,14 +150,12 @@ def _place_of(member: _Member, folder: Path, archive: Path) -> Path:
     """Return the path of a member in `folder`; refuses what is outside it on any system."""
     windows = PureWindowsPath(member.name)
     parts = PurePosixPath(member.name).parts
-    nameless = member.kind == "file" and not parts
+    nameless = member.is_file and not parts
     outside = windows.anchor or "\\" in member.name or ".." in parts or parts[:1] == ("/",)
     if outside or nameless:
-        raise AlmrrError(
-            f"{archive.name} holds the path {member.name!r}, which leads out of its folder; "
-            f"{_ADVICE}."
-        )
-    if member.kind == "other":
+        found = f"holds the path {member.name!r}, which leads out of its folder"
+        raise AlmrrError(f"{archive.name} {found}; {_ADVICE}.")
+    if not (member.is_folder or member.is_file):
         raise AlmrrError(
             f"{archive.name} holds {member.name!r}, a link or a device or a sparse file; only "
             f"plain files and folders are unpacked, so {_ADVICE}, or pack it again without."
@@ -179,22 +163,19 @@ def _place_of(member: _Member, folder: Path, archive: Path) -> Path:
     # Python represents bytes that are not UTF-8 by surrogates.
     surrogates = any("\ud800" <= letter <= "\udfff" for letter in member.name)
     if surrogates or not member.name.isprintable():
-        raise AlmrrError(
-            f"{archive.name} holds the name {member.name!r}, which is not UTF-8 text; pack it "
-            "again."
-        )
+        found = f"holds the name {member.name!r}, which is not UTF-8 text"
+        raise AlmrrError(f"{archive.name} {found}; pack it again.")
     return folder.joinpath(*parts)
 
 
-def _write_member(member: _Member, place: Path, archive: Path, budget: _Budget) -> None:
+def _write_member(member: _Member, place: Path, archive: Path) -> None:
     try:
-        if member.kind == "folder":
+        if member.is_folder:
             place.mkdir(parents=True, exist_ok=True)
             return
         place.parent.mkdir(parents=True, exist_ok=True)
-        content = cast(IO[bytes], member.open())
-        with place.open("xb") as copy, _Metered(content, budget) as stream:
-            shutil.copyfileobj(cast(IO[bytes], stream), copy, _BLOCK)
+        with place.open("xb") as copy, cast(IO[bytes], member.open()) as content:
+            shutil.copyfileobj(content, copy, _BLOCK)
     except (FileExistsError, NotADirectoryError, IsADirectoryError):
         raise AlmrrError(
             f"{archive.name} holds {member.name!r} twice, or as a file and a folder; nothing was "
@@ -202,36 +183,30 @@ def _write_member(member: _Member, place: Path, archive: Path, budget: _Budget) 
         ) from None
 
 
-def _zip_members(archive: Path) -> Iterator[_Member]:
+def _zip_members(archive: Path, limits: Limits) -> Iterator[_Member]:
     with zipfile.ZipFile(archive) as opened:
+        # zipfile never reads more of a member than the size in the directory.
+        limits.check_size(sum(info.file_size for info in opened.infolist()), archive)
         for info in opened.infolist():
             mode = stat.S_IFMT(info.external_attr >> 16)  # 0 when it was not packed on Unix
             is_folder = info.filename.endswith("/") or mode == stat.S_IFDIR
-            is_file = mode in {0, stat.S_IFREG}
-            kind: Literal["file", "folder", "other"] = (
-                "folder" if is_folder else "file" if is_file else "other"
-            )
-            yield _Member(info.filename, kind, partial(opened.open, info))
+            is_file = not is_folder and mode in {0, stat.S_IFREG}
+            yield _Member(info.filename, is_folder, is_file, partial(opened.open, info))
 
 
-def _tar_members(archive: Path, budget: _Budget) -> Iterator[_Member]:
-    """Read a tar in one pass.
-
-    The budget is for all decompressed bytes, headers and what follows the last member included.
-    """
+def _tar_members(archive: Path, limits: Limits) -> Iterator[_Member]:
+    """Read a tar in one pass; headers and what follows the last member count as size too."""
     with archive.open("rb") as raw:
         start = raw.read(6)
     opener = next((each for magic, each in _COMPRESSIONS.items() if start.startswith(magic)), None)
     if opener is None:
         _check_end_of_tar(archive)
-    stream = _Metered(cast(IO[bytes], opener(archive)) if opener else archive.open("rb"), budget)
+    content = cast(IO[bytes], opener(archive)) if opener else archive.open("rb")
+    stream = _Metered(content, partial(limits.check_size, archive=archive))
     with stream, tarfile.open(fileobj=cast(IO[bytes], stream), mode="r|") as opened:
         for info in opened:
             is_file = info.isreg() and not info.issparse()  # holes have any size at no cost
-            kind: Literal["file", "folder", "other"] = (
-                "folder" if info.isdir() else "file" if is_file else "other"
-            )
-            yield _Member(info.name, kind, partial(opened.extractfile, info))
+            yield _Member(info.name, info.isdir(), is_file, partial(opened.extractfile, info))
         while stream.read(_BLOCK):  # on to the checksum at the end of the compressed stream
             pass
 
@@ -243,8 +218,6 @@ def _check_end_of_tar(archive: Path) -> None:
         raw.seek(max(0, archive.stat().st_size - tarfile.BLOCKSIZE))
         end = raw.read()
     if b"ustar" not in start[257:265]:
-        raise tarfile.ReadError(
-            f"it is neither a zip nor a tar file and begins with {start[:24]!r}"
-        )
+        raise tarfile.ReadError(f"neither a zip nor a tar file and begins with {start[:24]!r}")
     if end.strip(b"\0"):
         raise tarfile.ReadError("the end of the tar file is missing")

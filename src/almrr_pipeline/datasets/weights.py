@@ -18,7 +18,8 @@ from torch import Tensor
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.common.files import hash_file, report_disk_errors
 from almrr_pipeline.config import BackboneSettings
-from almrr_pipeline.model.backbone import build_backbone, load_weights, read_weights
+from almrr_pipeline.model.backbone import build_backbone
+from almrr_pipeline.model.weights_io import load_weights, read_weights
 
 logger = logging.getLogger(__name__)
 
