@@ -32,7 +32,9 @@ def build_model() -> BuildModel:
     """Build a small model in evaluation mode with maps far from constant; keywords replace the small values."""
     built: dict[str, ALMRR] = {}
 
-    def build(backbone: str = "test_resnet", feature_location: str = "bottleneck", **changes: Any) -> ALMRR:
+    def build(
+        backbone: str = "test_resnet", feature_location: str = "bottleneck", **changes: Any
+    ) -> ALMRR:
         key = repr((backbone, feature_location, sorted(changes.items())))
         if key not in built:
             with torch.random.fork_rng():

@@ -13,7 +13,8 @@ from torch.nn import functional as F  # noqa: N812
 
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.config import BackboneSettings
-from almrr_pipeline.model.backbone import Backbone, build_backbone, read_weights
+from almrr_pipeline.model.backbone import Backbone, build_backbone
+from almrr_pipeline.model.weights_io import read_weights
 
 CAFFE_WEIGHTS = "weights/resnet50_imagenet_stride_in_1x1_to_layer3_fp16.pth"
 
@@ -36,7 +37,9 @@ def backbone() -> Backbone:
         ("test_resnet", "bottleneck", (32, 48, 192)),
     ],
 )
-def test_maps_lie_at_strides_4_8_16(name: str, location: str, channels: tuple[int, int, int]) -> None:
+def test_maps_lie_at_strides_4_8_16(
+    name: str, location: str, channels: tuple[int, int, int]
+) -> None:
     backbone = build(name, None, feature_location=location)  # type: ignore[arg-type]
     maps = backbone(torch.rand(2, 3, 128, 160))
     assert backbone.channels == channels
@@ -91,7 +94,8 @@ def test_weights_come_from_a_file_with_more_in_it(tmp_path: Path, suffix: str) -
     whole = timm.create_model("test_resnet", num_classes=7)
     path = tmp_path / f"weights{suffix}"
     tensors = {
-        name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in whole.state_dict().items()
+        name: tensor.half() if tensor.is_floating_point() else tensor
+        for name, tensor in whole.state_dict().items()
     }
     if suffix == ".pth":
         torch.save({"state_dict": tensors}, path)
@@ -127,7 +131,9 @@ def test_the_place_of_the_stride_matters(shared: Path) -> None:
 def test_an_older_file_without_step_counters_loads(tmp_path: Path) -> None:
     tensors = timm.create_model("test_resnet").state_dict()
     path = tmp_path / "old.pth"
-    torch.save({name: tensor for name, tensor in tensors.items() if "num_batches" not in name}, path)
+    torch.save(
+        {name: tensor for name, tensor in tensors.items() if "num_batches" not in name}, path
+    )
     assert build("test_resnet", path).channels == (32, 48, 192)
 
 
@@ -138,7 +144,7 @@ def test_bad_arguments_are_named() -> None:
         build("vit_tiny_patch16_224")
     with pytest.raises(AlmrrError, match="stride_in_1x1 is for ResNets"):
         build("resnet18", None, stride_in_1x1=True)
-    with pytest.raises(AlmrrError, match="feature_location: test_resnet knows only 'bottleneck'"):
+    with pytest.raises(AlmrrError, match="feature_location: test_resnet has only 'bottleneck'"):
         build("test_resnet", None, feature_location="expansion")
 
 
@@ -153,7 +159,7 @@ def test_bad_weights_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(AlmrrError, match="no dictionary of tensors"):
         build("test_resnet", tmp_path / "list.pth")
     torch.save(timm.create_model("test_efficientnet").state_dict(), tmp_path / "other.pth")
-    with pytest.raises(AlmrrError, match=r"tensors are missing \(.*\)"):
+    with pytest.raises(AlmrrError, match=r"conv1.0.weight is missing; .*; and \d+ more"):
         build("test_resnet", tmp_path / "other.pth")
     tensors = timm.create_model("test_resnet").state_dict()
     tensors["layer1.0.conv1.weight"] = torch.zeros(1, 2, 3, 4)

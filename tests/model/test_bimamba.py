@@ -85,8 +85,15 @@ def test_every_token_sees_every_other() -> None:
 
 
 def test_branches_look_one_way() -> None:
-    mixer, x, z = seeded_encoder().blocks[0].mixer, draw_tokens(1, 9, 24).requires_grad_(), draw_tokens(1, 9, 24)
-    for branch, unseen in ((mixer.forward_branch, slice(5, None)), (mixer.backward_branch, slice(None, 4))):
+    mixer, x, z = (
+        seeded_encoder().blocks[0].mixer,
+        draw_tokens(1, 9, 24).requires_grad_(),
+        draw_tokens(1, 9, 24),
+    )
+    for branch, unseen in (
+        (mixer.forward_branch, slice(5, None)),
+        (mixer.backward_branch, slice(None, 4)),
+    ):
         (gradient,) = torch.autograd.grad(branch(x, z, backend="auto")[0, 4].sum(), x)
         assert not gradient[0, unseen].any()
         assert gradient[0, 4].any()
@@ -111,7 +118,9 @@ def test_initial_values_are_those_of_mamba() -> None:
     assert (mixer.backward_branch.D == 1).all()
     largest = mixer.out_proj.weight.abs().max().item()
     assert largest == pytest.approx(1 / math.sqrt(128) / math.sqrt(4), rel=0.01)
-    assert [block.drop_path.drop_prob for block in encoder.blocks] == pytest.approx([0, 0.1, 0.2, 0.3])
+    assert [block.drop_path.drop_prob for block in encoder.blocks] == pytest.approx(
+        [0, 0.1, 0.2, 0.3]
+    )
 
 
 def test_drop_path_leaves_out_whole_images_in_training_alone() -> None:
@@ -129,7 +138,10 @@ def test_bfloat16_autocast_stays_near_float32() -> None:
         got = encoder(tokens)
     got.float().sum().backward()
     assert (got - expected).abs().max() < 0.05 * expected.abs().max()
-    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in encoder.parameters())
+    assert all(
+        parameter.grad is not None and parameter.grad.isfinite().all()
+        for parameter in encoder.parameters()
+    )
 
 
 def test_exported_graph_takes_any_batch_and_stays_small() -> None:
@@ -162,4 +174,6 @@ def test_encoder_on_a_gpu_equals_the_cpu(dtype: torch.dtype) -> None:
     expected = encoder(tokens)
     with torch.autocast("cuda", dtype=dtype, enabled=dtype != torch.float32):
         got = encoder.cuda()(tokens.cuda()).cpu()
-    assert (got - expected).abs().max() < (1e-4 if dtype == torch.float32 else 0.05) * expected.abs().max()
+    assert (got - expected).abs().max() < (
+        1e-4 if dtype == torch.float32 else 0.05
+    ) * expected.abs().max()

@@ -21,7 +21,9 @@ def convolve(x: Array, layer: nn.Conv2d) -> Array:
     out = np.repeat(bias, rows * columns).reshape(-1, rows, columns)
     for a in range(3):
         for b in range(3):
-            out += np.tensordot(weight[:, :, a, b], padded[:, a : a + rows, b : b + columns], axes=1)
+            out += np.tensordot(
+                weight[:, :, a, b], padded[:, a : a + rows, b : b + columns], axes=1
+            )
     return out
 
 
@@ -91,7 +93,8 @@ def build(inputs: int = 2, width: int = 2) -> FRM:
 
 
 @pytest.mark.parametrize(
-    ("grid", "size_of_skip"), [((32, 32), False), ((64, 32), False), ((36, 44), True), ((33, 39), True)]
+    ("grid", "size_of_skip"),
+    [((32, 32), False), ((64, 32), False), ((36, 44), True), ((33, 39), True)],
 )
 def test_equal_to_the_restatement(grid: tuple[int, int], size_of_skip: bool) -> None:
     frm, x = build(), torch.randn(1, 2, *grid)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from almrr_pipeline.config import ModelSettings
+from almrr_pipeline.model.kernels.composed import composing_pays
 from almrr_pipeline.model.mfrm import MFRM, Decoder, to_map, to_tokens
 
 Array = npt.NDArray[np.float64]
@@ -32,7 +33,9 @@ def build(**changes: Any) -> MFRM:
 NARROW = ModelSettings(dim=3, decoder=(4, 5), latent=6)
 
 
-def transposed_convolution(x: Array, weight: Array, bias: Array, stride: int, padding: int) -> Array:
+def transposed_convolution(
+    x: Array, weight: Array, bias: Array, stride: int, padding: int
+) -> Array:
     """Every input cell adds its value times the kernel to the output; then a border of `padding` is cut off."""
     _, rows, columns = x.shape
     full = np.zeros((weight.shape[1], (rows - 1) * stride + 3, (columns - 1) * stride + 3))
@@ -67,7 +70,11 @@ def resize(x: Array, size: tuple[int, int]) -> Array:
 
 
 def decode(decoder: Decoder, x: Array) -> Array:
-    for stage, stride, padding in ((decoder.stage1, 1, 0), (decoder.stage2, 1, 0), (decoder.stage3, 2, 1)):
+    for stage, stride, padding in (
+        (decoder.stage1, 1, 0),
+        (decoder.stage2, 1, 0),
+        (decoder.stage3, 2, 1),
+    ):
         weight, bias = (p.detach().double().numpy() for p in (stage[0].weight, stage[0].bias))
         x = normalise_and_rectify(transposed_convolution(x, weight, bias, stride, padding))
     return np.tanh(resize(x, decoder.size))
@@ -115,7 +122,9 @@ def test_tokens_run_row_by_row_and_come_back_in_place() -> None:
             for j in range(4):
                 assert torch.equal(tokens[b, 4 * i + j], x[b, :, i, j])
     assert torch.equal(to_map(tokens, (2, 4)), x)
-    assert not torch.equal(tokens.reshape(2, 3, 2, 4), x)  # the authors' view mixes places with channels
+    assert not torch.equal(
+        tokens.reshape(2, 3, 2, 4), x
+    )  # the authors' view mixes places with channels
 
 
 def test_reconstruction_passes_its_parts_in_order() -> None:
@@ -126,7 +135,10 @@ def test_reconstruction_passes_its_parts_in_order() -> None:
         for j in range(3):
             grid[:, i, j] = tokens[0, 3 * i + j].detach().double().numpy()
     latent = decode(mfrm.decoder, grid)
-    weight, bias = mfrm.expand.weight.detach().double().numpy(), mfrm.expand.bias.detach().double().numpy()
+    weight, bias = (
+        mfrm.expand.weight.detach().double().numpy(),
+        mfrm.expand.bias.detach().double().numpy(),
+    )
     expected = np.einsum("ol,lij->oij", weight[:, :, 0, 0], latent) + bias[:, None, None]
     np.testing.assert_allclose(mfrm(features)[0].detach().numpy(), expected, atol=1e-4)
 
@@ -140,26 +152,39 @@ def test_the_position_is_learned_and_one_a_token() -> None:
 
 
 def test_composing_in_training_changes_neither_tokens_nor_gradients() -> None:
-    mfrm, features, seen = build(channels=40, latent=32), torch.randn(64, 40, 8, 12), torch.randn(64, 6, 8)
+    mfrm, features, seen = (
+        build(channels=40, latent=32),
+        torch.randn(64, 40, 8, 12),
+        torch.randn(64, 6, 8),
+    )
     outcomes = []
     for training in (False, True):
         mfrm.train(training)
         mfrm.zero_grad()
         tokens = mfrm.embed(features)
         (tokens * seen).sum().backward()
-        parameters = (mfrm.reduce.weight, mfrm.reduce.bias, mfrm.patch_embedding.weight, mfrm.patch_embedding.bias)
+        parameters = (
+            mfrm.reduce.weight,
+            mfrm.reduce.bias,
+            mfrm.patch_embedding.weight,
+            mfrm.patch_embedding.bias,
+        )
         outcomes.append((tokens.detach(), *(p.grad.clone() for p in parameters)))  # type: ignore[union-attr]
-    assert mfrm.composing_pays(64)
+    assert composing_pays(mfrm.reduce, mfrm.patch_embedding, cells=64 * 8 * 12)
     torch.testing.assert_close(outcomes[0], outcomes[1], rtol=1e-3, atol=1e-3)
 
 
 def test_composing_pays_from_a_batch_of_two_at_the_papers_widths() -> None:
     mfrm = build(channels=1792, grid=(64, 64), latent=1024, dim=192, depth=1, decoder=(256, 512))
-    assert [mfrm.composing_pays(batch) for batch in (1, 2, 32)] == [False, True, True]
+    convolutions = mfrm.reduce, mfrm.patch_embedding
+    pays = [composing_pays(*convolutions, cells=batch * 64 * 64) for batch in (1, 2, 32)]
+    assert pays == [False, True, True]
 
 
 def test_parameters_at_the_papers_widths() -> None:
-    mfrm = build(channels=1792, grid=(64, 64), latent=1024, dim=192, depth=8, state=16, decoder=(256, 512))
+    mfrm = build(
+        channels=1792, grid=(64, 64), latent=1024, dim=192, depth=8, state=16, decoder=(256, 512)
+    )
     assert sum(parameter.numel() for parameter in mfrm.parameters()) == 15_466_880  # 15.47 M
 
 

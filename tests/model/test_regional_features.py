@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812
 
-from almrr_pipeline.model.regional_features import RegionalFeatures
-from almrr_pipeline.model.resizing import apply_separably, bilinear_matrix
+from almrr_pipeline.model.kernels.composed import apply_separably, bilinear_matrix
+from almrr_pipeline.model.regional_features import RegionalFeatures, regional_features
 
 Map = npt.NDArray[np.float64]
 
@@ -53,6 +53,7 @@ def test_equal_to_torchs_resizing_and_pooling_at_the_papers_size(channels_last: 
         maps = [x.contiguous(memory_format=torch.channels_last) for x in maps]
     resized = [F.interpolate(x, size=(256, 256), mode="bilinear", align_corners=True) for x in maps]
     expected = torch.cat([F.avg_pool2d(x, 4) for x in resized], dim=1)
+    torch.testing.assert_close(regional_features(maps, (256, 256)), expected, rtol=0, atol=0)
     given = RegionalFeatures((256, 256))(maps)
     assert given.shape == (2, 15, 64, 64)
     torch.testing.assert_close(given, expected, rtol=0, atol=2e-6)
@@ -60,7 +61,9 @@ def test_equal_to_torchs_resizing_and_pooling_at_the_papers_size(channels_last: 
 
 
 def test_a_constant_map_stays_constant() -> None:
-    given = RegionalFeatures((144, 256))([torch.full((1, 1, 144 // s, 256 // s), 3.0) for s in (4, 8, 16)])
+    given = RegionalFeatures((144, 256))(
+        [torch.full((1, 1, 144 // s, 256 // s), 3.0) for s in (4, 8, 16)]
+    )
     torch.testing.assert_close(given, torch.full((1, 3, 36, 64), 3.0))
 
 
@@ -69,14 +72,18 @@ def test_the_matrices_are_no_weights() -> None:
 
 
 def test_bilinear_matrix_by_hand() -> None:
-    expected = torch.tensor([[1, 0, 0], [0.5, 0.5, 0], [0, 1, 0], [0, 0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
+    expected = torch.tensor(
+        [[1, 0, 0], [0.5, 0.5, 0], [0, 1, 0], [0, 0.5, 0.5], [0, 0, 1]], dtype=torch.float64
+    )
     torch.testing.assert_close(bilinear_matrix(3, 5), expected)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_apply_separably_is_two_matrix_products_a_channel(channels_last: bool) -> None:
     x, rows, columns = torch.rand(2, 3, 4, 5), torch.rand(6, 4), torch.rand(7, 5)
-    given = apply_separably(x.contiguous(memory_format=torch.channels_last) if channels_last else x, rows, columns)
+    given = apply_separably(
+        x.contiguous(memory_format=torch.channels_last) if channels_last else x, rows, columns
+    )
     for b in range(2):
         for c in range(3):
             torch.testing.assert_close(given[b, c], rows @ x[b, c] @ columns.T)

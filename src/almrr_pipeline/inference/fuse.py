@@ -1,13 +1,13 @@
-"""The same function as a trained model computes, with everything that is fixed multiplied out beforehand.
+"""Fused inference: the function that a trained model computes, with all constants multiplied out.
 
-What is linear and has nothing nonlinear behind it until the next linear map is composed with that map:
+What is linear, with nothing nonlinear between it and the next linear map, is composed with that map:
 
 - batch norms go into the convolutions before them;
-- the standardization, the 1x1 convolution and the patch embedding become one convolution a stage; and where the stage's
-  map has no more cells than there are tokens, that convolution's product with the channels comes first and the resizing
-  after, so that the stage is never resized with all its channels;
+- the standardization, the 1x1 convolution and the patch embedding become one convolution per stage.
+  Where the stage's map has no more cells than there are tokens, the product with the channels comes
+  before the resizing, so that the stage is never resized with all its channels;
 - the summary of F is taken of the stages' maps, and resized after;
-- the summary of F_hat needs no F_hat: a weighted sum over the outputs of a 1x1 convolution is one of its inputs;
+- the summary of F_hat needs no F_hat: it is a 1x1 convolution after a 1x1 convolution;
 - the biases before an instance norm cancel;
 - of the two logits only the difference counts.
 
@@ -31,16 +31,15 @@ from almrr_pipeline.model.almrr import ALMRR
 from almrr_pipeline.model.backbone import Backbone
 from almrr_pipeline.model.frm import FRM
 from almrr_pipeline.model.inputs import check_images
+from almrr_pipeline.model.kernels.composed import apply_separably, compose_convolutions
 from almrr_pipeline.model.kernels.scan.reference import without_autocast
 from almrr_pipeline.model.mfrm import Decoder, to_map, to_tokens
-from almrr_pipeline.model.kernels.embedding import compose_convolutions
-from almrr_pipeline.model.kernels.resizing import apply_separably
 
 _TOLERANCE = 1e-3
-"""Largest relative change of a network's output that fusing its batch norms may make; rounding makes about 1e-6."""
+"""Largest relative change of outputs by fused batch norms; rounding makes about 1e-6."""
 _EPSILON = 1e-5
 """Of the instance norms, torch's default."""
-_logger = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def fuse(model: ALMRR) -> FusedALMRR:
@@ -77,7 +76,7 @@ class FusedALMRR(nn.Module):
         self.to(model.mfrm.position.dtype).to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map anomalies: RGB, float in [0, 1], (B, 3, H, W) to a float map in [0, 1], (B, H, W); without gradient.
+        """Map anomalies: RGB (B, 3, H, W) -> (B, H, W), floats in [0, 1]; without gradient.
 
         Raises:
             AlmrrError: the images have another shape, type or range, or are not finite.
@@ -89,36 +88,33 @@ class FusedALMRR(nn.Module):
             return self.compute(images.contiguous(memory_format=torch.channels_last))
 
     def compute(self, images: Tensor) -> Tensor:
-        """What `forward` does, without looking at the input."""
+        """`forward` without the checks of the input."""
         maps = self.backbone(images)  # (B, C_i, H / s_i, W / s_i) for s = 4, 8, 16
         tokens = self.encoder(self.embedding(maps))  # (B, n, dim)
-        repaired = self.decoder(
-            to_map(tokens, self.token_grid)
-        )  # (B, k, h, w), the summary of F_hat
-        stacked = torch.cat([repaired, self.summary(maps)], dim=1)  # (B, 2 k, h, w)
+        # The summaries of F_hat and F, (B, k, h, w) each.
+        repaired, features = self.decoder(to_map(tokens, self.token_grid)), self.summary(maps)
+        stacked = torch.cat([repaired, features], dim=1)  # (B, 2 k, h, w)
         # The softmax of two logits is the logistic function of their difference.
         probability = self.frm(stacked).sigmoid()  # (B, 1, h, w)
-        resized = F.interpolate(
-            probability, size=self.image_size, mode="bilinear", align_corners=True
-        )
+        size = self.image_size
+        resized = F.interpolate(probability, size=size, mode="bilinear", align_corners=True)
         return resized[:, 0]  # (B, H, W)
 
 
 class FusedBackbone(nn.Module):
-    """The backbone with its batch norms inside its convolutions, and its normalization as one multiply-add."""
+    """The backbone, batch norms inside its convolutions and its normalization one multiply-add."""
 
     scale: Tensor
     shift: Tensor
 
     def __init__(self, backbone: Backbone, image_size: tuple[int, int]) -> None:
         super().__init__()
-        # The normalization stays outside of the stem, whose padding is zeros *after* it: fusing it in would need an
-        # explicitly padded copy of the image, which costs as much as the normalization.
+        # The normalization is not fused into the stem, which pads with zeros after it: that would
+        # need an explicitly padded copy of the image, which costs as much as the normalization.
         self.register_buffer("scale", 1 / backbone.std)
         self.register_buffer("shift", -backbone.mean / backbone.std)
-        self.network = fuse_batch_norms(
-            backbone.network, _draw_example(3, *image_size).to(backbone.mean)
-        )
+        example = _draw_example(3, *image_size).to(backbone.mean)
+        self.network = fuse_batch_norms(backbone.network, example)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Extract features, as `Backbone.forward` does."""
@@ -126,26 +122,21 @@ class FusedBackbone(nn.Module):
 
 
 class FusedEmbedding(nn.Module):
-    """Maps to tokens with their positions: regional features, standardization, 1x1 convolution, patch embedding."""
+    """From the stages' maps to tokens with their positions."""
 
     position: Tensor
 
     def __init__(self, model: ALMRR, scale: Tensor, offset: Tensor) -> None:
         super().__init__()
+        mfrm, features = model.mfrm, model.regional_features
         with torch.no_grad():
-            weight, bias = compose_convolutions(
-                model.mfrm.reduce, model.mfrm.patch_embedding, torch.float64
-            )
+            weight, bias = compose_convolutions(mfrm.reduce, mfrm.patch_embedding, torch.float64)
         bias = bias + torch.einsum("dcyx,c->d", weight, offset)
-        self.register_buffer("position", model.mfrm.position.detach().double() + bias)
+        self.register_buffer("position", mfrm.position.detach().double() + bias)
         weights = torch.split(weight * scale[:, None, None], list(model.backbone.channels), dim=1)
         self.stages = nn.ModuleList(
-            _embed_stage(
-                stage_weight,
-                *model.regional_features.matrices(stage),
-                tokens=self.position.shape[1],
-            )
-            for stage, stage_weight in enumerate(weights)
+            _embed_stage(weight, *features.matrices(stage), tokens=self.position.shape[1])
+            for stage, weight in enumerate(weights)
         )
 
     def forward(self, maps: list[Tensor]) -> Tensor:
@@ -157,7 +148,7 @@ class FusedEmbedding(nn.Module):
 
 
 class ResizeThenEmbed(nn.Module):
-    """Tokens of a large stage: resize and pool the map, then a convolution a patch at a time."""
+    """Tokens of a large stage: resize and pool the map, then convolve patch by patch."""
 
     weight: Tensor
     rows: Tensor
@@ -176,10 +167,10 @@ class ResizeThenEmbed(nn.Module):
 
 
 class EmbedThenResize(nn.Module):
-    """Tokens of a small stage: from channels to the places of a patch first, then rows and columns.
+    """Tokens of a small stage: the product with the channels first, then rows and columns.
 
-    Token (i, j) is the sum over places (a, b) of a patch of W_ab times row `p i + a` and column `p j + b` of the
-    resized map; the product with W_ab does not care for places, so it may come before the resizing.
+    Token (i, j) is the sum over positions (a, b) of a patch of W_ab times row `p i + a` and column
+    `p j + b` of the resized map; W_ab acts on channels alone, so its product may come first.
     """
 
     weight: Tensor
@@ -190,13 +181,11 @@ class EmbedThenResize(nn.Module):
         super().__init__()
         self.dim, _, self.patch, _ = weight.shape
         self.register_buffer("weight", rearrange(weight, "d c a b -> c (a b d)").contiguous())
-        # One row for each row of tokens, one column for each (row of the map, place in the patch).
-        self.register_buffer(
-            "rows", rearrange(rows, "(i a) n -> i (n a)", a=self.patch).contiguous()
-        )
-        self.register_buffer(
-            "columns", rearrange(columns, "(j b) m -> j (m b)", b=self.patch).contiguous()
-        )
+        # One row per row of tokens, one column per (row of the map, position in the patch).
+        rows = rearrange(rows, "(i a) n -> i (n a)", a=self.patch)
+        columns = rearrange(columns, "(j b) m -> j (m b)", b=self.patch)
+        self.register_buffer("rows", rows.contiguous())
+        self.register_buffer("columns", columns.contiguous())
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, n, m) -> (B, tokens, dim)."""
@@ -209,7 +198,7 @@ class EmbedThenResize(nn.Module):
 
 
 class FusedSummary(nn.Module):
-    """The summary of F, taken of the stages' maps before they are resized: k channels instead of hundreds."""
+    """The summary of F, taken of the stages' maps before resizing: k channels, not hundreds."""
 
     constant: Tensor
 
@@ -219,22 +208,20 @@ class FusedSummary(nn.Module):
         self.regional_features = copy.deepcopy(model.regional_features)
         weights = torch.split(summary * scale, list(model.backbone.channels), dim=1)
         for stage, weight in enumerate(weights):
-            self.register_buffer(
-                f"weight{stage}", weight[:, :, None, None].clone()
-            )  # (k, C_i, 1, 1)
+            weight = weight[:, :, None, None].clone()  # (k, C_i, 1, 1)
+            self.register_buffer(f"weight{stage}", weight)
 
     def forward(self, maps: list[Tensor]) -> Tensor:
         """(B, C_i, n_i, m_i) for each stage -> (B, k, h, w)."""
         total = self.constant
         for stage, x in enumerate(maps):
-            total = total + self.regional_features.transform(
-                stage, F.conv2d(x, self.get_buffer(f"weight{stage}"))
-            )
+            summary = F.conv2d(x, self.get_buffer(f"weight{stage}"))
+            total = total + self.regional_features.transform(stage, summary)
         return total
 
 
 class FusedDecoder(nn.Module):
-    """The decoder and, behind it, the summary of what the last 1x1 convolution would give."""
+    """The decoder and, after it, the summary of the output of the last 1x1 convolution."""
 
     weight: Tensor
     bias: Tensor
@@ -245,13 +232,11 @@ class FusedDecoder(nn.Module):
         assert isinstance(last, nn.ConvTranspose2d)
         assert expand.bias is not None
         self.size = decoder.size
-        self.stages = nn.ModuleList(
-            _without_bias(stage[0]) for stage in (decoder.stage1, decoder.stage2)
-        )
+        first = (decoder.stage1, decoder.stage2)
+        self.stages = nn.ModuleList(_without_bias(stage[0]) for stage in first)
         self.last = SubPixelConvolution(last.weight)
-        self.register_buffer(
-            "weight", summary @ expand.weight.detach().flatten(1).double()
-        )  # (k, latent)
+        weight = summary @ expand.weight.detach().flatten(1).double()  # (k, latent)
+        self.register_buffer("weight", weight)
         self.register_buffer("bias", summary @ expand.bias.detach().double())  # (k,)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -262,21 +247,18 @@ class FusedDecoder(nn.Module):
         if _runs_numba(x):
             from almrr_pipeline.model.kernels.decoder_tail import summarize_phases
 
-            return summarize_phases(
-                phases, self.weight, self.bias, size=self.size, epsilon=_EPSILON
-            )
-        x = normalize(interleave(phases)).relu_()
-        x = F.interpolate(
-            x, size=self.size, mode="bilinear", align_corners=True
-        )  # (B, latent, h, w)
+            weight, bias = self.weight, self.bias
+            return summarize_phases(phases, weight, bias, size=self.size, epsilon=_EPSILON)
+        x = normalize(interleave(phases)).relu_()  # (B, latent, 2 rows + 7, 2 columns + 7)
+        x = F.interpolate(x, size=self.size, mode="bilinear", align_corners=True)
         return F.conv2d(x.tanh_(), self.weight[:, :, None, None], self.bias)
 
 
 class SubPixelConvolution(nn.Module):
-    """A transposed convolution, 3x3 with stride 2 and padding 1, as four plain ones: no product with a zero between.
+    """A transposed convolution, 3x3 with stride 2 and padding 1, as four plain ones without zeros.
 
-    An even row of the output sees the middle row of the kernel, an odd one the last row at the input row before it and
-    the first row at the one after; likewise the columns.
+    An even row of the output sees the middle row of the kernel, an odd one the last row at the
+    input row before it and the first row at the one after; likewise the columns.
 
     Args:
         weight: (inputs, outputs, 3, 3), of the transposed convolution, which has no bias.
@@ -287,16 +269,15 @@ class SubPixelConvolution(nn.Module):
         weight = weight.detach().transpose(0, 1)  # (outputs, inputs, 3, 3)
         for i, rows in enumerate(([1], [2, 0])):
             for j, columns in enumerate(([1], [2, 0])):
-                self.register_buffer(
-                    f"weight{i}{j}", weight[:, :, rows][:, :, :, columns].contiguous()
-                )
+                phase = weight[:, :, rows][:, :, :, columns].contiguous()
+                self.register_buffer(f"weight{i}{j}", phase)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, inputs, n, m) -> (B, outputs, 2 n - 1, 2 m - 1)."""
         return interleave(self.compute_phases(x))
 
     def compute_phases(self, x: Tensor) -> list[list[Tensor]]:
-        """Even and odd rows, even and odd columns of the output: item [i][j] is (B, outputs, n - i, m - j)."""
+        """Rows 2 y + i and columns 2 x + j of the output: [i][j] is (B, outputs, n - i, m - j)."""
         return [[F.conv2d(x, self.get_buffer(f"weight{i}{j}")) for j in (0, 1)] for i in (0, 1)]
 
 
@@ -315,12 +296,8 @@ def _alternate(even: Tensor, odd: Tensor, *, dim: int) -> Tensor:
 
 def _runs_numba(x: Tensor) -> bool:
     """Whether the fused kernels can take this tensor: on the CPU, float32, and not into a graph."""
-    return (
-        x.device.type == "cpu"
-        and x.dtype == torch.float32
-        and not torch.compiler.is_compiling()
-        and _has_numba()
-    )
+    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
+    return on_cpu and not torch.compiler.is_compiling() and _has_numba()
 
 
 @cache
@@ -329,22 +306,22 @@ def _has_numba() -> bool:
 
 
 def normalize(x: Tensor) -> Tensor:
-    """Instance norm, as a group norm with one channel a group: on a CPU that one leaves the channels innermost."""
+    """Instance norm as a group norm of one channel each, which leaves a CPU's channels innermost."""
     return F.group_norm(x, x.shape[1], eps=_EPSILON)
 
 
 def fuse_batch_norms(network: nn.Module, example: Tensor) -> nn.Module:
-    """A copy of a network, in evaluation mode, with the batch norms fused into the convolutions before them.
+    """Copy a network, in evaluation mode, with its batch norms fused into the convolutions before.
 
-    Which norm follows which convolution is seen by running the network once; the result is run against the original.
+    Which norm follows which convolution is found by running the network once.
 
     Args:
         network: any network of tensors to tensors.
-        example: an input for it.
+        example: an input for it; the outputs of copy and original are compared on it.
 
     Returns:
-        The fused copy; or, where fusing changes the outputs (a convolution used twice, or normalized by other means),
-        a plain copy, which is logged.
+        The fused copy; or, where fusing changes the outputs (a convolution used twice, or
+        normalized by other means), a plain copy, which is logged.
     """
     plain = copy.deepcopy(network).eval().requires_grad_(False)
     fused = copy.deepcopy(plain)
@@ -352,23 +329,15 @@ def fuse_batch_norms(network: nn.Module, example: Tensor) -> nn.Module:
     for convolution, norm in _convolutions_before_norms(fused, example):
         assert norm.running_mean is not None
         assert norm.running_var is not None
-        convolution.weight, bias = fuse_conv_bn_weights(
-            convolution.weight,
-            convolution.bias,
-            norm.running_mean,
-            norm.running_var,
-            norm.eps,
-            norm.weight,
-            norm.bias,
+        statistics = (norm.running_mean, norm.running_var, norm.eps)
+        convolution.weight, convolution.bias = fuse_conv_bn_weights(
+            convolution.weight, convolution.bias, *statistics, norm.weight, norm.bias
         )
-        convolution.bias = bias
         # timm's BatchNormAct2d is a batch norm that carries its activation.
         fused.set_submodule(names[norm], getattr(norm, "act", nn.Identity()))
     if _differ(plain, fused, example):
-        _logger.warning(
-            "The batch norms of %s cannot be fused; inference runs with them.",
-            type(network).__name__,
-        )
+        name = type(network).__name__
+        logger.warning("The batch norms of %s cannot be fused; inference runs with them.", name)
         return plain
     return fused.requires_grad_(False)
 
@@ -378,7 +347,7 @@ def _convolutions_before_norms(
 ) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
     made_by: dict[
         int, tuple[nn.Conv2d, Tensor]
-    ] = {}  # the tensor is kept, so that its id stays its own
+    ] = {}  # keeps the tensor, so that no other has its id
     pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
 
     def note_output(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -386,17 +355,16 @@ def _convolutions_before_norms(
         made_by[id(output)] = (module, output)
 
     def note_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if isinstance(module, nn.BatchNorm2d) and id(inputs[0]) in made_by:
+        assert isinstance(module, nn.BatchNorm2d)
+        if id(inputs[0]) in made_by:
             pairs.append((made_by[id(inputs[0])][0], module))
 
-    handles = [
-        m.register_forward_hook(note_output) for m in network.modules() if isinstance(m, nn.Conv2d)
-    ]
-    handles += [
-        m.register_forward_pre_hook(note_input)
-        for m in network.modules()
-        if isinstance(m, nn.BatchNorm2d)
-    ]
+    handles = []
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            handles.append(module.register_forward_hook(note_output))
+        elif isinstance(module, nn.BatchNorm2d):
+            handles.append(module.register_forward_pre_hook(note_input))
     with torch.no_grad():
         network(example)
     for handle in handles:
@@ -409,14 +377,12 @@ def _differ(plain: nn.Module, fused: nn.Module, example: Tensor) -> bool:
         expected, given = plain(example), fused(example)
     if isinstance(expected, Tensor):
         expected, given = [expected], [given]
-    return any(
-        bool((e - g).abs().max() > _TOLERANCE * e.abs().max())
-        for e, g in zip(expected, given, strict=True)
-    )
+    pairs = zip(expected, given, strict=True)
+    return any(bool((e - g).abs().max() > _TOLERANCE * e.abs().max()) for e, g in pairs)
 
 
 def _draw_example(*shape: int) -> Tensor:
-    """A batch of one, always the same; the caller's random state stays as it was."""
+    """A batch of one, always the same; the global random state is not touched."""
     return torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
 
 
@@ -436,10 +402,7 @@ def _fuse_frm(frm: FRM, *, inputs: int) -> nn.Module:
 
 
 def _standardized_summary(model: ALMRR) -> tuple[Tensor, Tensor, Tensor]:
-    """The standardization as factor and offset a channel, and the summary as a matrix (k, C); all float64.
-
-    Standardized features are `scale * features + offset`.
-    """
+    """Scale and offset (C,) of the standardization, and the summary as a matrix (k, C); float64."""
     mean, std = model.feature_mean.double(), model.feature_std.double()
     if not model.settings.standardize:
         mean, std = torch.zeros_like(mean), torch.ones_like(std)
@@ -451,13 +414,13 @@ def _standardized_summary(model: ALMRR) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _embed_stage(weight: Tensor, rows: Tensor, columns: Tensor, *, tokens: int) -> nn.Module:
-    """The cheaper order for one stage: by channels first costs cells, by places first costs tokens."""
+    """The cheaper order for a stage: channels first costs by cells, positions first by tokens."""
     cells = rows.shape[1] * columns.shape[1]
     return (EmbedThenResize if cells <= tokens else ResizeThenEmbed)(weight, rows, columns)
 
 
 def _without_bias(convolution: nn.Module) -> nn.Module:
-    """A copy of a convolution whose bias the instance norm behind it takes away again."""
+    """A copy of a convolution whose bias the instance norm after it would remove again."""
     bare = copy.deepcopy(convolution)
     bare.register_parameter("bias", None)
     return bare

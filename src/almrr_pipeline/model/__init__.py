@@ -1,1 +1,1 @@
-"""Parts of the model: backbone, regional features, MFRM, FRM, and the selective scan they rest on."""
+"""The network of the paper: backbone, regional features, MFRM, FRM."""

@@ -1,4 +1,10 @@
-"""ALMRR: Anomaly Localization Mamba with Feature Reconstruction and Refinement (arXiv 2407.17705, PRCV 2024)."""
+"""ALMRR: Anomaly Localization Mamba, feature Reconstruction and Refinement (arXiv 2407.17705).
+
+stage 1   simulated anomalies                                 almrr_pipeline.synthesis
+stage 2   frozen backbone, regional features        -> F      backbone.py, regional_features.py
+stage 3   Mamba feature reconstruction module, MFRM -> F_hat  mfrm.py, bimamba.py
+stage 4   feature refinement module, FRM            -> map    frm.py
+"""
 
 from __future__ import annotations
 
@@ -18,21 +24,29 @@ from almrr_pipeline.model.frm import FRM
 from almrr_pipeline.model.inputs import check_image_size, check_images, check_shape
 from almrr_pipeline.model.mfrm import MFRM
 from almrr_pipeline.model.regional_features import RegionalFeatures
-from almrr_pipeline.model.weights_io import ModelConfig, read_config, read_tensors, write_model
+from almrr_pipeline.model.weights_io import (
+    WEIGHTS_FILE,
+    ModelConfig,
+    load_weights,
+    read_config,
+    read_weights,
+    write_model,
+)
 
 MIN_STD = 0.01
-"""Floor of a channel's std, over the mean of all: one silent on normal images must not drown the others."""
+"""Floor of a channel's std as a fraction of the channels' mean std: a channel that is constant on
+normal images must not be scaled up until it hides all others."""
 
 
 @dataclass(frozen=True)
 class TrainingOutput:
-    """What the loss needs.
+    """Inputs of the loss.
 
     Attributes:
         target: phi, the features of the normal images, (B, C, h, w).
-        reconstruction: F_hat, the repaired features of the augmented images, (B, C, h, w).
-        logits: (B, 2, H, W) at the size of the image, channel 1 for defective. They are logarithms of probabilities,
-            which are logits too: their softmax is the paper's map, softmax first and resized after.
+        reconstruction: F_hat, reconstructed from the augmented images' features, (B, C, h, w).
+        logits: (B, 2, H, W) at the size of the image, channel 1 for anomalous: logarithms of the
+            resized probabilities, so that their softmax is exactly the paper's anomaly map.
     """
 
     target: Tensor
@@ -41,16 +55,17 @@ class TrainingOutput:
 
 
 class ALMRR(nn.Module):
-    """Features of an image, their reconstruction as if nothing were wrong, and a map of where the two disagree.
+    """The network of the paper: images to anomaly maps.
 
     Args:
         backbone: the frozen feature extractor.
         settings: widths and depths of MFRM and FRM.
-        image_size: rows and columns of the images, multiples of 16, at least 128.
-        scan_backend: implementation of the selective scan; not saved with the weights.
+        image_size: rows and columns (H, W) of the images, multiples of 16, at least 128.
+        scan_backend: implementation of the selective scan, see `almrr_pipeline.model.kernels.scan`;
+            not saved with the weights.
 
     Raises:
-        AlmrrError: a size or width does not fit.
+        AlmrrError: the image size does not fit.
     """
 
     feature_mean: Tensor
@@ -68,82 +83,64 @@ class ALMRR(nn.Module):
         check_image_size(image_size)
         self.settings = settings
         self.image_size = (image_size[0], image_size[1])
-        channels = sum(backbone.channels)
+        channels = sum(backbone.channels)  # C: 1792 for ResNet-50
         self.backbone = backbone
         self.regional_features = RegionalFeatures(self.image_size)
         self.register_buffer("feature_mean", torch.zeros(channels))
         self.register_buffer("feature_std", torch.ones(channels))
-        self.mfrm = MFRM(
-            settings,
-            channels=channels,
-            grid=self.regional_features.grid,
-            scan_backend=scan_backend,
-        )
+        grid = self.regional_features.grid
+        self.mfrm = MFRM(settings, channels=channels, grid=grid, scan_backend=scan_backend)
         self.summary: nn.Module = ChannelMean()
         if settings.refinement_input == "projection":
             self.summary = ChannelProjection(channels, settings.refinement_channels)
         self.frm = FRM(2 * settings.refinement_channels, width=settings.refinement_width)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map anomalies.
+        """Anomaly maps of images.
 
         Args:
             images: RGB, float in [0, 1], shape (B, 3, H, W) with (H, W) = `image_size`.
 
         Returns:
-            Anomaly map, float in [0, 1], shape (B, H, W): the probability that a pixel is defective.
+            float in [0, 1], shape (B, H, W): the probability that a pixel is anomalous.
 
         Raises:
             AlmrrError: the images have another shape, type or range, or are not finite.
         """
         check_images(images, self.image_size)
-        features = self.embed(images)  # F (B, C, h, w)                  stage 2
-        reconstruction = self.reconstruct(features)  # F_hat (B, C, h, w)         stage 3, MFRM
-        logits = self.refine(reconstruction, features)  # (B, 2, h, w)                stage 4, FRM
-        return self.upsample(logits.softmax(dim=1))[:, 1]  # (B, H, W)
+        features = self.embed(images)  # stage 2: F (B, C, h, w), h = H / 4, w = W / 4
+        reconstruction = self.reconstruct(features)  # stage 3, MFRM: F_hat (B, C, h, w)
+        logits = self.refine(reconstruction, features)  # stage 4, FRM: (B, 2, h, w)
+        return self.upsample(logits.softmax(dim=1))[:, 1]  # (B, 2, H, W) -> (B, H, W)
 
     def training_forward(self, normal: Tensor, augmented: Tensor) -> TrainingOutput:
-        """Run both branches of the paper's figure: phi from the normal images, F from the augmented ones.
+        """Both branches of the paper's figure: phi of the normal images, F of the augmented ones.
 
         Args:
             normal: RGB, float in [0, 1], shape (B, 3, H, W).
             augmented: the same images with simulated anomalies.
 
         Raises:
-            AlmrrError: shapes or types do not fit. (Values are not looked at: a GPU would have to wait at every step.)
+            AlmrrError: shapes or types do not fit. Values are not checked, because a GPU would
+                have to be waited for at every step.
         """
         check_shape(normal, self.image_size)
         check_shape(augmented, self.image_size)
-        target, features = self._embed_both(normal, augmented)  # phi, F (B, C, h, w) each
-        reconstruction = self.reconstruct(features)  # F_hat (B, C, h, w)
-        probabilities = self.upsample(self.refine(reconstruction, features).softmax(dim=1))  # (B, 2, H, W)
-        # The smallest normal float keeps the logarithm finite where the softmax underflows; its gradient there is zero.
-        logits = probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log()
-        return TrainingOutput(target=target, reconstruction=reconstruction, logits=logits)
-
-    @torch.no_grad()
-    def _embed_both(self, normal: Tensor, augmented: Tensor) -> tuple[Tensor, Tensor]:
-        """Both phi and F (B, C, h, w) in one call of the backbone.
-
-        On a CPU, images without an anomaly, half of the pool, are embedded once; a GPU would have to wait to be told
-        which those are.
-        """
-        if normal.device.type != "cpu" or torch.compiler.is_compiling():
-            target, features = self.embed(torch.cat([normal, augmented])).chunk(2)
-            return target, features
-        changed = (normal != augmented).flatten(1).any(dim=1)  # (B,)
-        embedded = self.embed(torch.cat([normal, augmented[changed]]))
-        target = embedded[: len(normal)]
-        features = target.clone()
-        features[changed] = embedded[len(normal) :]
-        return target, features
+        target, features = self._embed_both(normal, augmented)  # stage 2: phi, F (B, C, h, w)
+        reconstruction = self.reconstruct(features)  # stage 3, MFRM: F_hat (B, C, h, w)
+        logits = self.refine(reconstruction, features)  # stage 4, FRM: (B, 2, h, w)
+        probabilities = self.upsample(logits.softmax(dim=1))  # (B, 2, H, W)
+        # The smallest normal float keeps the logarithm finite where the softmax underflows; the
+        # gradient is zero there.
+        resized = probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log()
+        return TrainingOutput(target=target, reconstruction=reconstruction, logits=resized)
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
-        """Stage 2: regional features (B, C, h, w) of the frozen backbone, standardized if asked for; no gradient."""
+        """Stage 2: (B, 3, H, W) -> F (B, C, h, w), standardized if set; without gradient."""
         if images.device.type == "cpu":
-            # Convolutions, resizing and normalization are all faster on a CPU with the channels innermost; from here on
-            # every tensor follows this format. On a GPU it is the caller's choice.
+            # On a CPU convolutions, resizing and normalization are faster with channels innermost,
+            # and every later tensor keeps this format. On a GPU the caller chooses.
             images = images.contiguous(memory_format=torch.channels_last)
         features: Tensor = self.regional_features(self.backbone(images))
         if self.settings.standardize:
@@ -156,17 +153,30 @@ class ALMRR(nn.Module):
         return self.mfrm(features)  # type: ignore[no-any-return]
 
     def refine(self, reconstruction: Tensor, features: Tensor) -> Tensor:
-        """Stage 4, FRM: summaries of F_hat and F, stacked, through the U-Net; logits (B, 2, h, w)."""
-        stacked = torch.cat([self.summary(reconstruction), self.summary(features)], dim=1)  # (B, 2 k, h, w)
-        return self.frm(stacked)  # type: ignore[no-any-return]
+        """Stage 4, FRM: F_hat and F, each summarized to k channels -> logits (B, 2, h, w)."""
+        summaries = torch.cat([self.summary(reconstruction), self.summary(features)], dim=1)
+        return self.frm(summaries)  # type: ignore[no-any-return] # (B, 2 k, h, w) -> (B, 2, h, w)
 
     def upsample(self, x: Tensor) -> Tensor:
-        """Resize (B, c, h, w) to the size of the image, (B, c, H, W)."""
+        """Bilinear resize (B, c, h, w) -> (B, c, H, W)."""
         return F.interpolate(x, size=self.image_size, mode="bilinear", align_corners=True)
 
     @torch.no_grad()
+    def _embed_both(self, normal: Tensor, augmented: Tensor) -> tuple[Tensor, Tensor]:
+        """Phi and F in one call of the backbone; on a CPU clean samples are embedded once."""
+        if normal.device.type != "cpu" or torch.compiler.is_compiling():
+            target, features = self.embed(torch.cat([normal, augmented])).chunk(2)
+            return target, features
+        changed = (normal != augmented).flatten(1).any(dim=1)  # (B,); a GPU would be waited for
+        embedded = self.embed(torch.cat([normal, augmented[changed]]))
+        target = embedded[: len(normal)]
+        features = target.clone()
+        features[changed] = embedded[len(normal) :]
+        return target, features
+
+    @torch.no_grad()
     def fit_standardization(self, batches: Iterable[Tensor]) -> None:
-        """Set the mean and std of every feature channel over normal images; changes the model in place.
+        """Set mean and std of every feature channel over normal images, in place.
 
         Args:
             batches: RGB, float in [0, 1], shape (B, 3, H, W) each.
@@ -175,39 +185,25 @@ class ALMRR(nn.Module):
             AlmrrError: the model does not standardize, there are no images, or they do not fit.
         """
         if not self.settings.standardize:
-            raise AlmrrError("This model does not standardize its features; build it with standardize=True.")
-        own = self.feature_mean.device
-        device = torch.device("cpu") if own.type == "mps" else own  # MPS knows no float64
-        count, mean = 0, torch.zeros(len(self.feature_mean), dtype=torch.float64, device=device)
-        squares = torch.zeros_like(mean)  # sum of squared distances from the mean
+            raise AlmrrError("This model does not standardize its features; set model.standardize.")
         self.feature_mean.zero_()
         self.feature_std.fill_(1.0)
-        for images in batches:
-            check_images(images, self.image_size)
-            features = self.embed(images).to(device)  # (B, C, h, w)
-            added = features.shape[0] * features.shape[2] * features.shape[3]
-            own_mean = features.mean((0, 2, 3), dtype=torch.float64)  # (C,)
-            distances = features - own_mean.to(features.dtype)[:, None, None]
-            # Chan's update: one pass over the images, and no difference of large sums.
-            shift = own_mean - mean
-            squares += distances.square().sum((0, 2, 3), dtype=torch.float64)
-            squares += shift.square() * (count * added / (count + added))
-            mean += shift * (added / (count + added))
-            count += added
-        if count == 0:
-            raise AlmrrError("There is no normal image to standardize the features with.")
-        std = (squares / count).sqrt()
+        mean, std = measure_channels(map(self._embed_checked, batches))
         self.feature_mean.copy_(mean)
         self.feature_std.copy_(std.clamp_min(MIN_STD * float(std.mean())))
 
+    def _embed_checked(self, images: Tensor) -> Tensor:
+        check_images(images, self.image_size)
+        return self.embed(images)
+
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters of MFRM, FRM and the projection, if there is one; the backbone has none to train."""
+        """Parameters of MFRM, FRM and the projection if there is one; the backbone is frozen."""
         return (parameter for parameter in self.parameters() if parameter.requires_grad)
 
     def save(self, folder: Path) -> None:
-        """Write model.safetensors (backbone included) and config.json into an existing folder.
+        """Write model.safetensors (with the backbone) and config.json into an existing folder.
 
-        Each file is written beside its place and renamed, so that no half-written one is ever found.
+        Each file replaces an older one only when it is complete.
         """
         config = ModelConfig(
             backbone=self.backbone.settings, image_size=self.image_size, model=self.settings
@@ -215,19 +211,50 @@ class ALMRR(nn.Module):
         write_model(folder, config, self.state_dict())
 
     @classmethod
-    def load(cls, folder: Path, *, device: str | torch.device = "cpu", scan_backend: str = "auto") -> Self:
-        """Rebuild a saved model, in evaluation mode, without hub or download.
+    def load(
+        cls, folder: Path, *, device: str | torch.device = "cpu", scan_backend: str = "auto"
+    ) -> Self:
+        """A saved model in evaluation mode; nothing is downloaded.
 
         Raises:
-            AlmrrError: the folder holds no model, or its config does not fit its weights; says what differs.
+            AlmrrError: the folder holds no model or one of version 0.1, or config.json and weights
+                do not fit each other.
         """
         config = read_config(folder)
         backbone = build_backbone(config.backbone, weights=None)
-        model = cls(
-            backbone, config.model, image_size=config.image_size, scan_backend=scan_backend
-        )
-        model.load_state_dict(read_tensors(folder, expected=model.state_dict()))
+        model = cls(backbone, config.model, image_size=config.image_size, scan_backend=scan_backend)
+        tensors = read_weights(folder / WEIGHTS_FILE)
+        load_weights(model, tensors, origin=str(folder), exact=True)
         return model.eval().to(device)
+
+
+def measure_channels(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and std of every channel in one pass, without differences of large sums.
+
+    By the update of Chan, Golub and LeVeque (1979).
+
+    Args:
+        batches: features, (B, C, h, w) each.
+
+    Returns:
+        mean and std, float64, shape (C,).
+    """
+    count = 0
+    mean = squares = torch.zeros((), dtype=torch.float64)  # squares: of distances from the mean
+    for batch in batches:
+        features = batch.cpu() if batch.device.type == "mps" else batch  # MPS has no float64
+        mean, squares = mean.to(features.device), squares.to(features.device)
+        added = features.shape[0] * features.shape[2] * features.shape[3]
+        own_mean = features.mean((0, 2, 3), dtype=torch.float64)  # (C,)
+        distances = features - own_mean.to(features.dtype)[:, None, None]  # (B, C, h, w)
+        shift = own_mean - mean
+        squares = squares + distances.square().sum((0, 2, 3), dtype=torch.float64)
+        squares = squares + shift.square() * (count * added / (count + added))
+        mean = mean + shift * (added / (count + added))
+        count += added
+    if count == 0:
+        raise AlmrrError("There is no normal image to standardize the features with.")
+    return mean, (squares / count).sqrt()
 
 
 class ChannelMean(nn.Module):
@@ -239,17 +266,17 @@ class ChannelMean(nn.Module):
 
 
 class ChannelProjection(nn.Conv2d):
-    """A learned linear summary, (B, C, h, w) -> (B, k, h, w).
+    """A learned linear summary, (B, C, h, w) -> (B, k, h, w), in place of the paper's mean.
 
-    The first output begins as the mean; the others as random directions of the same length, orthogonal to it and to
-    each other.
+    The first output starts as the mean; the others as random directions of the same length,
+    orthogonal to it and to each other.
     """
 
     def __init__(self, channels: int, outputs: int) -> None:
         super().__init__(channels, outputs, 1, bias=False)
         directions = torch.randn(channels, outputs)
         directions[:, 0] = 1.0
-        orthonormal, triangle = torch.linalg.qr(directions)  # (C, k)
+        orthonormal, triangle = torch.linalg.qr(directions)  # (C, k), (k, k)
         orthonormal[:, 0] *= triangle[0, 0].sign()
         with torch.no_grad():
-            self.weight.copy_((orthonormal / channels**0.5).T[:, :, None, None])
+            self.weight.copy_((orthonormal / channels**0.5).T[:, :, None, None])  # (k, C, 1, 1)

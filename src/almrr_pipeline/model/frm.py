@@ -1,6 +1,7 @@
-"""The feature refinement module, FRM (stage 4 of the paper): DRAEM's discriminative U-Net on summaries of F_hat and F.
+"""The feature refinement module, FRM (stage 4 of the paper): U-Net on summaries of F_hat and F.
 
-The network is written from its description in DRAEM (Zavrtanik et al., ICCV 2021, arXiv 2108.07610).
+Written from the description of DRAEM's discriminative network (Zavrtanik et al., ICCV 2021,
+arXiv 2108.07610).
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 _WIDTHS = (1, 2, 4, 8, 8, 8)
-"""Channels of the six encoder blocks, in multiples of the base width."""
+"""Channels of the six encoder blocks in multiples of the base width, as DRAEM's."""
 
 
 class FRM(nn.Module):
-    """U-Net of six encoder and five decoder blocks with two output channels: normal and defective.
+    """U-Net of six encoder and five decoder blocks with two output channels: normal and anomalous.
 
     Args:
         inputs: input channels, 2 in the paper (the channel means of F_hat and F).
@@ -24,17 +25,23 @@ class FRM(nn.Module):
     def __init__(self, inputs: int, *, width: int) -> None:
         super().__init__()
         widths = [width * factor for factor in _WIDTHS]
-        self.encoder = nn.ModuleList(double_convolution(i, o) for i, o in zip([inputs, *widths], widths, strict=False))
+        self.encoder = nn.ModuleList(
+            double_convolution(i, o) for i, o in zip([inputs, *widths], widths, strict=False)
+        )
         self.pool = nn.MaxPool2d(2)
-        # From the deepest: each halves the channels on the way up where the encoder doubled them on the way down.
+        # From the deepest: the channels are halved where the encoder doubled them.
         outputs = [widths[4], *(widths[k] // 2 for k in (3, 2, 1)), widths[0]]
-        self.up = nn.ModuleList(convolution(i, o) for i, o in zip([widths[5], *outputs], outputs, strict=False))
+        self.up = nn.ModuleList(
+            convolution(i, o) for i, o in zip([widths[5], *outputs], outputs, strict=False)
+        )
         skips = widths[4::-1]
-        self.decoder = nn.ModuleList(double_convolution(o + s, o) for o, s in zip(outputs, skips, strict=True))
+        self.decoder = nn.ModuleList(
+            double_convolution(o + s, o) for o, s in zip(outputs, skips, strict=True)
+        )
         self.out = nn.Conv2d(width, 2, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Segment: (B, inputs, h, w) -> logits (B, 2, h, w)."""
+        """Summaries (B, inputs, h, w) -> logits (B, 2, h, w)."""
         skips = []
         for block in self.encoder[:-1]:
             x = block(x)
@@ -42,18 +49,20 @@ class FRM(nn.Module):
             x = self.pool(x)
         x = self.encoder[-1](x)  # (B, 8 width, h / 32, w / 32)
         for up, block, skip in zip(self.up, self.decoder, reversed(skips), strict=True):
-            # To the skip's size: twice the map's, except where a side was odd and the pooling dropped its last line.
+            # To the size of the skip connection: twice the map's, or one more where the pooling
+            # dropped an odd last line (DRAEM doubles, which needs multiples of 32).
             x = F.interpolate(x, size=skip.shape[-2:], mode="bilinear", align_corners=True)
             x = block(torch.cat([up(x), skip], dim=1))
-        logits: Tensor = self.out(x)
-        return logits
+        return self.out(x)  # type: ignore[no-any-return]
 
 
 def convolution(inputs: int, outputs: int) -> nn.Sequential:
     """3x3 convolution, batch norm, ReLU."""
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU())
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()
+    )
 
 
 def double_convolution(inputs: int, outputs: int) -> nn.Sequential:
-    """Twice a 3x3 convolution, batch norm and ReLU."""
+    """Two 3x3 convolutions, each with batch norm and ReLU."""
     return nn.Sequential(*convolution(inputs, outputs), *convolution(outputs, outputs))

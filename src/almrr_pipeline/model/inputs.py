@@ -1,4 +1,4 @@
-"""What a model refuses to look at, and the sentence that says why."""
+"""Checks of image sizes and images, with messages that say what to do."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from torch import Tensor
 from almrr_pipeline.common.errors import AlmrrError
 
 SIDE_MULTIPLE = 16
-"""Of an image's sides: the deepest feature map has stride 16, and features (4) times patches (4) make 16 too."""
+"""The deepest feature map has stride 16, and features (4) times patches (4) make 16 too."""
 SMALLEST_SIDE = 128
 """The U-Net halves a grid of a quarter of the side five times."""
 
 
 def check_image_size(image_size: tuple[int, int]) -> None:
-    """Refuse a size that strides and pooling do not divide.
+    """Refuse a size that the strides do not divide.
 
     Raises:
-        AlmrrError: says which sizes fit.
+        AlmrrError: a side does not fit; names the nearest ones that do.
     """
     for side in image_size:
         if side % SIDE_MULTIPLE or side < SMALLEST_SIDE:
             below = max(side // SIDE_MULTIPLE * SIDE_MULTIPLE, SMALLEST_SIDE)
             raise AlmrrError(
-                f"image_size {tuple(image_size)}: each side must be a multiple of {SIDE_MULTIPLE} and at least "
-                f"{SMALLEST_SIDE}; instead of {side} take {below} or {below + SIDE_MULTIPLE}."
+                f"image_size {tuple(image_size)}: each side must be a multiple of {SIDE_MULTIPLE} "
+                f"and at least {SMALLEST_SIDE}; instead of {side} take {below} or "
+                f"{below + SIDE_MULTIPLE}."
             )
 
 
@@ -32,34 +33,43 @@ def check_shape(images: Tensor, image_size: tuple[int, int]) -> None:
     """Refuse images whose shape or type the model was not built for.
 
     Raises:
-        AlmrrError: says what was expected.
+        AlmrrError: names what was expected.
     """
     if images.ndim != 4 or images.shape[1] != 3:
         raise AlmrrError(
-            f"Images must have the shape (B, 3, H, W), channels in the order RGB; got {tuple(images.shape)}."
+            "Images must have the shape (B, 3, H, W), channels in the order RGB; "
+            f"got {tuple(images.shape)}."
         )
     if not images.is_floating_point():
-        raise AlmrrError(f"Images must be floats in [0, 1]; these are {images.dtype}. Divide 8-bit values by 255.")
+        raise AlmrrError(
+            f"Images must be floats in [0, 1]; these are {images.dtype}. "
+            "Divide 8-bit values by 255."
+        )
     rows, columns = images.shape[2:]
     if (rows, columns) != tuple(image_size):
         check_image_size((rows, columns))
-        raise AlmrrError(f"This model was built for images of {tuple(image_size)}; got {(rows, columns)}. Resize them.")
+        raise AlmrrError(
+            f"This model was built for images of {tuple(image_size)}; got {(rows, columns)}. "
+            "Resize them."
+        )
 
 
 def check_images(images: Tensor, image_size: tuple[int, int]) -> None:
-    """Refuse images that would give a map without meaning: one pass over the values, skipped while a graph is traced.
+    """Refuse images whose map would have no meaning; values are not checked while tracing a graph.
 
     Raises:
-        AlmrrError: says what was expected.
+        AlmrrError: names what was expected.
     """
     check_shape(images, image_size)
     if torch.compiler.is_compiling() or len(images) == 0:
         return
-    low, high = (float(value) for value in torch.aminmax(images))  # NaN if any value is
+    low, high = (float(value) for value in torch.aminmax(images))  # NaN if any value is NaN
     if not (low > float("-inf") and high < float("inf")):
-        raise AlmrrError("Images hold values that are not finite (NaN or infinity); look at how they were read.")
+        raise AlmrrError(
+            "Images hold values that are not finite (NaN or infinity); look at how they were read."
+        )
     if low < 0.0 or high > 1.0:
         raise AlmrrError(
-            f"Images must lie in [0, 1]; these reach from {low:.4g} to {high:.4g}. Divide 8-bit values by 255; "
-            "the model normalizes by itself."
+            f"Images must be in [0, 1]; these reach from {low:.4g} to {high:.4g}. Divide 8-bit "
+            "values by 255; the model normalizes them itself."
         )

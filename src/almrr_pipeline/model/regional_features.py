@@ -1,8 +1,7 @@
 """Regional features (stage 2 of the paper, second half; after DFR, arXiv 2012.07122).
 
-Each feature map is resized bilinearly to the size of the image, mean-pooled over 4x4 pixels with stride 4, and joined
-to the others along the channels. Resizing and pooling are both linear and separable, so their composition is
-`out = R_rows X R_columns^T` with two small fixed matrices: nothing is ever blown up to the size of the image.
+Each feature map is resized bilinearly to the size of the image, averaged over 4x4 pixels with
+stride 4, and concatenated with the others along the channels.
 """
 
 from __future__ import annotations
@@ -11,22 +10,42 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 
 from almrr_pipeline.model.backbone import STRIDES
-from almrr_pipeline.model.resizing import apply_separably, resize_and_pool_matrix
+from almrr_pipeline.model.kernels.composed import apply_separably, resize_and_pool_matrix
 
 POOL = 4
-"""Side and stride of the mean pooling, in pixels: the paper's, and DFR's, regions of 4x4."""
+"""Side and stride of the average pooling, in pixels: regions of 4x4 as in the paper and in DFR."""
+
+
+def regional_features(maps: Sequence[Tensor], image_size: tuple[int, int]) -> Tensor:
+    """The paper's formulation, which `RegionalFeatures` computes faster.
+
+    Args:
+        maps: for each stage (B, C_i, H / s_i, W / s_i).
+        image_size: (H, W).
+
+    Returns:
+        (B, sum of C_i, H / 4, W / 4).
+    """
+    resized = (  # (B, C_i, H, W)
+        F.interpolate(x, size=image_size, mode="bilinear", align_corners=True) for x in maps
+    )
+    return torch.cat([F.avg_pool2d(x, POOL, stride=POOL) for x in resized], dim=1)
 
 
 class RegionalFeatures(nn.Module):
-    """Bring maps at strides 4, 8 and 16 to one grid of a quarter of the image's size, and join them.
+    """Regional features without maps of the image's size, equal to `regional_features` to 2e-6.
+
+    Resizing and pooling are linear and separable, so that both together are R_rows X R_columns^T
+    with two small constant matrices per stage.
 
     Args:
-        image_size: rows and columns of the image, multiples of 16.
+        image_size: rows and columns (H, W) of the image, multiples of 16.
 
     Attributes:
-        grid: rows and columns of the result.
+        grid: rows and columns (H / 4, W / 4) of the result.
     """
 
     def __init__(self, image_size: tuple[int, int]) -> None:
@@ -35,11 +54,11 @@ class RegionalFeatures(nn.Module):
         for stage, stride in enumerate(STRIDES):
             for axis, size in zip(("rows", "columns"), image_size, strict=True):
                 matrix = resize_and_pool_matrix(size // stride, size, POOL)
-                # Not persistent: they follow from the size, and a weights file should hold weights.
+                # Not persistent: they follow from the size, and a weights file holds weights.
                 self.register_buffer(f"{axis}{stage}", matrix, persistent=False)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """Resize, pool and join.
+        """Resize, pool and concatenate.
 
         Args:
             maps: for each stage (B, C_i, H / s_i, W / s_i).
@@ -55,5 +74,5 @@ class RegionalFeatures(nn.Module):
         return apply_separably(x, rows.to(x.dtype), columns.to(x.dtype))
 
     def matrices(self, stage: int) -> tuple[Tensor, Tensor]:
-        """The two matrices of a stage, (H / 4, n) and (W / 4, m)."""
+        """R_rows (H / 4, n) and R_columns (W / 4, m) of a stage."""
         return self.get_buffer(f"rows{stage}"), self.get_buffer(f"columns{stage}")

@@ -1,42 +1,43 @@
-"""A model's folder: model.safetensors and config.json, written whole or not at all, and read with suspicion."""
+"""Weights files, and the folder of a model: model.safetensors and config.json."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from almrr_pipeline.common.errors import AlmrrError
+from almrr_pipeline.common.files import write_atomically
 from almrr_pipeline.config import BackboneSettings, ModelSettings, Section, Side
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
-_FORMAT_KEYS = {"format", "version"}
-"""What config.json of version 0.1 had besides its sections."""
+_NOT_SAVED = {"backbone": {"weights", "sha256"}}
+"""Where the backbone's weights came from: they are in the model's own file."""
+_NAMED = 3
+"""Differences that an error names before it counts the rest."""
 
 
 class ModelConfig(Section):
-    """config.json: what is needed to build a model for its weights."""
+    """config.json: what is needed to build the network that the weights belong to."""
 
     backbone: BackboneSettings
-    """Where the weights came from (`weights`, `sha256`) is not written."""
     image_size: tuple[Side, Side]
     """Rows and columns of the network's input."""
     model: ModelSettings
 
 
 def write_model(folder: Path, config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Write the two files into an existing folder; each appears complete or not at all."""
-    with write_beside(folder / WEIGHTS_FILE) as path:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-    with write_beside(folder / CONFIG_FILE) as path:
-        text = config.model_dump_json(indent=2, exclude={"backbone": {"weights", "sha256"}})
+    """Write both files into an existing folder; each replaces an older one when it is complete."""
+    with write_atomically(folder / WEIGHTS_FILE) as path:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
+    with write_atomically(folder / CONFIG_FILE) as path:
+        text = config.model_dump_json(indent=2, exclude=_NOT_SAVED)
         path.write_text(text + "\n", encoding="utf-8")
 
 
@@ -44,58 +45,85 @@ def read_config(folder: Path) -> ModelConfig:
     """Read the config.json of a saved model.
 
     Raises:
-        AlmrrError: it is missing, cannot be read, or does not describe a model of this version.
+        AlmrrError: it is missing, cannot be read, is of version 0.1, or holds values that are
+            unknown, missing or out of range.
     """
     path = folder / CONFIG_FILE
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(config, dict) and config.keys() >= _FORMAT_KEYS:
-            raise AlmrrError(
-                f"{folder} is a model of almrr-pipeline 0.1, which this version cannot read; "
-                "train it again, or use almrr-pipeline 0.1."
-            )
-        return ModelConfig.model_validate(config)
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise AlmrrError(f"{folder} holds no model: there is no {CONFIG_FILE} in it.") from None
-    except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise AlmrrError(f"{path}: unknown, missing or impossible values ({wrong}).") from error
     except (ValueError, OSError) as error:
         raise AlmrrError(f"{path} cannot be read ({error}).") from error
+    if isinstance(values, dict) and values.get("format") == "almrr" and values.get("version") == 1:
+        raise AlmrrError(
+            f"{folder} holds a model of almrr-pipeline 0.1, which this version cannot read; "
+            "train it again, or use almrr-pipeline 0.1."
+        )
+    try:
+        config = ModelConfig.model_validate(values)
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise AlmrrError(f"{path}: unknown, missing or impossible values ({wrong}).") from None
+    complete = config.model_dump(mode="json", exclude=_NOT_SAVED)
+    missing = [f"{s}.{k}" for s in ("backbone", "model") for k in complete[s].keys() - values[s]]
+    if missing:  # a default could differ from the value that the weights were trained with
+        raise AlmrrError(f"{path}: missing values ({', '.join(sorted(missing))}).")
+    return config
 
 
-def read_tensors(folder: Path, *, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Read the weights of a saved model, which must have the names and shapes of `expected`.
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read named tensors from a .safetensors, .pth or .pt file, on the CPU, in the file's types.
 
     Raises:
-        AlmrrError: they are missing, cannot be read, or differ; says in what.
+        AlmrrError: the file is missing or holds no such tensors.
     """
-    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        raise AlmrrError(f"There are no weights at {path}: there is no {path.name} in its folder.")
     try:
-        tensors = load_file(path)
-    except FileNotFoundError:
-        raise AlmrrError(f"{folder} holds no weights: there is no {WEIGHTS_FILE} in it.") from None
-    except (SafetensorError, OSError) as error:
-        raise AlmrrError(f"{path} cannot be read as weights ({error}).") from error
-    differences = [f"{name} is not in the weights" for name in expected if name not in tensors]
-    differences += [f"{name} is not in the model" for name in tensors if name not in expected]
-    differences += [
-        f"{name} is {tuple(tensors[name].shape)} in the weights, {tuple(tensor.shape)} in the model"
-        for name, tensor in expected.items()
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a file of another format makes torch's unpickler raise anything
+        raise AlmrrError(
+            f"{path} cannot be read as weights ({error}); give a .safetensors, .pth or .pt file."
+        ) from error
+    content = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(content, dict) or not all(isinstance(x, Tensor) for x in content.values()):
+        raise AlmrrError(
+            f"{path} holds no dictionary of tensors; save the network's state_dict alone."
+        )
+    return content
+
+
+def load_weights(
+    network: nn.Module, tensors: Mapping[str, Tensor], *, origin: str, exact: bool = False
+) -> None:
+    """Load the network's tensors, in place.
+
+    Args:
+        network: the network, with the names of `tensors`.
+        tensors: the weights. A batch norm's step counter may be missing, as in older files.
+        origin: where they came from, for messages.
+        exact: whether tensors that the network does not have are refused; otherwise they are
+            ignored, such as those of later stages and of a classifier.
+
+    Raises:
+        AlmrrError: tensors are missing, have other shapes, or are too many; names them.
+    """
+    own = network.state_dict()
+    counters = {name for name in own if name.endswith("num_batches_tracked")}
+    wrong = [f"{name} is missing" for name in own if name not in tensors.keys() | counters]
+    wrong += [f"{name} is not in the network" for name in tensors if exact and name not in own]
+    wrong += [
+        f"{name} is {tuple(tensors[name].shape)}, not {tuple(tensor.shape)}"
+        for name, tensor in own.items()
         if name in tensors and tensors[name].shape != tensor.shape
     ]
-    if differences:
-        more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
-        raise AlmrrError(f"{folder}: {CONFIG_FILE} does not fit {WEIGHTS_FILE}: {'; '.join(differences[:3])}{more}.")
-    return tensors
-
-
-@contextmanager
-def write_beside(path: Path) -> Iterator[Path]:
-    """A path of the same suffix to write to, which takes the place of `path` on success, else is removed."""
-    partial = path.with_name(f".partial.{path.name}")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    if wrong:
+        more = [f"and {len(wrong) - _NAMED} more"] if len(wrong) > _NAMED else []
+        raise AlmrrError(
+            f"{origin} does not hold this network's weights: "
+            f"{'; '.join(wrong[:_NAMED] + more)}. Check the network's name and settings."
+        )
+    network.load_state_dict({name: tensors.get(name, tensor) for name, tensor in own.items()})

@@ -17,13 +17,22 @@ def draw_phases(batch: int, channels: int, n: int, m: int) -> list[list[Tensor]]
     """Random phases whose channels have means and stds of their own."""
     torch.manual_seed(0)
     scale, shift = torch.rand(channels, 1, 1) * 5 + 0.01, torch.randn(channels, 1, 1) * 10
-    phases = [[torch.randn(batch, channels, n - i, m - j) * scale + shift for j in (0, 1)] for i in (0, 1)]
-    return [[phase.contiguous(memory_format=torch.channels_last) for phase in row] for row in phases]
+    phases = [
+        [torch.randn(batch, channels, n - i, m - j) * scale + shift for j in (0, 1)] for i in (0, 1)
+    ]
+    return [
+        [phase.contiguous(memory_format=torch.channels_last) for phase in row] for row in phases
+    ]
 
 
 @pytest.mark.parametrize(
     ("batch", "channels", "outputs", "n", "m", "size"),
-    [(1, 64, 1, 5, 5, (16, 16)), (3, 70, 2, 4, 9, (12, 40)), (2, 1, 3, 2, 2, (3, 3)), (1, 200, 1, 20, 20, (64, 64))],
+    [
+        (1, 64, 1, 5, 5, (16, 16)),
+        (3, 70, 2, 4, 9, (12, 40)),
+        (2, 1, 3, 2, 2, (3, 3)),
+        (1, 200, 1, 20, 20, (64, 64)),
+    ],
 )
 def test_the_fused_end_equals_torchs_operations(
     batch: int, channels: int, outputs: int, n: int, m: int, size: tuple[int, int]
@@ -31,7 +40,9 @@ def test_the_fused_end_equals_torchs_operations(
     phases = draw_phases(batch, channels, n, m)
     weight, bias = torch.randn(outputs, channels) / channels, torch.randn(outputs)
     x = interleave(phases).double()
-    x = F.interpolate(F.instance_norm(x, eps=1e-5).relu(), size=size, mode="bilinear", align_corners=True).tanh()
+    x = F.interpolate(
+        F.instance_norm(x, eps=1e-5).relu(), size=size, mode="bilinear", align_corners=True
+    ).tanh()
     expected = F.conv2d(x, weight.double()[:, :, None, None], bias.double())
     given = summarize_phases(phases, weight, bias, size=size, epsilon=1e-5)
     torch.testing.assert_close(given.double(), expected, rtol=0, atol=3e-6)
@@ -47,7 +58,9 @@ def test_tanh_is_exact_to_float_rounding_everywhere(value: float) -> None:
     phases[0][0][0, 0, 0, 0] = 441.0
     epsilon = (440.0 / value) ** 2 - 440.0
     assert epsilon > 0.0
-    given = summarize_phases(phases, torch.ones(1, 1), torch.zeros(1), size=(21, 21), epsilon=epsilon)
+    given = summarize_phases(
+        phases, torch.ones(1, 1), torch.zeros(1), size=(21, 21), epsilon=epsilon
+    )
     assert float(given[0, 0, 0, 0]) == pytest.approx(np.tanh(value), abs=3e-7)
 
 

@@ -23,7 +23,6 @@ from torch import Tensor
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.model.kernels import scan
 from almrr_pipeline.model.kernels.scan import (
-    available_backends,
     causal_conv,
     resolve_backend,
     selective_scan,
@@ -34,12 +33,18 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GPU_BACKENDS = [
     pytest.param(name, "cuda", marks=pytest.mark.gpu, id=f"{name}-cuda")
     for name in ("torch", "triton", "mamba_ssm")
-    if name != "mamba_ssm" or not available_backends()["mamba_ssm"]
+    if name != "mamba_ssm" or not scan._why_absent("mamba_ssm")
 ]
-CPU_BACKENDS = [("triton", "cpu")] if INTERPRETED else [(name, "cpu") for name in ("torch", "parallel", "numba")]
+CPU_BACKENDS = (
+    [("triton", "cpu")]
+    if INTERPRETED
+    else [(name, "cpu") for name in ("torch", "parallel", "numba")]
+)
 BACKENDS = [*(pytest.param(*pair, id="-".join(pair)) for pair in CPU_BACKENDS), *GPU_BACKENDS]
 SHAPES = (
-    [(1, 1, 3, 1), (1, 18, 33, 3)] if INTERPRETED else [(1, 1, 3, 1), (3, 7, 70, 2), (1, 63, 5, 3), (2, 257, 20, 16)]
+    [(1, 1, 3, 1), (1, 18, 33, 3)]
+    if INTERPRETED
+    else [(1, 1, 3, 1), (3, 7, 70, 2), (1, 63, 5, 3), (2, 257, 20, 16)]
 )
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 
@@ -53,18 +58,24 @@ class Case:
 
     def run(self, function: Callable[..., Tensor], **kwargs: object) -> dict[str, Tensor]:
         """Output and the gradients of all tensors, by name."""
-        leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in self.tensors.items()}
+        leaves = {
+            name: tensor.detach().clone().requires_grad_() for name, tensor in self.tensors.items()
+        }
         positional = [leaves[name] for name in NAMES[:6]]
         optional = {name: leaves[name] for name in NAMES[6:] if name in leaves}
         out = function(*positional, **optional, **self.flags, **kwargs)
-        weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(out)
+        weight = (
+            torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(out)
+        )
         return {
             "out": out.detach(),
             **dict(zip(leaves, torch.autograd.grad(out, [*leaves.values()], weight), strict=True)),
         }
 
     def to(self, dtype: torch.dtype, device: str = "cpu") -> Case:
-        return Case({name: tensor.to(device, dtype) for name, tensor in self.tensors.items()}, self.flags)
+        return Case(
+            {name: tensor.to(device, dtype) for name, tensor in self.tensors.items()}, self.flags
+        )
 
 
 def draw_case(shape: tuple[int, int, int, int], seed: int = 0, **flags: bool) -> Case:
@@ -115,13 +126,17 @@ def scan_naively(
     return torch.stack(outputs, 1)
 
 
-def assert_all_close(got: dict[str, Tensor], expected: dict[str, Tensor], *, relative: float) -> None:
+def assert_all_close(
+    got: dict[str, Tensor], expected: dict[str, Tensor], *, relative: float
+) -> None:
     """Largest difference over the largest value, name by name: sums of many terms have no smaller unit."""
     assert got.keys() == expected.keys()
     for name, value in expected.items():
         assert got[name].shape == value.shape, name
         difference = (got[name].double().cpu() - value.double().cpu()).abs().max()
-        assert difference <= relative * value.abs().max(), f"{name}: {difference / value.abs().max():.2e}"
+        assert difference <= relative * value.abs().max(), (
+            f"{name}: {difference / value.abs().max():.2e}"
+        )
 
 
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
@@ -132,13 +147,19 @@ def test_float32_equals_the_naive_loop(
 ) -> None:
     case = draw_case(shape, reverse=reverse)
     expected = case.to(torch.float64).run(scan_naively)
-    assert_all_close(case.to(torch.float32, device).run(selective_scan, backend=backend), expected, relative=3e-6)
+    assert_all_close(
+        case.to(torch.float32, device).run(selective_scan, backend=backend), expected, relative=3e-6
+    )
 
 
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
 @pytest.mark.parametrize("reverse", [False, True])
-def test_bfloat16_loses_only_the_rounding_of_what_it_returns(backend: str, device: str, reverse: bool) -> None:
-    case = draw_case((1, 4, 3, 2) if INTERPRETED else (3, 33, 70, 2), reverse=reverse).to(torch.bfloat16)
+def test_bfloat16_loses_only_the_rounding_of_what_it_returns(
+    backend: str, device: str, reverse: bool
+) -> None:
+    case = draw_case((1, 4, 3, 2) if INTERPRETED else (3, 33, 70, 2), reverse=reverse).to(
+        torch.bfloat16
+    )
     expected = case.to(torch.float64).run(scan_naively)
     got = case.to(torch.bfloat16, device).run(selective_scan, backend=backend)
     assert {value.dtype for value in got.values()} == {torch.bfloat16}
@@ -153,9 +174,13 @@ def test_gate_bias_and_softplus_may_be_left_out(backend: str, device: str, left_
     case = draw_case((2, 7, 5, 3), delta_softplus=left_out != "delta_softplus")
     case.tensors.pop(left_out, None)
     if left_out == "delta_softplus":
-        case.tensors["delta"] = case.tensors["delta"].abs() + 3  # plain step sizes are positive, the bias is about -3
+        case.tensors["delta"] = (
+            case.tensors["delta"].abs() + 3
+        )  # plain step sizes are positive, the bias is about -3
     expected = case.to(torch.float64).run(scan_naively)
-    assert_all_close(case.to(torch.float32, device).run(selective_scan, backend=backend), expected, relative=3e-6)
+    assert_all_close(
+        case.to(torch.float32, device).run(selective_scan, backend=backend), expected, relative=3e-6
+    )
 
 
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
@@ -165,12 +190,19 @@ def test_views_of_larger_tensors_are_taken_as_they_are(backend: str, device: str
     both = torch.cat([views["u"], views["z"]], -1)
     views["u"], views["z"] = both.chunk(2, -1)
     views["B"], views["C"] = torch.cat([views["B"], views["C"]], -1).split(4, -1)
-    views["delta"] = views["delta"].transpose(1, 2).contiguous().transpose(1, 2)  # channels not innermost
+    views["delta"] = (
+        views["delta"].transpose(1, 2).contiguous().transpose(1, 2)
+    )  # channels not innermost
     views["D"] = views["D"].repeat_interleave(2)[::2]
     got = selective_scan(
-        *(views[name] for name in NAMES[:6]), z=views["z"], delta_bias=views["delta_bias"], backend=backend
+        *(views[name] for name in NAMES[:6]),
+        z=views["z"],
+        delta_bias=views["delta_bias"],
+        backend=backend,
     )
-    torch.testing.assert_close(got, case.run(selective_scan, backend=backend)["out"], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        got, case.run(selective_scan, backend=backend)["out"], rtol=1e-6, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
@@ -179,7 +211,9 @@ def test_extreme_step_sizes_stay_finite_and_exact(backend: str, device: str) -> 
     case.tensors["delta"] = torch.linspace(-60, 60, 72).reshape(1, 9, 8)
     case.tensors["z"] *= 40
     expected = case.to(torch.float64).run(scan_naively)
-    assert_all_close(case.to(torch.float32, device).run(selective_scan, backend=backend), expected, relative=3e-6)
+    assert_all_close(
+        case.to(torch.float32, device).run(selective_scan, backend=backend), expected, relative=3e-6
+    )
 
 
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
@@ -199,7 +233,9 @@ def test_gradients_in_float64(backend: str, reverse: bool) -> None:
     inputs = [tensor.requires_grad_() for tensor in case.tensors.values()]
 
     def scan_all(*tensors: Tensor) -> Tensor:
-        return selective_scan(*tensors[:6], z=tensors[6], delta_bias=tensors[7], reverse=reverse, backend=backend)
+        return selective_scan(
+            *tensors[:6], z=tensors[6], delta_bias=tensors[7], reverse=reverse, backend=backend
+        )
 
     assert torch.autograd.gradcheck(scan_all, inputs)
 
@@ -212,7 +248,9 @@ def test_autocast_does_not_reach_the_recurrence(backend: str) -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return selective_scan(*tensors, **kwargs, backend=backend)
 
-    assert_all_close(case.run(scan_under_autocast), case.run(selective_scan, backend=backend), relative=0)
+    assert_all_close(
+        case.run(scan_under_autocast), case.run(selective_scan, backend=backend), relative=0
+    )
 
 
 def test_threads_do_not_change_a_bit() -> None:
@@ -235,7 +273,9 @@ def test_two_python_threads_may_scan_at_once() -> None:
         assert_all_close(future.result(), alone, relative=0)
 
 
-@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="there is no fork on this system")
+@pytest.mark.skipif(
+    "fork" not in multiprocessing.get_all_start_methods(), reason="there is no fork on this system"
+)
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_forked_process_scans_with_threads_of_its_own() -> None:
     case, threads = draw_case((2, 9, 70, 4)), torch.get_num_threads()
@@ -271,16 +311,24 @@ def convolve_naively(x: Tensor, weight: Tensor, bias: Tensor, *, reverse: bool) 
 @pytest.mark.parametrize("backend", ["torch", "numba"])
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1, 3), (2, 3, 70), (2, 33, 64)], ids=str)
-def test_convolution_equals_the_naive_loop(backend: str, reverse: bool, shape: tuple[int, int, int]) -> None:
+def test_convolution_equals_the_naive_loop(
+    backend: str, reverse: bool, shape: tuple[int, int, int]
+) -> None:
     generator = torch.Generator().manual_seed(0)
     wide = torch.randn(*shape[:2], 2 * shape[2], generator=generator)
     x = wide[..., shape[2] :]  # as it is taken out of the in-projection
-    weight, bias = torch.randn(shape[2], 4, generator=generator), torch.randn(shape[2], generator=generator)
+    weight, bias = (
+        torch.randn(shape[2], 4, generator=generator),
+        torch.randn(shape[2], generator=generator),
+    )
     g = torch.randn(shape, generator=generator)
 
-    def run(function: Callable[..., Tensor], dtype: torch.dtype, **kwargs: str) -> dict[str, Tensor]:
+    def run(
+        function: Callable[..., Tensor], dtype: torch.dtype, **kwargs: str
+    ) -> dict[str, Tensor]:
         leaves = {
-            name: t.to(dtype).requires_grad_() for name, t in {"x": x.detach(), "weight": weight, "bias": bias}.items()
+            name: t.to(dtype).requires_grad_()
+            for name, t in {"x": x.detach(), "weight": weight, "bias": bias}.items()
         }
         out = function(*leaves.values(), reverse=reverse, **kwargs)
         gradients = torch.autograd.grad(out, [*leaves.values()], g.to(dtype))
@@ -294,7 +342,18 @@ def test_convolution_equals_the_naive_loop(backend: str, reverse: bool, shape: t
 def test_triton_in_the_interpreter() -> None:
     """Triton reads TRITON_INTERPRET when it is imported: the tests above once more, in a process of their own."""
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "triton-cpu", __file__]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "triton-cpu",
+        __file__,
+    ]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stdout[-4000:]
@@ -308,7 +367,10 @@ def test_triton_kernels_compile_for_a_gpu_without_spilling(dtype: str) -> None:
     pytest.importorskip("triton")
     from almrr_pipeline.model.kernels.scan import triton_backend
 
-    for kernel, constants in ((triton_backend._forward, {"KEEP": True}), (triton_backend._backward, {})):
+    for kernel, constants in (
+        (triton_backend._forward, {"KEEP": True}),
+        (triton_backend._backward, {}),
+    ):
         compiled = compile_kernel(kernel, dtype, constants)
         assert compiled.asm["cubin"]
         assert ".local" not in compiled.asm["ptx"]
@@ -329,14 +391,20 @@ def compile_kernel(kernel: Any, dtype: str, constants: dict[str, Any]) -> Any:
     for name in kernel.arg_names:
         pointer = f"*{dtype}" if name in rows else "*fp32"
         signature[name] = (
-            "constexpr" if name in constants else "i32" if name in scalars or name[-2:] in ("_b", "_l") else pointer
+            "constexpr"
+            if name in constants
+            else "i32"
+            if name in scalars or name[-2:] in ("_b", "_l")
+            else pointer
         )
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1})
 
 
 def test_unknown_backends_are_refused_by_name() -> None:
-    with pytest.raises(AlmrrError, match="'mambo'; take one of auto, mamba_ssm, triton, numba, torch"):
+    with pytest.raises(
+        AlmrrError, match="'mambo'; take one of auto, mamba_ssm, triton, numba, torch"
+    ):
         resolve_backend("mambo", "cpu")
 
 
@@ -346,9 +414,11 @@ def test_a_backend_is_refused_on_a_device_it_does_not_run_on(name: str, device: 
         resolve_backend(name, device)
 
 
-@pytest.mark.skipif(not available_backends()["mamba_ssm"], reason="mamba-ssm is installed here")
+@pytest.mark.skipif(not scan._why_absent("mamba_ssm"), reason="mamba-ssm is installed here")
 def test_absent_mamba_ssm_says_how_to_get_it() -> None:
-    with pytest.raises(AlmrrError, match="MAMBA_KEEP_CUDA_BUILD=TRUE pip install --no-build-isolation mamba-ssm"):
+    with pytest.raises(
+        AlmrrError, match="MAMBA_KEEP_CUDA_BUILD=TRUE pip install --no-build-isolation mamba-ssm"
+    ):
         resolve_backend("mamba_ssm", "cuda")
 
 
@@ -372,7 +442,9 @@ def test_without_numba_auto_takes_torch_and_a_named_numba_is_an_error(
     monkeypatch.setitem(sys.modules, "numba", None)
     assert resolve_backend("auto", "cpu") == "torch"
     case = draw_case((1, 3, 2, 2))
-    assert_all_close(case.run(selective_scan), case.run(selective_scan, backend="torch"), relative=0)
+    assert_all_close(
+        case.run(selective_scan), case.run(selective_scan, backend="torch"), relative=0
+    )
     with pytest.raises(AlmrrError, match=r"numba cannot be used here.*pip install numba"):
         case.run(selective_scan, backend="numba")
 
@@ -382,7 +454,7 @@ def test_auto_says_once_what_it_took(forgetful: None, caplog: pytest.LogCaptureF
         chosen = {resolve_backend("auto", "cpu") for _ in range(3)}
     assert chosen == {"numba"}
     assert [record.getMessage() for record in caplog.records] == [
-        "Selective scan on cpu: backend numba (scan.backend names another)."
+        "Selective scan on cpu: backend numba (inference.scan_backend sets another)."
     ]
 
 
@@ -401,7 +473,9 @@ def test_kernels_compile_where_no_cache_can_be_written(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_mamba_ssm_is_handed_its_own_layout(reverse: bool, forgetful: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mamba_ssm_is_handed_its_own_layout(
+    reverse: bool, forgetful: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A stand-in with the signature, layout and dtypes of mamba-ssm's selective_scan_fn, which cannot be built here."""
 
     def selective_scan_fn(
@@ -411,7 +485,9 @@ def test_mamba_ssm_is_handed_its_own_layout(reverse: bool, forgetful: None, monk
         assert {u.dtype, delta.dtype, B.dtype, C.dtype, z.dtype} == {torch.bfloat16}
         assert {A.dtype, D.dtype, delta_bias.dtype} == {torch.float32}
         assert not return_last_state
-        rows = [tensor.transpose(1, 2).double() for tensor in (u, delta, B, C, z)]  # from (b, d, l) and (b, n, l)
+        rows = [
+            tensor.transpose(1, 2).double() for tensor in (u, delta, B, C, z)
+        ]  # from (b, d, l) and (b, n, l)
         out = scan_naively(
             rows[0], rows[1], A.double(), rows[2], rows[3], D.double(),
             z=rows[4], delta_bias=delta_bias.double(), delta_softplus=delta_softplus,
@@ -427,12 +503,15 @@ def test_mamba_ssm_is_handed_its_own_layout(reverse: bool, forgetful: None, monk
     case = draw_case((2, 9, 5, 3), delta_softplus=True, reverse=reverse).to(torch.bfloat16)
     case.tensors |= {name: case.tensors[name].float() for name in ("A", "D", "delta_bias")}
     backend = importlib.import_module(f"{scan.__name__}.mamba_ssm_backend")
-    got = case.run(lambda *given, **optional: backend.scan_with_mamba_ssm(ScanOperands(*given, **optional)))
+    got = case.run(
+        lambda *given, **optional: backend.scan_with_mamba_ssm(ScanOperands(*given, **optional))
+    )
     assert_all_close(got, case.to(torch.float64).run(scan_naively), relative=2**-8)
 
 
 @pytest.mark.parametrize(
-    ("name", "shape"), [("delta", (2, 9, 4)), ("A", (4, 3)), ("B", (2, 9, 4)), ("D", (4,)), ("z", (2, 8, 5))]
+    ("name", "shape"),
+    [("delta", (2, 9, 4)), ("A", (4, 3)), ("B", (2, 9, 4)), ("D", (4,)), ("z", (2, 8, 5))],
 )
 def test_shapes_that_do_not_fit_are_named(name: str, shape: tuple[int, ...]) -> None:
     case = draw_case((2, 9, 5, 3))

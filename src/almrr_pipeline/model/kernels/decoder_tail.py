@@ -1,11 +1,12 @@
-"""The end of the decoder as two fused CPU kernels: instance norm, ReLU, bilinear resize, tanh and weighted sum.
+"""The decoder's end as two fused CPU kernels: instance norm, ReLU, bilinear resize, tanh, sum.
 
-At the paper's widths the resized map has 4 million values an image, and each of the five operations moves them through
-memory at least once. Here a value lives in a register from the resize to the sum. The map comes as the four phases of
-a transposed convolution of stride 2 (even or odd rows, even or odd columns), which need not be interleaved first.
+At the paper's widths the resized map has 4 million values per image, and each of the five
+operations moves them through memory at least once. Here a value stays in a register from the resize
+to the weighted sum. The map is given as the four phases of a transposed convolution of stride 2
+(even or odd rows, even or odd columns), without interleaving them.
 
-A kernel works off the tasks `first` to `last`, which share nothing that they write; channels are contiguous and the
-innermost loop, so that it vectorizes.
+A kernel runs the tasks `first` to `last`, which write to separate memory; channels are contiguous
+and the innermost loop, so that it is vectorized.
 """
 
 # ruff: noqa: ANN401 - numba's scalars have no Python type
@@ -15,20 +16,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from almrr_pipeline.model.kernels.cpu_kernels import compile_kernel, spread
+from almrr_pipeline.common.arrays import Indices
+from almrr_pipeline.model.kernels.cpu_kernels import Array, compile_kernel, spread
 
-Array = npt.NDArray[np.float32]
-Indices = npt.NDArray[np.int64]
+Maps = tuple[Array, Array, Array, Array]
+"""The phases, flat: even rows and even columns, even and odd, odd and even, odd and odd."""
 BLOCK = 64
-"""Channels whose statistics are taken together: whole cache lines of each cell, and few enough to stay in the cache."""
+"""Channels whose statistics are taken together: whole cache lines, few enough for the cache."""
 
 _ZERO, _ONE, _SATURATED = np.float32(0.0), np.float32(1.0), np.float32(7.9)
-# tanh(x) as x P(x^2) / Q(x^2) on [0, 7.9], beyond which it is 1; the coefficients are Eigen's and XLA's, error 2e-7.
-_P1, _P3, _P5 = np.float32(4.89352455891786e-03), np.float32(6.37261928875436e-04), np.float32(1.48572235717979e-05)
+# tanh(x) as x P(x^2) / Q(x^2) on [0, 7.9], above which it is 1; the coefficients are Eigen's and
+# XLA's, error 2e-7.
+_P1, _P3 = np.float32(4.89352455891786e-03), np.float32(6.37261928875436e-04)
+_P5 = np.float32(1.48572235717979e-05)
 _P7, _P9 = np.float32(5.12229709037114e-08), np.float32(-8.60467152213735e-11)
 _P11, _P13 = np.float32(2.00018790482477e-13), np.float32(-2.76076847742355e-16)
 _Q0, _Q2 = np.float32(4.89352518554385e-03), np.float32(2.26843463243900e-03)
@@ -36,12 +39,18 @@ _Q4, _Q6 = np.float32(1.18534705686654e-04), np.float32(1.19825839466702e-06)
 
 
 def summarize_phases(
-    phases: Sequence[Sequence[Tensor]], weight: Tensor, bias: Tensor, *, size: tuple[int, int], epsilon: float
+    phases: Sequence[Sequence[Tensor]],
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    size: tuple[int, int],
+    epsilon: float,
 ) -> Tensor:
     """Weighted sums over the channels of tanh(resize(relu(instance_norm(map)))).
 
     Args:
-        phases: `phases[i][j]` holds rows 2 y + i and columns 2 x + j of the map, (B, C, n - i, m - j), float32, CPU.
+        phases: float32 on the CPU; `phases[i][j]` (B, C, n - i, m - j) has rows 2 y + i and columns
+            2 x + j of the map.
         weight: (k, C).
         bias: (k,), added to the sums.
         size: rows and columns to resize to, bilinearly with align_corners=True.
@@ -52,51 +61,38 @@ def summarize_phases(
     """
     batch, channels, n, m = phases[0][0].shape
     maps = tuple(_flat(phase) for row in phases for phase in row)
-    factors, offsets = np.empty((batch, channels), np.float32), np.empty((batch, channels), np.float32)
-    blocks = -(-channels // BLOCK)
-    spread(measure_channels, batch * blocks, n, m, channels, *maps, np.float32(epsilon), factors, offsets)
+    factors = np.empty((batch, channels), np.float32)
+    offsets = np.empty((batch, channels), np.float32)
+    tasks = batch * -(-channels // BLOCK)
+    spread(measure_channels, tasks, n, m, maps, np.float32(epsilon), factors, offsets)
     out = torch.empty(batch, len(weight), *size)
     top, below = _positions(2 * n - 1, size[0])
     left, right = _positions(2 * m - 1, size[1])
     weights = weight.detach().contiguous().numpy()
-    arguments = (
-        n,
-        m,
-        channels,
-        *maps,
-        factors,
-        offsets,
-        top,
-        below,
-        left,
-        right,
-        weights,
-        bias.detach().numpy(),
-        out.numpy(),
-    )
-    spread(sum_channels, batch * size[0], *arguments)
+    arguments = (factors, offsets, top, below, left, right, weights, bias.detach().numpy())
+    spread(sum_channels, batch * size[0], n, m, maps, *arguments, out.numpy())
     return out
 
 
 def _flat(phase: Tensor) -> Array:
-    """The values of (B, C, n, m), channels innermost, in a row."""
+    """The values of (B, C, n, m) as one row, channels innermost."""
     values: Array = phase.detach().permute(0, 2, 3, 1).contiguous().view(-1).numpy()
     return values
 
 
-def _positions(source: int, size: int) -> tuple[Indices, Array]:
-    """For each output position the input position before it, and the share of the one after it."""
-    exact = np.arange(size) * ((source - 1) / max(size - 1, 1))
-    before = np.minimum(exact.astype(np.int64), source - 2)
+def _positions(length: int, size: int) -> tuple[Indices, Array]:
+    """For each output position the input position before it, and the weight of the one after."""
+    exact = np.arange(size) * ((length - 1) / max(size - 1, 1))
+    before = np.minimum(exact.astype(np.int64), length - 2)
     return before, (exact - before).astype(np.float32)
 
 
 @compile_kernel
 def measure_channels(
-    first: int, last: int, n: int, m: int, channels: int, ee: Array, eo: Array, oe: Array, oo: Array, epsilon: Any,
-    factors: Array, offsets: Array,
+    first: int, last: int, n: int, m: int, maps: Maps, epsilon: Any, factors: Array, offsets: Array
 ) -> None:  # fmt: skip
-    """What instance norm multiplies with and adds, for each image and channel; a task is a block of channels."""
+    """Factor and offset of instance norm per image and channel; a task is a block of channels."""
+    channels = factors.shape[1]
     blocks = (channels + BLOCK - 1) // BLOCK
     cells = np.float32((2 * n - 1) * (2 * m - 1))
     lanes = np.empty(2 * BLOCK, np.float32)  # sum, then mean | sum of squares
@@ -105,7 +101,7 @@ def measure_channels(
         width = min(BLOCK, channels - start)
         lanes[:] = _ZERO
         for phase in (0, 1, 2, 3):
-            x = (ee, eo, oe, oo)[phase]
+            x = maps[phase]
             size = (n - phase // 2) * (m - phase % 2)
             for cell in range(size):
                 at = (image * size + cell) * channels + start
@@ -115,7 +111,7 @@ def measure_channels(
         for c in range(BLOCK):
             lanes[c] /= cells
         for phase in (0, 1, 2, 3):
-            x = (ee, eo, oe, oo)[phase]
+            x = maps[phase]
             size = (n - phase // 2) * (m - phase % 2)
             for cell in range(size):
                 at = (image * size + cell) * channels + start
@@ -131,20 +127,23 @@ def measure_channels(
 
 @compile_kernel
 def sum_channels(
-    first: int, last: int, n: int, m: int, channels: int, ee: Array, eo: Array, oe: Array, oo: Array,
-    factors: Array, offsets: Array, top: Indices, below: Array, left: Indices, right: Array,
+    first: int, last: int, n: int, m: int, maps: Maps, factors: Array, offsets: Array,
+    top: Indices, below: Array, left: Indices, right: Array,
     weights: Array, bias: Array, out: Array,
 ) -> None:  # fmt: skip
     """Normalize, rectify, resize, tanh and sum; a task is a row of the output."""
     outputs, rows, columns = out.shape[1], out.shape[2], out.shape[3]
-    line = np.empty((2 * m - 1, channels), np.float32)  # one row of the map, resized in the rows alone
+    channels = factors.shape[1]
+    line = np.empty(
+        (2 * m - 1, channels), np.float32
+    )  # one row of the map, resized in the rows alone
     values = np.empty(channels, np.float32)
     for task in range(first, last):
         image, i = task // rows, task % rows
         factor, offset = factors[image], offsets[image]
         for x in range(2 * m - 1):
-            upper = _cell(image, top[i], x, n, m, channels, ee, eo, oe, oo)
-            lower = _cell(image, top[i] + 1, x, n, m, channels, ee, eo, oe, oo)
+            upper = _cell(image, top[i], x, n, m, channels, maps)
+            lower = _cell(image, top[i] + 1, x, n, m, channels, maps)
             _blend_rectified(line[x], upper, lower, factor, offset, below[i])
         for j in range(columns):
             _blend_and_saturate(values, line[left[j]], line[left[j] + 1], right[j])
@@ -157,33 +156,31 @@ def sum_channels(
 
 
 @compile_kernel
-def _cell(
-    image: int, y: int, x: int, n: int, m: int, channels: int, ee: Array, eo: Array, oe: Array, oo: Array
-) -> Array:
-    """The channels of row y and column x of the map, in the phase that holds them."""
+def _cell(image: int, y: int, x: int, n: int, m: int, channels: int, maps: Maps) -> Array:
+    """The channels of row y and column x of the map, in their phase."""
     height, width = n - y % 2, m - x % 2
     at = ((image * height + y // 2) * width + x // 2) * channels
-    if y % 2 == 0:
-        return ee[at : at + channels] if x % 2 == 0 else eo[at : at + channels]
-    return oe[at : at + channels] if x % 2 == 0 else oo[at : at + channels]
+    return maps[y % 2 * 2 + x % 2][at : at + channels]
 
 
 @compile_kernel
-def _blend_rectified(out: Array, upper: Array, lower: Array, factor: Array, offset: Array, share: Any) -> None:
-    """Both normalized and rectified, then the share of the lower one mixed in."""
+def _blend_rectified(
+    out: Array, upper: Array, lower: Array, factor: Array, offset: Array, weight: Any
+) -> None:
+    """Both rows normalized and rectified, then interpolated with the weight of the lower one."""
     for c in range(len(out)):
         above = upper[c] * factor[c] + offset[c]
         under = lower[c] * factor[c] + offset[c]
         above = above if above > _ZERO else _ZERO
         under = under if under > _ZERO else _ZERO
-        out[c] = above + share * (under - above)
+        out[c] = above + weight * (under - above)
 
 
 @compile_kernel
-def _blend_and_saturate(out: Array, before: Array, after: Array, share: Any) -> None:
-    """The share of the one after mixed in, and tanh; nothing is negative here."""
+def _blend_and_saturate(out: Array, before: Array, after: Array, weight: Any) -> None:
+    """Interpolated with the weight of the one after, then tanh of values that are not negative."""
     for c in range(len(out)):
-        x = before[c] + share * (after[c] - before[c])
+        x = before[c] + weight * (after[c] - before[c])
         x = x if x < _SATURATED else _SATURATED
         s = x * x
         p = ((((((_P13 * s + _P11) * s) + _P9) * s + _P7) * s + _P5) * s + _P3) * s + _P1

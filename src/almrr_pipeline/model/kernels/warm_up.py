@@ -1,7 +1,8 @@
-"""Compile the CPU's kernels once, into numba's cache: `python -m almrr_pipeline.model.kernels.warm_up`.
+"""Compile the CPU kernels into numba's cache: `python -m almrr_pipeline.model.kernels.warm_up`.
 
-A process that compiles a kernel itself may round its last bit otherwise than one that loads it from the cache. Run once
-after installation, this makes the first training equal to all later ones; it costs some twenty seconds.
+A process that compiles a kernel may round the last bit differently from one that loads it from the
+cache. Run once after installation, this makes the first training equal to all later ones; it takes
+some twenty seconds.
 """
 
 from __future__ import annotations
@@ -10,34 +11,25 @@ import logging
 
 import torch
 
-from almrr_pipeline.model.almrr import ALMRR
-from almrr_pipeline.model.backbone import build_backbone
+from almrr_pipeline.model.kernels.decoder_tail import summarize_phases
+from almrr_pipeline.model.kernels.scan import causal_conv, selective_scan
 
 logger = logging.getLogger(__name__)
 
-SIDE = 128
-
 
 def warm_up() -> None:
-    """Run one small training step and one fused prediction on random images."""
-    backbone = build_backbone("tf_efficientnet_lite0", weights=None)
-    model = ALMRR(
-        backbone,
-        image_size=(SIDE, SIDE),
-        latent=16,
-        dim=16,
-        depth=1,
-        decoder=(8, 8),
-        refinement_width=4,
-        refinement_input="projection",
-        refinement_channels=2,
+    """Run every kernel once, forward and backward, on inputs as small and typed as a model's."""
+    b, l, d, n = 1, 2, 2, 1  # noqa: E741 - images, tokens, channels, states
+    rows, vector = torch.rand(b, l, d, requires_grad=True), torch.rand(d)
+    u = causal_conv(rows, torch.rand(d, 2), vector, backend="numba")
+    states = torch.rand(b, l, n)
+    scanned = selective_scan(
+        u, u, -torch.rand(d, n), states, states, vector, z=u, delta_bias=vector, backend="numba"
     )
-    images = torch.rand(2, 3, SIDE, SIDE)
-    output = model.train().training_forward(images, images.flip(0))
-    (output.logits.mean() + output.reconstruction.mean()).backward()  # type: ignore[no-untyped-call]
-    with torch.inference_mode():
-        model.eval().fuse()(images)
-    logger.info("The CPU's kernels are compiled.")
+    scanned.sum().backward()  # type: ignore[no-untyped-call]
+    phases = [[torch.rand(1, d, 2 - i, 2 - j) for j in (0, 1)] for i in (0, 1)]
+    summarize_phases(phases, torch.rand(1, d), torch.rand(1), size=(3, 3), epsilon=1e-5)
+    logger.info("The CPU kernels are compiled.")
 
 
 if __name__ == "__main__":

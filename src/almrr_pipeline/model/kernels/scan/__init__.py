@@ -1,14 +1,14 @@
-"""The selective scan of Mamba (Gu and Dao, arXiv 2312.00752, section 3) behind one signature, and its backends.
+"""The selective scan of Mamba (Gu and Dao, arXiv 2312.00752, section 3) and its backends.
 
     name        runs on   what it is
     mamba_ssm   CUDA      mamba-ssm's fused kernel; an extra that its users compile
-    triton      CUDA      ours; torch brings Triton on Linux (on a CPU too, slowly, with TRITON_INTERPRET=1)
+    triton      CUDA      ours; torch brings Triton on Linux (TRITON_INTERPRET=1: on a CPU, slowly)
     numba       CPU       ours, fused; needs no compiler
     torch       anything  the reference, with a hand-written backward
-    parallel    anything  few tensor operations, for torch.export and ONNX; never chosen outside of an export
+    parallel    anything  few tensor operations; only for torch.export and ONNX
 
-`auto` takes the fastest that is present, says once in the log which, and takes `parallel` while a graph is exported. A
-backend that was named is used, or its absence is an error.
+`auto` takes the fastest that is present and logs which once; `parallel` while a graph is exported.
+A backend requested by name is used, or its absence is an error.
 """
 
 # ruff: noqa: N803 - names are those of the formulas
@@ -19,37 +19,54 @@ import logging
 import os
 from collections.abc import Callable
 from functools import cache
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from almrr_pipeline.common.errors import AlmrrError
+from almrr_pipeline.config import ScanBackend
 from almrr_pipeline.model.kernels.scan.operands import ScanOperands
 from almrr_pipeline.model.kernels.scan.reference import convolve_with_torch
 
 _LOG = logging.getLogger(__name__)
 
-BACKENDS = ("mamba_ssm", "triton", "numba", "torch")
-"""What a user may name, besides `auto`."""
+BACKENDS = tuple(name for name in get_args(ScanBackend) if name != "auto")
+"""What a user may name besides `auto`."""
 
-_FUNCTIONS = {
-    "mamba_ssm": ("mamba_ssm_backend", "scan_with_mamba_ssm"),
-    "triton": ("triton_backend", "scan_with_triton"),
-    "numba": ("numba_backend", "scan_with_numba"),
-    "torch": ("reference", "scan_with_torch"),
-    "parallel": ("parallel", "scan_in_parallel"),
-}
-# On CUDA ours comes first: mamba-ssm's kernel needs every tensor transposed, and flipped for the reverse direction,
-# which moves more memory than the scan itself; and its atomic sums make gradients differ from run to run.
-_PREFERENCE = {"cuda": ("triton", "mamba_ssm"), "cpu": ("numba",)}
-_REMEDY = {
-    "mamba_ssm": (
-        "its kernel is compiled on your machine, which takes nvcc of torch's own CUDA version and many minutes: "
-        "`MAMBA_KEEP_CUDA_BUILD=TRUE pip install --no-build-isolation mamba-ssm`"
+
+class _Implementation(NamedTuple):
+    """A backend's module here and its function, the types of devices, and how to install it."""
+
+    module: str
+    function: str
+    devices: tuple[str, ...]
+    remedy: str = ""
+
+
+_ANY_DEVICE = ("cpu", "cuda", "mps", "xpu")
+_IMPLEMENTATIONS = {
+    "mamba_ssm": _Implementation(
+        "mamba_ssm_backend",
+        "scan_with_mamba_ssm",
+        ("cuda",),
+        "its kernel is compiled on your machine, which takes nvcc of torch's own CUDA version and "
+        "many minutes: `MAMBA_KEEP_CUDA_BUILD=TRUE pip install --no-build-isolation mamba-ssm`",
     ),
-    "triton": "it comes with torch on Linux and needs a CUDA GPU (TRITON_INTERPRET=1 runs it on a CPU, for tests)",
-    "numba": "`pip install numba`",
+    "triton": _Implementation(
+        "triton_backend",
+        "scan_with_triton",
+        ("cuda",),
+        "it comes with torch on Linux and needs a CUDA GPU (for tests TRITON_INTERPRET=1 suffices)",
+    ),
+    "numba": _Implementation("numba_backend", "scan_with_numba", ("cpu",), "`pip install numba`"),
+    "torch": _Implementation("reference", "scan_with_torch", _ANY_DEVICE),
+    "parallel": _Implementation("parallel", "scan_in_parallel", _ANY_DEVICE),
 }
+# On CUDA ours comes first: mamba-ssm's kernel needs every tensor transposed, and flipped for the
+# reverse direction, which moves more memory than the scan itself; and its atomic sums make
+# gradients differ from run to run.
+_PREFERENCE = {"cuda": ("triton", "mamba_ssm"), "cpu": ("numba",)}
 
 
 def selective_scan(
@@ -66,24 +83,25 @@ def selective_scan(
     reverse: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """The selective state space recurrence along the tokens, its skip and its gate; differentiable once.
+    """Selective state space recurrence along the tokens, with skip and gate; differentiable once.
 
         dt_t = softplus(delta_t + delta_bias)
-        h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t        h of shape (d, n), zero before the first token
+        h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t        h of shape (d, n), zero before the first
         out_t = (C_t h_t + D u_t) silu(z_t)
 
-    Any strides, any floating dtype; the arithmetic is float32 (float64 for float64 in `torch` and `parallel`).
+    Any strides, any floating dtype; the arithmetic is float32, or float64 for float64 in `torch`
+    and `parallel`. b: images, l: tokens, d: channels, n: states per channel.
 
     Args:
-        u: input, (b, l, d): images, tokens, channels.
+        u: input, (b, l, d).
         delta: step sizes before bias and softplus, (b, l, d).
         A: state matrix, diagonal, negative, (d, n).
-        B: input matrix, one for all channels of a token, (b, l, n).
+        B: input matrix, shared by the channels of a token, (b, l, n).
         C: output matrix, likewise, (b, l, n).
         D: skip, (d,).
-        z: gate, (b, l, d); without it there is no gate.
-        delta_bias: (d,); without it there is none.
-        delta_softplus: whether step sizes go through a softplus.
+        z: gate, (b, l, d); None for no gate.
+        delta_bias: (d,); None for none.
+        delta_softplus: whether step sizes pass through a softplus.
         reverse: scan from the last token to the first (no tensor is flipped for it).
         backend: `auto` or a name of the table above.
 
@@ -91,26 +109,28 @@ def selective_scan(
         (b, l, d), in the dtype of u.
 
     Raises:
-        ValueError: shapes that do not fit.
-        AlmrrError: the named backend is unknown, absent, or cannot run on the tensors' device.
+        ValueError: shapes do not fit.
+        AlmrrError: the backend is unknown, absent, or cannot run on the tensors' device.
     """
     operands = ScanOperands(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
     operands.check()
-    run = _run_uncompiled if torch.compiler.is_compiling() and not _is_exporting() else _run
-    return run(backend, operands)
+    compiling = torch.compiler.is_compiling() and not _is_exporting()
+    return (_run_uncompiled if compiling else _run)(backend, operands)
 
 
-def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, *, reverse: bool = False, backend: str = "auto") -> Tensor:
-    """The causal depthwise convolution and SiLU in front of a scan: silu(bias + sum over k of weight_k x_{t-K+1+k}).
+def causal_conv(
+    x: Tensor, weight: Tensor, bias: Tensor, *, reverse: bool = False, backend: str = "auto"
+) -> Tensor:
+    """Causal depthwise convolution and SiLU: silu(bias + sum over k of weight_k x_{t-K+1+k}).
 
-    With `numba` as the (resolved) backend one fused kernel, otherwise torch operations, which torch.compile fuses and
-    an export can hold. Channels stay innermost in both.
+    One fused kernel where the (resolved) backend is `numba`; otherwise torch operations, which
+    torch.compile fuses and an export can hold.
 
     Args:
         x: (b, l, d).
         weight: (d, K); its last column belongs to the token itself.
         bias: (d,).
-        reverse: the window lies after the token, mirrored: what a flip of x before and of the result after would give.
+        reverse: flip x before and the result after; computed without flipping.
         backend: as for `selective_scan`.
 
     Returns:
@@ -123,39 +143,41 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, *, reverse: bool = Fals
     return convolve_with_numba(x, weight, bias, reverse=reverse)
 
 
-def available_backends() -> dict[str, str]:
-    """Each backend that may be named, with "" if it can be used here and otherwise the reason why not."""
-    return {name: _why_absent(name) for name in BACKENDS}
-
-
 def resolve_backend(name: str, device: torch.device | str) -> str:
     """The backend that runs on `device` for this name.
 
     Raises:
-        AlmrrError: the name is unknown, the backend is absent (says how to get it), or it cannot run on the device.
+        AlmrrError: the name is unknown, the backend is absent (with how to install it), or it
+            cannot run on the device.
     """
-    kind = torch.device(device).type
+    device_type = torch.device(device).type
     if name == "auto":
-        return "parallel" if _is_exporting() else _choose(kind)
-    if name not in _FUNCTIONS:
-        raise AlmrrError(f"There is no scan backend {name!r}; take one of auto, {', '.join(BACKENDS)}.")
+        return "parallel" if _is_exporting() else _choose(device_type)
+    if name not in _IMPLEMENTATIONS:
+        raise AlmrrError(
+            f"There is no scan backend {name!r}; take one of {', '.join(get_args(ScanBackend))}."
+        )
     reason = _why_absent(name)
     if reason:
-        raise AlmrrError(f"The scan backend {name} cannot be used here: {reason}. To get it: {_REMEDY[name]}.")
-    if kind not in _devices(name):
+        remedy = _IMPLEMENTATIONS[name].remedy
         raise AlmrrError(
-            f"The scan backend {name} does not run on {kind}, only on {' and '.join(_devices(name))}; "
-            "set scan.backend to auto or torch."
+            f"The scan backend {name} cannot be used here: {reason}. To get it: {remedy}."
+        )
+    if device_type not in _devices(name):
+        raise AlmrrError(
+            f"The scan backend {name} does not run on {device_type}, only on "
+            f"{' and '.join(_devices(name))}; set inference.scan_backend to auto or torch."
         )
     return name
 
 
 @cache
-def _choose(kind: str) -> str:
-    """The fastest backend present for a kind of device; cached, so that it is logged once."""
-    present = [name for name in _PREFERENCE.get(kind, ()) if not _why_absent(name)]
+def _choose(device_type: str) -> str:
+    """The fastest backend present for a type of device; cached, so that it is logged once."""
+    present = [name for name in _PREFERENCE.get(device_type, ()) if not _why_absent(name)]
     chosen = present[0] if present else "torch"
-    _LOG.info("Selective scan on %s: backend %s (scan.backend names another).", kind, chosen)
+    message = "Selective scan on %s: backend %s (inference.scan_backend sets another)."
+    _LOG.info(message, device_type, chosen)
     return chosen
 
 
@@ -164,7 +186,7 @@ def _why_absent(name: str) -> str:
     if name == "mamba_ssm" and not torch.cuda.is_available():
         return "it needs a CUDA GPU and there is none"
     try:
-        importlib.import_module(f"{__name__}.{_FUNCTIONS[name][0]}")
+        _import(name)
     except ImportError as error:
         return f"it cannot be imported ({error})"
     if name == "triton" and not torch.cuda.is_available() and not _interpreted():
@@ -172,30 +194,30 @@ def _why_absent(name: str) -> str:
     return ""
 
 
+def _import(name: str) -> object:
+    return importlib.import_module(f"{__name__}.{_IMPLEMENTATIONS[name].module}")
+
+
 def _devices(name: str) -> tuple[str, ...]:
-    """Kinds of devices that a backend runs on."""
-    if name in ("torch", "parallel"):
-        return "cpu", "cuda", "mps", "xpu"
-    if name == "triton" and _interpreted():
-        return "cpu", "cuda"
-    return ("cpu",) if name == "numba" else ("cuda",)
+    """Types of devices that a backend runs on."""
+    interpreted = ("cpu",) if name == "triton" and _interpreted() else ()
+    return interpreted + _IMPLEMENTATIONS[name].devices
 
 
 def _interpreted() -> bool:
-    """Whether Triton runs its kernels in Python, on the CPU; read by Triton when it is imported."""
+    """Whether Triton runs its kernels in Python on the CPU; Triton reads it when imported."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _is_exporting() -> bool:
-    """torch.export, or either of the two ways to ONNX."""
+    """Whether torch.export or either of the two ways to ONNX is tracing."""
     exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
     return exporting() or bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
 
 
 @cache
 def _function(name: str) -> Callable[[ScanOperands], Tensor]:
-    module, function = _FUNCTIONS[name]
-    scan: Callable[[ScanOperands], Tensor] = getattr(importlib.import_module(f"{__name__}.{module}"), function)
+    scan: Callable[[ScanOperands], Tensor] = getattr(_import(name), _IMPLEMENTATIONS[name].function)
     return scan
 
 
@@ -205,5 +227,5 @@ def _run(backend: str, operands: ScanOperands) -> Tensor:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _run_uncompiled(backend: str, operands: ScanOperands) -> Tensor:
-    """For torch.compile: the kernels are compiled already, and the reference's loop would unroll."""
+    """For torch.compile: the kernels are compiled already, and it would unroll the reference."""
     return _run(backend, operands)

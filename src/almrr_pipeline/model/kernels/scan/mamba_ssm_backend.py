@@ -1,7 +1,7 @@
-"""The selective scan by mamba-ssm's fused CUDA kernel (Gu and Dao, arXiv 2312.00752; Apache-2.0), if it is installed.
+"""The selective scan by mamba-ssm's fused CUDA kernel (Gu and Dao, arXiv 2312.00752; Apache-2.0).
 
-That kernel wants channels before time and knows one direction: inputs are handed over as transposed views (it copies
-what it needs contiguous) and, for the reverse direction, flipped.
+That kernel takes channels before time and one direction: inputs are passed as transposed views (it
+copies what it needs contiguous) and, for the reverse direction, flipped.
 """
 
 # ruff: noqa: N806 - names are those of the formulas
@@ -14,7 +14,7 @@ from almrr_pipeline.model.kernels.scan.operands import ScanOperands
 
 
 def scan_with_mamba_ssm(scan: ScanOperands) -> Tensor:
-    """Selective scan as `almrr_pipeline.model.kernels.scan.selective_scan` describes it; parameters and states are float32."""
+    """`selective_scan` by mamba-ssm; parameters and states are float32."""
     u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse = scan
     out: Tensor = selective_scan_fn(
         _channels_first(u, u, reverse),
@@ -33,5 +33,5 @@ def scan_with_mamba_ssm(scan: ScanOperands) -> Tensor:
 
 
 def _channels_first(tensor: Tensor, like: Tensor, reverse: bool) -> Tensor:
-    """(b, l, d) to (b, d, l), in the dtype of `like`: the kernel takes one dtype for all of its inputs."""
+    """(b, l, d) to (b, d, l), in the dtype of `like`: the kernel takes one dtype for all inputs."""
     return (tensor.flip(1) if reverse else tensor).to(like.dtype).transpose(1, 2)

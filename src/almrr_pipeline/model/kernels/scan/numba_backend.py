@@ -1,4 +1,4 @@
-"""The fused CPU kernels as torch functions with gradients, spread over the threads that torch may use."""
+"""The fused CPU kernels as torch functions with gradients, on as many threads as torch uses."""
 
 # ruff: noqa: N806, E741, ANN401 - names are those of the formulas; autograd's ctx has no type
 from __future__ import annotations
@@ -13,22 +13,24 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from almrr_pipeline.model.kernels.cpu_kernels import spread
+from almrr_pipeline.model.kernels.cpu_kernels import Array, spread
 from almrr_pipeline.model.kernels.scan import numba_kernels as kernels
-from almrr_pipeline.model.kernels.scan.operands import ScanOperands
+from almrr_pipeline.model.kernels.scan.operands import ScanOperands, gather_gradients
 
 _LOG2_E = math.log2(math.e)
 _SCRATCH = threading.local()
 
 
 def scan_with_numba(scan: ScanOperands) -> Tensor:
-    """Selective scan as `almrr_pipeline.model.kernels.scan.selective_scan` describes it; the arithmetic is float32."""
+    """`selective_scan` in float32 by the fused CPU kernels."""
     scanned: Tensor = _Scan.apply(*scan)
     return scanned
 
 
-def convolve_with_numba(x: Tensor, weight: Tensor, bias: Tensor, *, reverse: bool = False) -> Tensor:
-    """Causal depthwise convolution and SiLU as `almrr_pipeline.model.kernels.scan.causal_conv` describes it."""
+def convolve_with_numba(
+    x: Tensor, weight: Tensor, bias: Tensor, *, reverse: bool = False
+) -> Tensor:
+    """`causal_conv` in float32 by a fused CPU kernel."""
     convolved: Tensor = _Convolution.apply(x, weight, bias, reverse)
     return convolved
 
@@ -46,30 +48,20 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        u, delta, A, B, C, D, z, delta_bias = ctx.saved_tensors
-        b, l, d = u.shape
-        n = A.shape[1]
+        u, _, A, *_, z, _ = ctx.saved_tensors
+        (b, l, d), n = u.shape, A.shape[1]
         blocks = -(-d // kernels.BLOCK)
         du, d_delta = torch.empty(b, l, d), torch.empty(b, l, d)
         dz = torch.empty(b, l, d) if z is not None else torch.empty(0)
-        dA, dB, dC = torch.empty(b, n, d), torch.empty(blocks, b, l, n), torch.empty(blocks, b, l, n)
+        dA = torch.empty(b, n, d)
+        dB, dC = torch.empty(blocks, b, l, n), torch.empty(blocks, b, l, n)
         dD, d_bias = torch.zeros(b, d), torch.zeros(b, d)
         inputs = _scan_inputs(ScanOperands(*ctx.saved_tensors, *ctx.flags))
-        gradients = kernels.ScanGradients(*map(_flat, (du, d_delta, dz, dA, dB, dC, dD, d_bias)))
+        outputs = (du, d_delta, dA, dB, dC, dD, dz, d_bias)
+        gradients = kernels.ScanGradients(*map(_flat, outputs))
         scan_backward = _with_scratch(kernels.scan_backward, kernels.scratch_size(l, n))
         spread(scan_backward, _tasks(u), inputs, _flat(g), gradients)
-        return (
-            du.to(u.dtype),
-            d_delta.to(delta.dtype),
-            dA.sum(0).t().to(A.dtype),
-            dB.sum(0).to(B.dtype),
-            dC.sum(0).to(C.dtype),
-            dD.sum(0).to(D.dtype),
-            None if z is None else dz.to(z.dtype),
-            None if delta_bias is None else d_bias.sum(0).to(delta_bias.dtype),
-            None,
-            None,
-        )
+        return gather_gradients(ctx.saved_tensors, outputs)
 
 
 class _Convolution(torch.autograd.Function):
@@ -78,7 +70,8 @@ class _Convolution(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias)
         ctx.reverse = reverse
         out = torch.empty(x.shape, dtype=torch.float32)
-        spread(kernels.conv_forward, _tasks(x), _conv_inputs(x, weight, bias, reverse), _flat(out))
+        inputs = _conv_inputs(x, weight, bias, reverse)
+        spread(kernels.conv_forward, _tasks(x), inputs, _flat(out))
         return out.to(x.dtype)
 
     @staticmethod
@@ -86,10 +79,13 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
         b, l, d = x.shape
-        dx, d_weight, d_bias = torch.zeros(b, l, d), torch.zeros(b, weight.shape[1], d), torch.zeros(b, d)
+        dx, d_bias = torch.zeros(b, l, d), torch.zeros(b, d)
+        d_weight = torch.zeros(b, weight.shape[1], d)
         inputs = _conv_inputs(x, weight, bias, ctx.reverse)
-        spread(kernels.conv_backward, _tasks(x), inputs, _flat(g), *map(_flat, (dx, d_weight, d_bias)))
-        return dx.to(x.dtype), d_weight.sum(0).t().to(weight.dtype), d_bias.sum(0).to(bias.dtype), None
+        outputs = map(_flat, (dx, d_weight, d_bias))
+        spread(kernels.conv_backward, _tasks(x), inputs, _flat(g), *outputs)
+        d_weight = d_weight.sum(0).t().to(weight.dtype)
+        return dx.to(x.dtype), d_weight, d_bias.sum(0).to(bias.dtype), None
 
 
 def _scan_inputs(scan: ScanOperands) -> kernels.ScanInputs:
@@ -115,16 +111,18 @@ def _conv_inputs(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> kern
 
 
 def _rows(tensor: Tensor) -> kernels.Rows:
-    """The kernels' view of (b, l, channels), float32; a copy only where channels are not contiguous."""
+    """The kernels' view of (b, l, channels) in float32; copies only if channels are strided."""
     rows = tensor.detach().float()
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(rows.shape, rows.stride(), strict=True))
-    return kernels.Rows(torch.as_strided(rows, (extent,), (1,)).numpy(), rows.stride(0), rows.stride(1))
+    steps = zip(rows.shape, rows.stride(), strict=True)
+    extent = 1 + sum((size - 1) * stride for size, stride in steps)
+    values = torch.as_strided(rows, (extent,), (1,)).numpy()
+    return kernels.Rows(values, rows.stride(0), rows.stride(1))
 
 
-def _flat(tensor: Tensor) -> kernels.Array:
-    """The numbers of a tensor, float32, in order; shared with the tensor if it has them so."""
+def _flat(tensor: Tensor) -> Array:
+    """A tensor's values as one row, float32; without a copy where it has them so."""
     return tensor.detach().float().contiguous().view(-1).numpy()
 
 
@@ -134,7 +132,7 @@ def _tasks(tensor: Tensor) -> int:
 
 
 def _with_scratch(kernel: Callable[..., None], size: int) -> Callable[..., None]:
-    """The kernel, given `size` numbers of memory that are its thread's own as its last argument."""
+    """The kernel with scratch memory of `size` numbers, one per thread, as its last argument."""
 
     def run(first: int, last: int, *arguments: object) -> None:
         kernel(first, last, *arguments, _borrow(size))
@@ -142,9 +140,9 @@ def _with_scratch(kernel: Callable[..., None], size: int) -> Callable[..., None]
     return run
 
 
-def _borrow(size: int) -> kernels.Array:
-    """Memory that this thread keeps for the next call: fresh pages from the system cost as much as the arithmetic."""
-    kept: kernels.Array | None = getattr(_SCRATCH, "memory", None)
+def _borrow(size: int) -> Array:
+    """Memory kept per thread: new pages from the system would cost as much as the arithmetic."""
+    kept: Array | None = getattr(_SCRATCH, "memory", None)
     if kept is None or kept.size < size:
         kept = _SCRATCH.memory = np.empty(size, np.float32)
     return kept

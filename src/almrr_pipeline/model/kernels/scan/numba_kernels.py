@@ -1,14 +1,15 @@
-"""Fused CPU kernels of the selective scan and of the causal convolution before it, compiled by numba.
+"""Fused CPU kernels of the selective scan and of the causal convolution before it, by numba.
 
-A kernel works off the tasks `first` to `last`. A task is one image of the batch and one block of `BLOCK` channels;
-tasks share nothing that they write, so the result does not depend on how they are spread over threads. Within a task
-time is the outer loop, channels are the innermost one, and the state stays in the cache.
+A kernel runs the tasks `first` to `last`. A task is one image of the batch and one block of `BLOCK`
+channels; tasks write to separate memory, so the result does not depend on the threads. Within a
+task time is the outer loop, channels are the innermost one, and the state stays in the cache.
 
-What keeps the innermost loops vectorized, to be kept in mind when they are changed:
-- the hot ones run over the constant BLOCK (a narrower last block computes with zeros in the lanes that it lacks);
-- what they write lies at constant offsets in two or three arrays (`lanes` and `rows` below): LLVM gives up when it
-  would have to compare more than eight pairs of arrays at run time to know them distinct;
-- the exponential is a polynomial of our own, made of multiplications, additions and one shift.
+What keeps the innermost loops vectorized, and has to be kept when they are changed:
+- the hot ones run over the constant BLOCK (a narrower last block has zeros in its unused lanes);
+- they write at constant offsets into two or three arrays (`lanes` and `rows` below): LLVM does not
+  vectorize where it would have to compare more than eight pairs of arrays at run time to know that
+  they do not overlap;
+- the exponential is a polynomial: multiplications, additions and one shift.
 """
 
 # ruff: noqa: N803, N806, ANN401 - names are those of the formulas; numba's scalars have no Python type
@@ -18,22 +19,20 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import njit, types
 from numba.extending import intrinsic
 
-from almrr_pipeline.model.kernels.cpu_kernels import ANY_ORDER, compile_kernel
+from almrr_pipeline.model.kernels.cpu_kernels import ANY_ORDER, Array, compile_kernel
 
 BLOCK = 64
 """Channels of a task: four registers of AVX-512, eight of AVX2, sixteen of NEON."""
 
-Array = npt.NDArray[np.float32]
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class Rows(NamedTuple):
-    """A tensor (b, l, channels): its storage from the first element on, channels contiguous, and the other strides."""
+    """A tensor (b, l, channels) with contiguous channels: its storage, and the other strides."""
 
     values: Array
     by_image: int
@@ -41,7 +40,7 @@ class Rows(NamedTuple):
 
 
 class ScanInputs(NamedTuple):
-    """What both passes of a scan read; see `almrr_pipeline.model.kernels.scan.selective_scan`.
+    """What both passes of a scan read; see `selective_scan`.
 
     A is (n, d) and in units of log2(e), so that a_t = 2^(delta_t A). Without a gate z is not read.
     """
@@ -61,23 +60,20 @@ class ScanInputs(NamedTuple):
 
 
 class ScanGradients(NamedTuple):
-    """What the backward pass writes, flat: u, delta, z (b, l, d); per image A (b, n, d), D and bias (b, d).
-
-    B and C are (blocks, b, l, n): their sum over the blocks of channels is still to be taken.
-    """
+    """What the backward pass writes, flat; the shapes are those of `gather_gradients`."""
 
     u: Array
     delta: Array
-    z: Array
     A: Array
     B: Array
     C: Array
     D: Array
+    z: Array
     bias: Array
 
 
 class ConvInputs(NamedTuple):
-    """What both passes of the convolution read; weight is (taps, d), its last row for the token itself."""
+    """What both passes of the convolution read; weight is (taps, d), the last row for the token."""
 
     x: Rows
     weight: Array
@@ -92,9 +88,10 @@ _SUMS = ANY_ORDER
 _ZERO, _ONE, _TWO = np.float32(0.0), np.float32(1.0), np.float32(2.0)
 _LOG2_E = np.float32(np.log2(np.e))
 _LN_2 = np.float32(np.log(2.0))
-_TO_INTEGER = np.float32(1.5 * 2**23)  # a float32 of this size has no bits behind the point: adding it rounds
-_LOWEST, _HIGHEST = np.float32(-126.0), np.float32(126.0)  # in between 2^x is neither subnormal nor infinite
-# 2^r on [-1/2, 1/2], relative error 1.9e-9, and 2 atanh(s) / s in s^2 on [0, 1/9], 4.0e-9: both by Remez' algorithm
+_TO_INTEGER = np.float32(1.5 * 2**23)  # a float32 this large has no fraction bits: adding it rounds
+_LOWEST, _HIGHEST = np.float32(-126.0), np.float32(126.0)  # 2^x is normal and finite between them
+# 2^r on [-1/2, 1/2], relative error 1.9e-9, and 2 atanh(s) / s in s^2 on [0, 1/9], 4.0e-9; both
+# coefficients by Remez' algorithm.
 _E1, _E2, _E3 = np.float32(6.93147206e-01), np.float32(2.40226469e-01), np.float32(5.55032878e-02)
 _E4, _E5, _E6 = np.float32(9.61848896e-03), np.float32(1.33999312e-03), np.float32(1.53458120e-04)
 _L0, _L1, _L2 = np.float32(2.00000001), np.float32(0.66666315), np.float32(0.4002491)
@@ -102,15 +99,17 @@ _L3, _L4 = np.float32(0.27960603), np.float32(0.28178335)
 
 
 def _part(fastmath: frozenset[str]) -> Callable[[_Function], _Function]:
-    """Compile what kernels alone call; without entries for Python and C, which none would use."""
-    options: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "fastmath": set(fastmath)}
-    inside: Callable[[_Function], _Function] = njit(nogil=True, error_model="numpy", **options)
-    return inside
+    """Compile a function that only kernels call: without entry points for Python and C."""
+    options: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    inner: Callable[[_Function], _Function] = njit(
+        nogil=True, error_model="numpy", fastmath=set(fastmath), **options
+    )
+    return inner
 
 
 @intrinsic
 def _power_of_two(context: Any, rounded: Any) -> Any:
-    """2^k from the float32 k + _TO_INTEGER: k stands in its lowest bits, and belongs into the exponent's."""
+    """2^k from the float32 k + _TO_INTEGER: moves k from the lowest bits to the exponent's."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         integer = ir.IntType(32)
@@ -138,7 +137,7 @@ def _sigmoid(x: Any) -> Any:
 
 @_part(_EXACT)
 def _softplus(x: Any) -> Any:
-    """log(1 + e^x) = max(x, 0) + log(1 + e), e = e^-|x|; the logarithm as 2 atanh(e / (2 + e)), exact for any e."""
+    """log(1 + e^x) = max(x, 0) + log(1 + e), e = e^-|x|, with log(1 + e) = 2 atanh(e / (2 + e))."""
     e = _exp2(-_LOG2_E * abs(x))
     s = e / (_TWO + e)
     q = s * s
@@ -173,17 +172,18 @@ def scan_forward(first: int, last: int, inputs: ScanInputs, out: Array) -> None:
 def scan_backward(
     first: int, last: int, inputs: ScanInputs, g: Array, gradients: ScanGradients, scratch: Array
 ) -> None:
-    """Write the gradients for the gradient g (b, l, d) of the output; nothing of the forward pass has to be kept.
+    """Write the gradients for the gradient g (b, l, d) of the output.
 
-    `scratch` holds at least `scratch_size` numbers, of any value.
+    The states are computed again. `scratch` has room for `scratch_size` numbers, of any value.
     """
     states, channels = inputs.A.shape
     length = inputs.length
-    lanes = np.empty(5 * BLOCK, np.float32)  # step size | times input | its gradient | exponent's gradient | g
+    lanes = np.empty(5 * BLOCK, np.float32)  # step size | x input | its gradient | exponent's | g
     rows = np.empty((states, 3 * BLOCK), np.float32)  # A | its gradient | the state's gradient
     ungated = scratch[: length * BLOCK].reshape((length, BLOCK))  # g before the gate, by step
     end = length * BLOCK + (length + 1) * states * BLOCK
-    history = scratch[length * BLOCK : end].reshape((length + 1, states, BLOCK))  # the states around each step
+    # The states before and after each step.
+    history = scratch[length * BLOCK : end].reshape((length + 1, states, BLOCK))
     for task in range(first, last):
         batch, start, width = _locate(task, channels)
         _begin(lanes, rows, inputs.A, start, width)
@@ -195,7 +195,8 @@ def scan_backward(
             ungated[step, :width] = g[at : at + width]
             if inputs.gated:
                 dz_row = gradients.z[at : at + width]
-                _ungate(ungated[step], dz_row, history[step + 1], lanes, inputs, batch, t, start, width)
+                state = history[step + 1]
+                _ungate(ungated[step], dz_row, state, lanes, inputs, batch, t, start, width)
         _walk_back(history, ungated, lanes, rows, inputs, gradients, task, batch, start, width)
         for n in range(states):
             at = (batch * states + n) * channels + start
@@ -203,14 +204,15 @@ def scan_backward(
 
 
 def scratch_size(length: int, states: int) -> int:
-    """Numbers that one run of `scan_backward` keeps in between: what a token's states and output gradients take."""
+    """Numbers of scratch memory of `scan_backward`: output gradients and states of all tokens."""
     return BLOCK * (length + (length + 1) * states)
 
 
 @_part(_SUMS)
 def _remember(
-    history: Array, lanes: Array, rows: Array, inputs: ScanInputs, batch: int, start: int, width: int
-) -> None:
+    history: Array, lanes: Array, rows: Array,
+    inputs: ScanInputs, batch: int, start: int, width: int,
+) -> None:  # fmt: skip
     """Run the recurrence forward and keep each state: history[step + 1] is the one after `step`."""
     states = inputs.A.shape[0]
     for step in range(inputs.length):
@@ -236,7 +238,8 @@ def _ungate(
         C_n, row = C_t[n], state[n]
         for c in range(BLOCK):
             lanes[2 * BLOCK + c] += row[c] * C_n
-    u_row, z_row = _row(inputs.u, batch, t, start, width), _row(inputs.z, batch, t, start, width)
+    u_row = _row(inputs.u, batch, t, start, width)
+    z_row = _row(inputs.z, batch, t, start, width)
     D_row = inputs.D[start : start + width]
     for c in range(width):
         gate = _sigmoid(z_row[c])
@@ -247,10 +250,11 @@ def _ungate(
 
 @_part(_SUMS)
 def _walk_back(
-    history: Array, ungated: Array, lanes: Array, rows: Array, inputs: ScanInputs, gradients: ScanGradients,
+    history: Array, ungated: Array, lanes: Array, rows: Array,
+    inputs: ScanInputs, gradients: ScanGradients,
     task: int, batch: int, start: int, width: int,
 ) -> None:  # fmt: skip
-    """From the last step to the first: the gradients of the recurrence and of all that goes into it."""
+    """Gradients of the recurrence and its inputs, from the last step to the first."""
     states, channels = inputs.A.shape
     length, images = inputs.length, gradients.D.size // channels
     for step in range(length - 1, -1, -1):
@@ -262,7 +266,8 @@ def _walk_back(
         at = ((task % _blocks(channels) * images + batch) * length + t) * states
         dB_t, dC_t = gradients.B[at : at + states], gradients.C[at : at + states]
         for n in range(states):
-            B_n, C_n, row, before, after = B_t[n], C_t[n], rows[n], history[step, n], history[step + 1, n]
+            B_n, C_n, row = B_t[n], C_t[n], rows[n]
+            before, after = history[step, n], history[step + 1, n]
             dB_n, dC_n = _ZERO, _ZERO
             for c in range(BLOCK):
                 dC_n += lanes[4 * BLOCK + c] * after[c]
@@ -280,15 +285,18 @@ def _walk_back(
 
 @_part(_SUMS)
 def _store_gradients(
-    lanes: Array, inputs: ScanInputs, gradients: ScanGradients, batch: int, t: int, start: int, width: int
-) -> None:
-    """Gradients of one token's u and delta, and its part of those of D and of the bias."""
+    lanes: Array, inputs: ScanInputs, gradients: ScanGradients,
+    batch: int, t: int, start: int, width: int,
+) -> None:  # fmt: skip
+    """Gradients of one token's u and delta, and its terms of those of D and of the bias."""
     channels = inputs.A.shape[1]
     at, sums_at = (batch * inputs.length + t) * channels + start, batch * channels + start
-    u_row, delta_row = _row(inputs.u, batch, t, start, width), _row(inputs.delta, batch, t, start, width)
+    u_row = _row(inputs.u, batch, t, start, width)
+    delta_row = _row(inputs.delta, batch, t, start, width)
     du_row, d_delta_row = gradients.u[at : at + width], gradients.delta[at : at + width]
     D_row, bias_row = inputs.D[start : start + width], inputs.bias[start : start + width]
-    dD_row, d_bias_row = gradients.D[sums_at : sums_at + width], gradients.bias[sums_at : sums_at + width]
+    dD_row = gradients.D[sums_at : sums_at + width]
+    d_bias_row = gradients.bias[sums_at : sums_at + width]
     for c in range(width):
         du_row[c] = lanes[2 * BLOCK + c] * lanes[c] + lanes[4 * BLOCK + c] * D_row[c]
     for c in range(width):
@@ -321,7 +329,7 @@ def conv_forward(first: int, last: int, inputs: ConvInputs, out: Array) -> None:
 def conv_backward(
     first: int, last: int, inputs: ConvInputs, g: Array, dx: Array, d_weight: Array, d_bias: Array
 ) -> None:
-    """Write dx (b, l, d), and per image d_weight (b, taps, d) and d_bias (b, d); all are given as zeros, flat."""
+    """Add to dx (b, l, d), and per image to d_weight (b, taps, d) and d_bias (b, d); all flat."""
     taps, channels = inputs.weight.shape
     lanes = np.zeros(BLOCK, np.float32)
     inner = np.zeros((inputs.length, BLOCK), np.float32)  # gradient before the SiLU
@@ -341,16 +349,19 @@ def conv_backward(
             at = (batch * inputs.length + t) * channels + start
             dx_row, x_row = dx[at : at + width], _row(inputs.x, batch, t, start, width)
             for k in range(taps):
-                target = _neighbor(t, taps - 1 - k, not inputs.reverse)  # the token whose tap k this one is
+                distance = taps - 1 - k
+                target = t - distance if inputs.reverse else t + distance  # its tap k is this one
                 if 0 <= target < inputs.length:
                     at = (batch * taps + k) * channels + start
-                    _spread_tap(
-                        dx_row, d_weight[at : at + width], x_row, inner[target], inputs.weight[k, start : start + width]
-                    )
+                    weight_row = inputs.weight[k, start : start + width]
+                    d_weight_row = d_weight[at : at + width]
+                    _spread_tap(dx_row, d_weight_row, x_row, inner[target], weight_row)
 
 
 @_part(_SUMS)
-def _spread_tap(dx_row: Array, d_weight_row: Array, x_row: Array, inner_row: Array, weight_row: Array) -> None:
+def _spread_tap(
+    dx_row: Array, d_weight_row: Array, x_row: Array, inner_row: Array, weight_row: Array
+) -> None:
     for c in range(dx_row.size):
         dx_row[c] += weight_row[c] * inner_row[c]
     for c in range(dx_row.size):
@@ -363,16 +374,13 @@ def _convolve(lanes: Array, inputs: ConvInputs, batch: int, t: int, start: int, 
     taps = inputs.weight.shape[0]
     lanes[:width] = inputs.bias[start : start + width]
     for k in range(taps):
-        source = _neighbor(t, taps - 1 - k, inputs.reverse)
-        if 0 <= source < inputs.length:
-            x_row, weight_row = _row(inputs.x, batch, source, start, width), inputs.weight[k, start : start + width]
+        distance = taps - 1 - k
+        neighbor = t + distance if inputs.reverse else t - distance
+        if 0 <= neighbor < inputs.length:
+            x_row = _row(inputs.x, batch, neighbor, start, width)
+            weight_row = inputs.weight[k, start : start + width]
             for c in range(width):
                 lanes[c] += x_row[c] * weight_row[c]
-
-
-@_part(_EXACT)
-def _neighbor(t: int, distance: int, later: bool) -> int:
-    return t + distance if later else t - distance
 
 
 @_part(_EXACT)
@@ -395,7 +403,7 @@ def _row(rows: Rows, batch: int, t: int, start: int, width: int) -> Array:
 
 @_part(_EXACT)
 def _begin(lanes: Array, rows: Array, A: Array, start: int, width: int) -> None:
-    """Put A into the rows' first BLOCK; all else is zero."""
+    """Put A into the rows' first BLOCK, and zeros into all else."""
     lanes[:] = _ZERO
     rows[:] = _ZERO
     for n in range(A.shape[0]):
@@ -404,8 +412,9 @@ def _begin(lanes: Array, rows: Array, A: Array, start: int, width: int) -> None:
 
 @_part(_EXACT)
 def _load(lanes: Array, inputs: ScanInputs, batch: int, t: int, start: int, width: int) -> None:
-    """Put a token's step sizes, and step size times input, into the first two BLOCKs of the lanes."""
-    delta_row, u_row = _row(inputs.delta, batch, t, start, width), _row(inputs.u, batch, t, start, width)
+    """Put a token's step sizes, and those times the input, into the lanes' first two BLOCKs."""
+    delta_row = _row(inputs.delta, batch, t, start, width)
+    u_row = _row(inputs.u, batch, t, start, width)
     bias_row = inputs.bias[start : start + width]
     for c in range(width):
         lanes[c] = delta_row[c] + bias_row[c]

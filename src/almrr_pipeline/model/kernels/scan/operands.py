@@ -1,6 +1,6 @@
-"""What a selective scan is given, as one tuple that every backend takes."""
+"""Arguments of a selective scan, as one tuple that every backend takes, and their gradients."""
 
-# ruff: noqa: E741 - names are those of the formulas
+# ruff: noqa: E741, N806 - names are those of the formulas
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class ScanOperands(NamedTuple):
-    """The arguments of `almrr_pipeline.model.kernels.scan.selective_scan`, where their shapes stand, in its order."""
+    """Arguments of `selective_scan`, which documents their shapes, in its order."""
 
     u: Tensor
     delta: Tensor
@@ -25,7 +25,9 @@ class ScanOperands(NamedTuple):
     def check(self) -> None:
         """Raise ValueError for shapes that do not fit together."""
         if self.u.ndim != 3 or self.u.shape[1] == 0:
-            raise ValueError(f"u must be (b, l, d) with at least one token, not {tuple(self.u.shape)}")
+            raise ValueError(
+                f"u must be (b, l, d) with at least one token, not {tuple(self.u.shape)}"
+            )
         (b, l, d), n = self.u.shape, self.A.shape[-1]
         expected = {
             "delta": (b, l, d),
@@ -40,3 +42,19 @@ class ScanOperands(NamedTuple):
             given: Tensor | None = getattr(self, name)
             if given is not None and given.shape != shape:
                 raise ValueError(f"{name} must have shape {tuple(shape)}, not {tuple(given.shape)}")
+
+
+def gather_gradients(
+    operands: tuple[Tensor | None, ...], gradients: tuple[Tensor, ...]
+) -> tuple[Tensor | None, ...]:
+    """What the backward pass of a fused kernel returns for all fields of `ScanOperands`.
+
+    Args:
+        operands: u, delta, A, B, C, D, z, delta_bias.
+        gradients: of u, delta and z (b, l, d); per image of A (b, n, d), D and delta_bias (b, d);
+            per block of channels of B and C (blocks, b, l, n). In the order of the operands.
+    """
+    du, d_delta, dA, dB, dC, dD, dz, d_bias = gradients
+    sums = (du, d_delta, dA.sum(0).t(), dB.sum(0), dC.sum(0), dD.sum(0), dz, d_bias.sum(0))
+    pairs = zip(operands, sums, strict=True)
+    return (*(None if x is None else g.to(x.dtype) for x, g in pairs), None, None)

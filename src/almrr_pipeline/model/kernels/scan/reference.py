@@ -1,8 +1,8 @@
-"""The selective scan written with torch alone: the reference, for every device and dtype, with a backward of its own.
+"""The selective scan in torch alone: the reference, for every device and dtype.
 
-Left to autograd, a loop that indexes `x[:, t]` writes a full-size gradient per step: quadratic in the length. Here
-the tensors are time-major, so that a step touches one contiguous slice, and the recurrence has one hand-written
-backward of the same cost as its forward:
+With autograd, a loop that indexes `x[:, t]` writes a full-size gradient per step: quadratic in the
+length. Here the tensors are time-major, so that a step reads one contiguous slice, and the
+recurrence has a hand-written backward of the same cost as its forward:
 
     h_t = a_t h_{t-1} + b_t        db_t = g_t + a_{t+1} db_{t+1}        da_t = db_t h_{t-1}
 """
@@ -23,23 +23,27 @@ from almrr_pipeline.model.kernels.scan.operands import ScanOperands
 
 
 def scan_with_torch(scan: ScanOperands) -> Tensor:
-    """Selective scan as `almrr_pipeline.model.kernels.scan.selective_scan` describes it; float64 stays float64."""
+    """Reference of `selective_scan`; float64 stays float64."""
     with without_autocast(scan.u):
         u, delta, A, B, C, D = (widen(tensor) for tensor in scan[:6])
-        delta = discretize_delta(delta, scan.delta_bias, delta_softplus=scan.delta_softplus).transpose(
-            0, 1
-        )  # (l, b, d)
+        delta = discretize_delta(delta, scan).transpose(0, 1)  # (l, b, d)
         decay = torch.exp(delta.unsqueeze(-1) * A)  # (l, b, d, n)
-        increments = (delta * u.transpose(0, 1)).unsqueeze(-1) * B.transpose(0, 1).unsqueeze(2)  # (l, b, d, n)
+        inputs = (delta * u.transpose(0, 1)).unsqueeze(-1)  # (l, b, d, 1)
+        increments = inputs * B.transpose(0, 1).unsqueeze(2)  # (l, b, d, n)
         states = _Recurrence.apply(decay, increments, scan.reverse)
-        y = torch.matmul(states, C.transpose(0, 1).unsqueeze(-1)).squeeze(-1).transpose(0, 1)  # (b, l, d)
+        y = torch.matmul(states, C.transpose(0, 1).unsqueeze(-1)).squeeze(-1)  # (l, b, d)
+        y = y.transpose(0, 1)  # (b, l, d)
         return skip_and_gate(y, u, D, scan.z).to(scan.u.dtype)
 
 
-def convolve_with_torch(x: Tensor, weight: Tensor, bias: Tensor, *, reverse: bool = False) -> Tensor:
-    """Causal depthwise convolution and SiLU as `almrr_pipeline.model.kernels.scan.causal_conv` describes it."""
+def convolve_with_torch(
+    x: Tensor, weight: Tensor, bias: Tensor, *, reverse: bool = False
+) -> Tensor:
+    """Reference of `causal_conv`."""
     width, length = weight.shape[1], x.shape[1]
-    padded = F.pad(x, (0, 0, 0, width - 1) if reverse else (0, 0, width - 1, 0))  # (b, l + width - 1, d)
+    padded = F.pad(
+        x, (0, 0, 0, width - 1) if reverse else (0, 0, width - 1, 0)
+    )  # (b, l + width - 1, d)
     taps = weight.flip(1) if reverse else weight
     y = bias + padded[:, :length] * taps[:, 0]
     for k in range(1, width):
@@ -48,27 +52,27 @@ def convolve_with_torch(x: Tensor, weight: Tensor, bias: Tensor, *, reverse: boo
 
 
 def widen(tensor: Tensor) -> Tensor:
-    """At least float32: a recurrence over hundreds of steps does not survive half precision."""
+    """At least float32: half precision is too coarse for a recurrence over hundreds of steps."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def discretize_delta(delta: Tensor, bias: Tensor | None, *, delta_softplus: bool) -> Tensor:
-    """The step sizes that the scan uses: softplus(delta + bias), each part where asked for."""
-    biased = delta if bias is None else delta + widen(bias)
-    return F.softplus(biased) if delta_softplus else biased
+def discretize_delta(delta: Tensor, scan: ScanOperands) -> Tensor:
+    """Step sizes softplus(delta + bias), with the bias and the softplus that `scan` asks for."""
+    biased = delta if scan.delta_bias is None else delta + widen(scan.delta_bias)
+    return F.softplus(biased) if scan.delta_softplus else biased
 
 
 def skip_and_gate(y: Tensor, u: Tensor, skip: Tensor, z: Tensor | None) -> Tensor:
-    """(y + D u) silu(z), without the gate where there is none."""
+    """(y + D u) silu(z), or without the gate where z is None."""
     y = y + skip * u
     return y if z is None else y * F.silu(widen(z))
 
 
 def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
-    """Keep autocast from turning the scan's own products back into half precision."""
-    kind = tensor.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
+    """Switch autocast off: a scan's own products must not become half precision again."""
+    device = tensor.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()
 
 
@@ -96,11 +100,13 @@ class _Recurrence(torch.autograd.Function):
             d_increments[before].addcmul_(decay[now], d_increments[now])
         d_decay = torch.empty_like(decay)
         d_decay[order[0]].zero_()
-        earlier, later = (slice(1, None), slice(None, -1)) if ctx.reverse else (slice(None, -1), slice(1, None))
+        earlier, later = slice(None, -1), slice(1, None)
+        if ctx.reverse:
+            earlier, later = later, earlier
         torch.mul(d_increments[later], states[earlier], out=d_decay[later])
         return d_decay, d_increments, None
 
 
 def _order(length: int, reverse: bool) -> list[int]:
-    """Indices of the tokens in the order in which the scan meets them."""
+    """Indices of the tokens in the order of the scan."""
     return list(range(length - 1, -1, -1) if reverse else range(length))

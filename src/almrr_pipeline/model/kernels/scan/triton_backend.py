@@ -1,14 +1,16 @@
-"""The selective scan for GPUs in Triton: forward and backward, either direction, nothing transposed or flipped.
+"""The selective scan for GPUs in Triton: forward and backward, in either direction.
 
-A program is one image and one block of channels; it walks through the tokens with the state (n, channels) in
-registers. One warp holds 32 channels, a lane each with all n states of its channel: sums over states stay within a
-lane, and loads of u, delta and z are coalesced because channels are innermost in memory. `tl.range(num_stages)` lets
-the loads of the coming tokens run ahead of the arithmetic, which a loop of dependent steps needs.
+A program is one image and one block of channels; it loops over the tokens with the state
+(n, channels) in registers. One warp holds 32 channels, a lane each with all n states of its
+channel: sums over states stay within a lane, and loads of u, delta and z are coalesced because
+channels are innermost in memory. `tl.range(num_stages)` lets the loads of the next tokens run ahead
+of the arithmetic, which a loop of dependent steps needs.
 
-The forward pass keeps the state at the start of every chunk of `_CHUNK` tokens, a sixteenth of all states. The backward
-pass goes through the chunks from the last to the first, recomputes a chunk's states into a scratch, and walks back.
-Gradients of B and C, which all channels share, are written per block of channels and summed by torch: no atomics, so
-results are the same in every run. The arithmetic is float32 whatever comes in.
+The forward pass keeps the state at the start of every chunk of `_CHUNK` tokens, a sixteenth of all
+states. The backward pass goes through the chunks from the last to the first, computes a chunk's
+states again into scratch memory, and goes back over its tokens. Gradients of B and C, which all
+channels share, are written per block of channels and summed by torch: no atomics, so results are
+equal in every run. The arithmetic is float32 for any input.
 """
 
 # ruff: noqa: N803, N806, E741, ANN001, ANN202, ANN401 - names are those of the formulas; kernels are Triton's
@@ -24,15 +26,18 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from almrr_pipeline.model.kernels.scan.operands import ScanOperands
+from almrr_pipeline.model.kernels.scan.operands import ScanOperands, gather_gradients
 
 _CHUNK = 16
+"""Tokens per kept state: about the square root of the paper's 256 tokens."""
 _BLOCK_D = 32
+"""Channels of a program: one per lane of a warp."""
 _STAGES = 3
+"""Tokens whose loads run ahead."""
 
 
 def scan_with_triton(scan: ScanOperands) -> Tensor:
-    """Selective scan as `almrr_pipeline.model.kernels.scan.selective_scan` describes it; the arithmetic is float32."""
+    """`selective_scan` in float32 by Triton kernels."""
     scanned: Tensor = _Scan.apply(*scan)
     return scanned
 
@@ -47,10 +52,16 @@ class _Scan(torch.autograd.Function):
         starts = torch.empty(b, chunks, A.shape[1], d, dtype=torch.float32, device=u.device)
         out = torch.empty(b, l, d, dtype=u.dtype, device=u.device)
         rows, strides = _rows(u, delta, B, C, z)
-        ctx.constants = _constants(A, z, delta_softplus=delta_softplus, reverse=reverse)
+        ctx.constants = {
+            "REVERSE": reverse, "SOFTPLUS": delta_softplus, "GATED": z is not None,
+            "CHUNK": _CHUNK, "BLOCK_N": triton.next_power_of_2(A.shape[1]), "BLOCK_D": _BLOCK_D,
+            "STAGES": _STAGES, "num_warps": 1,
+        }  # fmt: skip
         vectors = _vectors(A, D, delta_bias)
-        with _on_device(u):
-            _forward[_grid(u)](*rows, *vectors, out, starts, *strides, l, d, A.shape[1], KEEP=keep, **ctx.constants)
+        sizes = (l, d, A.shape[1])
+        _launch(
+            _forward, *rows, *vectors, out, starts, *strides, *sizes, KEEP=keep, **ctx.constants
+        )
         ctx.save_for_backward(u, delta, A, B, C, D, z, delta_bias, starts)
         return out
 
@@ -67,67 +78,44 @@ class _Scan(torch.autograd.Function):
         rows, strides = _rows(u, delta, B, C, z)
         scratch = empty(b, blocks, _CHUNK, ctx.constants["BLOCK_N"], _BLOCK_D)
         du, d_delta, dz = (
-            torch.empty_like(t, memory_format=torch.contiguous_format) for t in (rows[0], rows[1], rows[4])
+            torch.empty_like(rows[k], memory_format=torch.contiguous_format) for k in (0, 1, 4)
         )
         dA, dB, dC = empty(b, n, d), empty(blocks, b, l, n), empty(blocks, b, l, n)
         dD, d_bias = empty(b, d), empty(b, d)
-        with _on_device(u):
-            _backward[_grid(u)](
-                *rows, *_vectors(A, D, delta_bias), g.contiguous(), starts, scratch,
-                du, d_delta, dz, dA, dB, dC, dD, d_bias, *strides, l, d, n, **ctx.constants,
-            )  # fmt: skip
-        return (
-            du,
-            d_delta,
-            dA.sum(0).t().to(A.dtype),
-            dB.sum(0).to(B.dtype),
-            dC.sum(0).to(C.dtype),
-            dD.sum(0).to(D.dtype),
-            None if z is None else dz,
-            None if delta_bias is None else d_bias.sum(0).to(delta_bias.dtype),
-            None,
-            None,
-        )
+        _launch(
+            _backward, *rows, *_vectors(A, D, delta_bias), g.contiguous(), starts, scratch,
+            du, d_delta, dz, dA, dB, dC, dD, d_bias, *strides, l, d, n, **ctx.constants,
+        )  # fmt: skip
+        return gather_gradients(ctx.saved_tensors[:8], (du, d_delta, dA, dB, dC, dD, dz, d_bias))
 
 
-def _rows(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, z: Tensor | None) -> tuple[list[Tensor], list[int]]:
-    """The tensors (b, l, ...), channels contiguous, and each one's other strides; without a gate u stands in for z."""
-    tensors = [t if t.stride(-1) == 1 else t.contiguous() for t in (u, delta, B, C, u if z is None else z)]
+def _rows(
+    u: Tensor, delta: Tensor, B: Tensor, C: Tensor, z: Tensor | None
+) -> tuple[list[Tensor], list[int]]:
+    """The tensors (b, l, ...) with contiguous channels, and their other strides; u for no z."""
+    given = (u, delta, B, C, u if z is None else z)
+    tensors = [t if t.stride(-1) == 1 else t.contiguous() for t in given]
     return tensors, [stride for t in tensors for stride in t.stride()[:2]]
 
 
-def _vectors(A: Tensor, D: Tensor, delta_bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _vectors(A: Tensor, D: Tensor, delta_bias: Tensor | None) -> list[Tensor]:
     """A (n, d), D (d,) and the bias (d,), float32 and contiguous."""
     bias = torch.zeros_like(D) if delta_bias is None else delta_bias
-    return A.detach().float().t().contiguous(), D.detach().float().contiguous(), bias.detach().float().contiguous()
+    return [tensor.detach().float().contiguous() for tensor in (A.t(), D, bias)]
 
 
-def _constants(A: Tensor, z: Tensor | None, *, delta_softplus: bool, reverse: bool) -> dict[str, Any]:
-    return {
-        "REVERSE": reverse,
-        "SOFTPLUS": delta_softplus,
-        "GATED": z is not None,
-        "CHUNK": _CHUNK,
-        "BLOCK_N": triton.next_power_of_2(A.shape[1]),
-        "BLOCK_D": _BLOCK_D,
-        "STAGES": _STAGES,
-        "num_warps": 1,
-    }
-
-
-def _grid(u: Tensor) -> tuple[int, int]:
-    """Blocks of channels first: programs that share an image's B and C run side by side."""
-    return triton.cdiv(u.shape[2], _BLOCK_D), u.shape[0]
-
-
-def _on_device(u: Tensor) -> contextlib.AbstractContextManager[None]:
-    """Triton launches on the current device, which need not be the tensors' one."""
-    return torch.cuda.device(u.device) if u.is_cuda else contextlib.nullcontext()
+def _launch(kernel: Any, u: Tensor, *arguments: Any, **constants: Any) -> None:
+    """Run one program per block of channels and image, on the tensors' device."""
+    # Blocks of channels first: programs of one image, which share B and C, run together.
+    grid = (triton.cdiv(u.shape[2], _BLOCK_D), u.shape[0])
+    # Triton launches on the current device, which may not be the tensors'.
+    with torch.cuda.device(u.device) if u.is_cuda else contextlib.nullcontext():
+        kernel[grid](u, *arguments, **constants)
 
 
 @triton.jit
 def _softplus(x):
-    """log(1 + e^x), also where e^x is too small for 1 + e^x to notice (Kahan's log1p)."""
+    """log(1 + e^x), also where 1 + e^x rounds to 1 (Kahan's log1p)."""
     e = tl.exp(-tl.abs(x))
     w = 1.0 + e
     log1p = tl.where(w == 1.0, e, tl.log(w) * (e / tl.where(w == 1.0, 1.0, w - 1.0)))
@@ -146,7 +134,7 @@ def _forward(
     REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, GATED: tl.constexpr, KEEP: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Output (b, l, d), and starts (b, chunks, n, d): the state before the first token of each chunk."""
+    """Output (b, l, d), and starts (b, chunks, n, d): the state before each chunk."""
     batch = tl.program_id(1).to(tl.int64)
     c = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     n = tl.arange(0, BLOCK_N)
@@ -161,7 +149,10 @@ def _forward(
     for step in tl.range(0, length, num_stages=STAGES):
         t = length - 1 - step if REVERSE else step
         x = tl.load(u + batch * u_b + t * u_l + c, mask=has_c, other=0.0).to(tl.float32)
-        dt = tl.load(delta + batch * delta_b + t * delta_l + c, mask=has_c, other=0.0).to(tl.float32) + offset
+        dt = (
+            tl.load(delta + batch * delta_b + t * delta_l + c, mask=has_c, other=0.0).to(tl.float32)
+            + offset
+        )
         b_t = tl.load(B + batch * B_b + t * B_l + n, mask=has_n, other=0.0).to(tl.float32)
         c_t = tl.load(C + batch * C_b + t * C_l + n, mask=has_n, other=0.0).to(tl.float32)
         if SOFTPLUS:
@@ -184,7 +175,7 @@ def _backward(
     REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, GATED: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of u, delta, z (b, l, d); per image of A (b, n, d), D, bias (b, d); per block of B, C (b, l, n)."""
+    """Gradients of u, delta, z (b, l, d); per image A (b, n, d), D, bias (b, d); per block B, C."""
     batch = tl.program_id(1).to(tl.int64)
     block = tl.program_id(0)
     c = block * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -197,7 +188,8 @@ def _backward(
     offset = tl.load(bias + c, mask=has_c, other=0.0)
     chunks = tl.cdiv(length, CHUNK)
     own = batch * tl.num_programs(0) + block
-    local = scratch + own * CHUNK * BLOCK_N * BLOCK_D + n[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    local = scratch + own * CHUNK * BLOCK_N * BLOCK_D
+    local += n[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     sums = (block * tl.num_programs(1).to(tl.int64) + batch) * length * states + n
     dh = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     sum_A = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
@@ -207,23 +199,35 @@ def _backward(
         chunk = chunks - 1 - index
         first = chunk * CHUNK
         count = tl.minimum(CHUNK, length - first)
-        h = tl.load(starts + (batch * chunks + chunk) * states * channels + cell, mask=has, other=0.0)
+        h = tl.load(
+            starts + (batch * chunks + chunk) * states * channels + cell, mask=has, other=0.0
+        )
         for step in tl.range(0, count, num_stages=STAGES):
             t = length - 1 - (first + step) if REVERSE else first + step
             x = tl.load(u + batch * u_b + t * u_l + c, mask=has_c, other=0.0).to(tl.float32)
-            dt = tl.load(delta + batch * delta_b + t * delta_l + c, mask=has_c, other=0.0).to(tl.float32) + offset
+            dt = (
+                tl.load(delta + batch * delta_b + t * delta_l + c, mask=has_c, other=0.0).to(
+                    tl.float32
+                )
+                + offset
+            )
             b_t = tl.load(B + batch * B_b + t * B_l + n, mask=has_n, other=0.0).to(tl.float32)
             if SOFTPLUS:
                 dt = _softplus(dt)
             tl.store(local + step * BLOCK_N * BLOCK_D, h)
             h = tl.exp(dt[None, :] * decay) * h + b_t[:, None] * (dt * x)[None, :]
-        tl.debug_barrier()  # what a thread reads below, another one may have written
+        tl.debug_barrier()  # a thread reads below what another one has written
         for back in tl.range(0, count, num_stages=STAGES):
             step = count - 1 - back
             t = length - 1 - (first + step) if REVERSE else first + step
             at = (batch * length + t) * channels + c
             x = tl.load(u + batch * u_b + t * u_l + c, mask=has_c, other=0.0).to(tl.float32)
-            raw = tl.load(delta + batch * delta_b + t * delta_l + c, mask=has_c, other=0.0).to(tl.float32) + offset
+            raw = (
+                tl.load(delta + batch * delta_b + t * delta_l + c, mask=has_c, other=0.0).to(
+                    tl.float32
+                )
+                + offset
+            )
             b_t = tl.load(B + batch * B_b + t * B_l + n, mask=has_n, other=0.0).to(tl.float32)
             c_t = tl.load(C + batch * C_b + t * C_l + n, mask=has_n, other=0.0).to(tl.float32)
             gy = tl.load(g + at, mask=has_c, other=0.0).to(tl.float32)
@@ -235,11 +239,11 @@ def _backward(
             h = fade * before + b_t[:, None] * (dt * x)[None, :]
             if GATED:
                 gate = tl.load(z + batch * z_b + t * z_l + c, mask=has_c, other=0.0).to(tl.float32)
-                share = _sigmoid(gate)
+                sigmoid = _sigmoid(gate)
                 y = tl.sum(h * c_t[:, None], axis=0) + skip * x
-                d_gate = gy * y * share * (1.0 + gate * (1.0 - share))
+                d_gate = gy * y * sigmoid * (1.0 + gate * (1.0 - sigmoid))
                 tl.store(dz + at, d_gate.to(dz.dtype.element_ty), mask=has_c)
-                gy = gy * gate * share
+                gy = gy * gate * sigmoid
             dh += gy[None, :] * c_t[:, None]
             tl.store(dC + sums + t * states, tl.sum(gy[None, :] * h, axis=1), mask=has_n)
             tl.store(dB + sums + t * states, tl.sum(dh * (dt * x)[None, :], axis=1), mask=has_n)
@@ -254,7 +258,7 @@ def _backward(
             sum_bias += d_dt
             tl.store(du + at, (d_input * dt + gy * skip).to(du.dtype.element_ty), mask=has_c)
             tl.store(d_delta + at, d_dt.to(d_delta.dtype.element_ty), mask=has_c)
-        tl.debug_barrier()  # the next chunk writes over the scratch
+        tl.debug_barrier()  # the next chunk overwrites the scratch memory
     tl.store(dA + batch * states * channels + cell, sum_A, mask=has)
     tl.store(dD + batch * channels + c, sum_D, mask=has_c)
     tl.store(d_bias + batch * channels + c, sum_bias, mask=has_c)

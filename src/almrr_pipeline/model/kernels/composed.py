@@ -1,0 +1,72 @@
+"""Linear operations composed into one: resizing with pooling, and the MFRM's two convolutions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+
+def bilinear_matrix(length: int, size: int) -> Tensor:
+    """Linear resize with align_corners=True: float64 (size, length), each row sums to 1."""
+    unit = torch.eye(length, dtype=torch.float64)[None]  # (1, length as channels, length)
+    return F.interpolate(unit, size=size, mode="linear", align_corners=True)[0].T  # (size, length)
+
+
+def resize_and_pool_matrix(length: int, size: int, pool: int) -> Tensor:
+    """That resize, then the mean over every `pool` positions: float32 (size / pool, length)."""
+    return bilinear_matrix(length, size).view(size // pool, pool, length).mean(1).float()
+
+
+def apply_separably(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Rows @ x @ columns^T for every channel, in the memory format of x.
+
+    Args:
+        x: (B, C, n, m).
+        rows: (h, n).
+        columns: (w, m).
+
+    Returns:
+        (B, C, h, w).
+    """
+    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+        return rows @ (x @ columns.T)  # (B, C, n, w), then (B, C, h, w)
+    batch, channels, n, m = x.shape
+    x = x.permute(0, 2, 3, 1)  # (B, n, m, C): with channels innermost both products have long rows
+    x = rows @ x.reshape(batch, n, m * channels)  # (B, h, m C)
+    x = columns @ x.view(batch, len(rows), m, channels)  # (B, h, w, C)
+    return x.permute(0, 3, 1, 2)
+
+
+def compose_convolutions(
+    reduce: nn.Conv2d, embedding: nn.Conv2d, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """Weight and bias of `embedding` after the 1x1 convolution `reduce`, with gradients to both.
+
+    Args:
+        reduce: weight (latent, C, 1, 1), with bias.
+        embedding: weight (dim, latent, patch, patch), with bias.
+        dtype: of the computation; the parameters' own by default.
+
+    Returns:
+        (dim, C, patch, patch) and (dim,).
+    """
+    assert reduce.bias is not None
+    assert embedding.bias is not None
+    inner = reduce.weight.flatten(1).to(dtype=dtype)  # (latent, C)
+    outer = embedding.weight.to(dtype=dtype)  # (dim, latent, patch, patch)
+    weight = torch.einsum("dlyx,lc->dcyx", outer, inner)
+    bias = outer.sum((2, 3)) @ reduce.bias.to(dtype=dtype)
+    return weight, bias + embedding.bias.to(dtype=dtype)
+
+
+def composing_pays(reduce: nn.Conv2d, embedding: nn.Conv2d, *, cells: int) -> bool:
+    """Whether a training step takes fewer multiplications with the convolutions composed.
+
+    Saved for each of the batch's `cells`, forward and for the gradient of the weights; spent on the
+    weights, once forward and twice backward. It pays from a batch of 2 at the paper's widths.
+    """
+    dim, latent, patch, _ = embedding.weight.shape
+    channels = reduce.in_channels
+    saved = cells * (latent * channels + latent * dim - channels * dim)
+    return 2 * saved > 3 * dim * patch * patch * latent * channels
