@@ -20,6 +20,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from almrr_pipeline.config import DataSettings
 from almrr_pipeline.datasets.base import FetchRequest, RetryPolicy
 from almrr_pipeline.datasets.manifest import build_manifest
 from almrr_pipeline.datasets.registry import dataset_for, fetch_category
@@ -245,12 +246,8 @@ class Workplace:
         return self.root / "data" / "01_raw" / category
 
     def request(self, **changes: object) -> FetchRequest:
-        values: dict[str, object] = {
-            "scratch": self.scratch,
-            "retry_policy": IMPATIENT,
-            "accept_licenses": frozenset({"CC-BY-NC-SA-4.0"}),
-        }
-        return FetchRequest(**{**values, **changes})  # type: ignore[arg-type]
+        values = {"accept_licenses": ["CC-BY-NC-SA-4.0"], **changes}
+        return FetchRequest(self.scratch, DataSettings.model_validate(values), IMPATIENT)
 
     def fetch(self, category: str, request: FetchRequest) -> pd.DataFrame:
         """Fetch a category as the pipeline does, all or nothing, and list its images."""
@@ -265,7 +262,7 @@ class Workplace:
             source.items(category, target),
             root=self.root / "data",
             expected=source.expected(category),
-            strict=request.strict,
+            strict=request.settings.strict,
         )
 
     def leftovers(self) -> list[str]:

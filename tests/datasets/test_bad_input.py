@@ -307,7 +307,7 @@ def test_license_not_accepted(wood: Wood) -> None:
     with pytest.raises(
         AlmrrError, match=r"CC BY-NC-SA 4\.0.*add CC-BY-NC-SA-4\.0 to data\.accept_licenses"
     ):
-        wood.workplace.fetch("mvtec_wood", wood.workplace.request(accept_licenses=frozenset()))
+        wood.workplace.fetch("mvtec_wood", wood.workplace.request(accept_licenses=[]))
     assert wood.workplace.leftovers() == []
 
 

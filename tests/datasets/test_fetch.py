@@ -217,7 +217,7 @@ def test_dtd_is_checked_too(draw: Any, workplace: Any, tmp_path: Path, fault: st
     )
 
     said = (
-        "4 images, published are 5640" if request.strict else r"banded_0000\.jpg is an empty file"
+        "4 images, published are 5640" if request.settings.strict else r"banded_0000\.jpg is an empty file"
     )
     with pytest.raises(AlmrrError, match=said):
         fetch_textures("dtd", target=target, request=request)
@@ -330,7 +330,7 @@ def test_an_own_archive_or_folder_serves_instead_and_needs_no_license(
         own = tmp_path / "downloaded by hand.tar"
         own.write_bytes(pack(tmp_path / "own", "tar"))
     request = workplace.request(
-        paths={key: str(own)}, accept_licenses=frozenset(), mirror=server.base
+        paths={key: str(own)}, accept_licenses=[], mirror=server.base
     )
 
     assert counts_of(workplace.fetch("mvtec_wood", request)) == Counts(4, 2, 3)
@@ -369,7 +369,7 @@ def test_the_license_is_named_before_anything_is_asked_for(
 
 
 def test_the_terms_of_mvtec_ad_have_to_be_accepted(server: Any, workplace: Any) -> None:
-    request = workplace.request(accept_licenses=frozenset(), mirror=server.base)
+    request = workplace.request(accept_licenses=[], mirror=server.base)
 
     with pytest.raises(
         AlmrrError, match=r"non-commercial use.*add CC-BY-NC-SA-4\.0 to data\.accept_licenses"

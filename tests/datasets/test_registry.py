@@ -82,7 +82,7 @@ def test_a_good_request_passes(workplace: Any, tmp_path: Path) -> None:
             "nanotwice",
             "s3://bucket/dtd.tar.gz: only http",
         ),
-        ({"accept_licenses": frozenset()}, "mvtec_wood", "add CC-BY-NC-SA-4.0"),
+        ({"accept_licenses": []}, "mvtec_wood", "add CC-BY-NC-SA-4.0"),
     ],
 )
 def test_what_would_stop_the_work_is_said_before_it(

@@ -27,39 +27,32 @@ _HASHED_WITHOUT_PROGRESS = 100_000_000
 
 @contextmanager
 def report_disk_errors(path: Path) -> Iterator[None]:
-    """Turn the OSError of a full disk or a missing permission into one sentence.
+    """Raise DiskError instead of the OSError of a full disk or of a missing permission.
 
-    Args:
-        path: what is being written; named in the message.
-
-    Raises:
-        DiskError: in place of the OSError.
+    `path` is what is being written; the message names it.
     """
     try:
         yield
     except OSError as error:
         if error.errno in _FULL:
-            raise DiskError(
+            message = (
                 f"The disk is full: {path} could not be written. Free some space and run again."
-            ) from error
-        if error.errno in _FORBIDDEN:
-            raise DiskError(
-                f"{path} cannot be written ({error.strerror}); change its permissions or work in "
-                "another folder."
-            ) from error
-        raise
+            )
+        elif error.errno in _FORBIDDEN:
+            advice = "change its permissions or work in another folder"
+            message = f"{path} cannot be written ({error.strerror}); {advice}."
+        else:
+            raise
+        raise DiskError(message) from error
 
 
 @contextmanager
 def write_atomically(path: Path) -> Iterator[Path]:
-    """Write a file all or nothing, also if the machine loses power.
+    """Write a file all or nothing, also if the machine loses power; may raise DiskError.
 
     Yields:
         A temporary path in the same folder, with the same suffix, to write to. It replaces `path`
         when the block ends, and is removed when the block raises.
-
-    Raises:
-        DiskError: the disk is full, or the folder cannot be written.
     """
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
     with report_disk_errors(path):
@@ -74,12 +67,9 @@ def write_atomically(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def staging_folder(parent: Path) -> Iterator[Path]:
-    """Make a new empty folder in `parent`, which is created; removed only if the block raises.
+    """Make an empty folder in `parent`, which is created; removed only if the block raises.
 
-    What killed processes of this machine have left in `parent` is removed first.
-
-    Raises:
-        DiskError: the disk is full, or `parent` cannot be written.
+    What killed processes of this machine have left there is removed first. May raise DiskError.
     """
     mine = f".staging@{socket.gethostname()}@"  # "@" is in no host name
     with report_disk_errors(parent):
@@ -97,25 +87,21 @@ def staging_folder(parent: Path) -> Iterator[Path]:
 
 
 def _is_running(pid: int) -> bool:
-    if os.name != "posix":  # elsewhere os.kill(pid, 0) is not a mere question
-        return True
     try:
-        os.kill(pid, 0)
+        if os.name == "posix":  # elsewhere signal 0 would end the process
+            os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # a process of somebody else
+    except PermissionError:  # it is another user's
         return True
     return True
 
 
 def move_folder_into_place(staged: Path, target: Path) -> None:
-    """Move a complete folder to `target`, replacing an older one.
+    """Move a complete folder to `target`, replacing an older one; may raise DiskError.
 
-    From another disk, it is first copied next to the target, so that the target is complete or
+    From another disk it is first copied next to the target, so that the target is complete or
     absent at any time. What a killed copy has left is removed.
-
-    Raises:
-        DiskError: the disk is full, or the target cannot be written.
     """
     partial = target.with_name(f".{target.name}.partial")
     with report_disk_errors(target):
@@ -152,9 +138,8 @@ def list_folders(folder: Path) -> list[Path]:
     """Return the folders directly in `folder`, sorted by name, without hidden ones."""
     if not folder.is_dir():
         return []
-    return sorted(
-        path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")
-    )
+    folders = [path for path in folder.iterdir() if path.is_dir()]
+    return sorted(path for path in folders if not path.name.startswith("."))
 
 
 def find_folder(root: Path, *children: str, name: str | None = None, depth: int = 3) -> Path | None:
@@ -166,7 +151,7 @@ def find_folder(root: Path, *children: str, name: str | None = None, depth: int 
     level = [root]
     for below in range(depth + 1):
         for folder in level:
-            named = name is None or below == 0 or folder.name == name
+            named = not name or below == 0 or folder.name == name
             if named and all((folder / child).is_dir() for child in children):
                 return folder
         level = [child for folder in level for child in list_folders(folder)]
@@ -174,13 +159,10 @@ def find_folder(root: Path, *children: str, name: str | None = None, depth: int 
 
 
 def transfer(paths: list[Path], target: Path, *, move: bool) -> None:
-    """Move or copy files and folders into `target` under their own names.
+    """Move or copy files and folders into `target` under their own names; may raise DiskError.
 
-    Copies are never links, because DVC takes hold of the files in data/. Links are followed;
-    permissions are not copied, so that data from a read-only mirror can be deleted later.
-
-    Raises:
-        DiskError: the disk is full, or the target cannot be written.
+    Copies are never links, because DVC takes hold of the files in data/. Permissions are not
+    copied, so that data from a read-only mirror can be deleted later.
     """
     with report_disk_errors(target):
         target.mkdir(parents=True, exist_ok=True)

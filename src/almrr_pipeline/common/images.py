@@ -44,7 +44,7 @@ def read_image(path: Path) -> ImageArray:
     Raises:
         AlmrrError: the file is missing, empty, or not an image that can be decoded.
     """
-    return decode_image(_read_bytes(path), path)
+    return decode_image(read_bytes(path), path)
 
 
 def decode_image(data: bytes, path: Path) -> ImageArray:
@@ -64,7 +64,7 @@ def read_mask(path: Path) -> MaskArray:
     Raises:
         AlmrrError: the file is missing, empty, or not an image that can be decoded.
     """
-    return decode_mask(_read_bytes(path), path)
+    return decode_mask(read_bytes(path), path)
 
 
 def decode_mask(data: bytes, path: Path) -> MaskArray:
@@ -86,15 +86,15 @@ def resize_mask(mask: MaskArray, size: tuple[int, int]) -> MaskArray:
     return np.array(Image.fromarray(mask).resize(size[::-1], Image.Resampling.NEAREST))
 
 
-def _read_bytes(path: Path) -> bytes:
+def read_bytes(path: Path, *, name: Path | None = None) -> bytes:
+    """Read a file; AlmrrError, with `name` instead of the path, if that is not possible."""
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        raise AlmrrError(f"There is no image at {path}; check the path.") from None
+        raise AlmrrError(f"There is no image at {name or path}; check the path.") from None
     except OSError as error:
-        raise AlmrrError(
-            f"{path} cannot be read ({error.strerror}); check its permissions."
-        ) from error
+        message = f"{name or path} cannot be read ({error.strerror}); check its permissions."
+        raise AlmrrError(message) from error
 
 
 def _decoded(data: bytes, path: Path, *, mode: str) -> Image.Image:
@@ -108,14 +108,11 @@ def _decoded(data: bytes, path: Path, *, mode: str) -> Image.Image:
             upright.info.pop("transparency", None)  # alpha is dropped; Pillow would warn of it
             return upright.convert(mode)
     except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything
-        reason = (
-            "it is not an image"
-            if "cannot identify" in str(error)
-            else str(error) or type(error).__name__
-        )
-        raise AlmrrError(
-            f"{path} cannot be read as an image ({reason}); replace or remove it."
-        ) from error
+        reason = str(error) or type(error).__name__
+        if "cannot identify" in reason:
+            reason = "it is not an image"
+        message = f"{path} cannot be read as an image ({reason}); replace or remove it."
+        raise AlmrrError(message) from error
 
 
 def _as_eight_bit(image: Image.Image, *, is_mask: bool) -> Image.Image:
@@ -126,12 +123,8 @@ def _as_eight_bit(image: Image.Image, *, is_mask: bool) -> Image.Image:
     if not np.isfinite(values).all():
         raise ValueError("it holds values that are not finite")
     white = _WHITE_OF_16_BITS
-    if image.mode == "F" or is_mask:
-        white = (
-            1.0
-            if image.mode == "F" and values.max() <= 1.0
-            else 255.0
-            if values.max() <= 255
-            else white
-        )
+    if image.mode == "F" and values.max() <= 1.0:
+        white = 1.0
+    elif (image.mode == "F" or is_mask) and values.max() <= 255:
+        white = 255.0
     return Image.fromarray(np.clip(np.rint(values * (255 / white)), 0, 255).astype(np.uint8))

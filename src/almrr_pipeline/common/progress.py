@@ -68,15 +68,13 @@ def _log_lines(total: int | None, *, unit: str, description: str, done: int) -> 
         if now < next_line:
             return
         next_line = now + _SECONDS_BETWEEN_LINES
-        percent = ""
+        line = f"{description}: {format_amount(done, unit)}"
         if total:
             left = (now - begun) / max(1, done - first) * (total - done)
-            percent = f" ({100 * done / total:.0f} %), {tqdm.format_interval(left)} left"
-        values = "".join(
-            f", {name} {value if isinstance(value, str) else format(value, '.4g')}"
-            for name, value in shown.items()
-        )
-        logger.info("%s: %s%s%s", description, format_amount(done, unit), percent, values)
+            line += f" ({100 * done / total:.0f} %), {tqdm.format_interval(left)} left"
+        for name, value in shown.items():
+            line += f", {name} {value if isinstance(value, str) else format(value, '.4g')}"
+        logger.info("%s", line)
 
     return advance
 

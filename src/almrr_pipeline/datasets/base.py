@@ -5,11 +5,11 @@ A new dataset is one file that implements `Dataset`, and one line in `datasets/r
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from almrr_pipeline.config import DataSettings
 from almrr_pipeline.datasets.manifest import Counts, Item
 
 
@@ -27,25 +27,12 @@ class RetryPolicy:
 
 @dataclass(frozen=True)
 class FetchRequest:
-    """Where to look, what to trust and where to work; mostly the `data` section of params.yaml.
-
-    The keys of `paths`, `addresses` and `sha256` are names of datasets or category ids.
-    """
+    """Where to work, where to look and what to trust."""
 
     scratch: Path
     """Folder for partial downloads and for archives shared by categories; created when needed."""
-    mirror: str | None = None
-    """Folder, file:// or http(s):// base address that is tried before the public addresses."""
-    paths: Mapping[str, str] = field(default_factory=dict)
-    """Archives or folders on the user's disk, used instead of any address."""
-    addresses: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """Addresses tried in turn, in place of the built-in ones."""
-    sha256: Mapping[str, str] = field(default_factory=dict)
-    """Expected checksums of the archives, in place of the built-in ones."""
-    accept_licenses: frozenset[str] = frozenset()
-    """SPDX names of the licenses that the user accepts."""
-    strict: bool = False
-    """Refuse counts that differ from the published ones, instead of warning."""
+    settings: DataSettings = field(default_factory=DataSettings)
+    """Of these the mirror, paths, addresses, sha256, accept_licenses and strict."""
     retry_policy: RetryPolicy = RetryPolicy()
 
 
@@ -61,11 +48,7 @@ class Dataset(Protocol):
     license: str
 
     def check(self, category: str, request: FetchRequest) -> None:
-        """Check beforehand what would stop `fetch`, such as a license that is not accepted.
-
-        Raises:
-            AlmrrError: names what is missing.
-        """
+        """Raise AlmrrError if something known beforehand would stop `fetch`, such as a license."""
         return
 
     def fetch(self, category: str, *, target: Path, request: FetchRequest) -> None:
@@ -77,9 +60,7 @@ class Dataset(Protocol):
         ...
 
     def items(self, category: str, folder: Path) -> list[Item]:
-        """List the images of a filled `folder` with split, label and mask; opens no image.
-
-        This is the dataset's protocol.
+        """List the images of a filled `folder` by the dataset's protocol; opens none of them.
 
         Raises:
             AlmrrError: the folder does not have the layout of the dataset.

@@ -36,71 +36,121 @@ class _BrokenOffError(Exception):
     """The transfer stopped before its end; the next try may continue it."""
 
 
-class _Partial:
-    """The bytes received from one address so far, and which version of the file they belong to."""
+class _Download:
+    """One address, the bytes received from it so far, and the version of the file they are of.
 
-    def __init__(self, folder: Path, file_name: str, address: str) -> None:
+    `record` holds the first answer's validator (ETag or Last-Modified) and total size, if any.
+    """
+
+    def __init__(self, address: str, folder: Path, file_name: str, policy: RetryPolicy) -> None:
+        self.address = address
+        self.policy = policy
         key = hashlib.sha256(address.encode()).hexdigest()[:12]  # one folder per address
         self.folder = folder / key
         self.data = self.folder / file_name
-        self._record = self.folder / "download.json"
+        self._record_file = self.folder / "download.json"
 
     @property
     def size(self) -> int:
         return self.data.stat().st_size if self.data.exists() else 0
 
-    def read_record(self) -> dict[str, str]:
-        """Return the first answer's validator (ETag or Last-Modified) and total size, if any."""
+    @property
+    def record(self) -> dict[str, str]:
         try:
-            record = json.loads(self._record.read_text(encoding="utf-8"))
+            record = json.loads(self._record_file.read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             return {}
         return record if isinstance(record, dict) else {}
 
-    def is_complete(self) -> bool:
-        return self.size > 0 and str(self.size) == self.read_record().get("total")
-
-    def range_headers(self) -> dict[str, str]:
-        """Request the rest if the file is unchanged; without a validator, the whole file."""
-        validator = self.read_record().get("validator")
-        if not self.size or not validator:
-            return {}
-        return {"Range": f"bytes={self.size}-", "If-Range": validator}
-
-    def is_continued_by(self, response: requests.Response) -> bool:
-        """Whether a partial answer begins where the data ends, and is of the same file."""
-        unit, _, place = response.headers.get("Content-Range", "").partition(" ")
-        span, _, total = place.partition("/")
-        record = self.read_record()
-        same = _validator(response) in {None, record.get("validator")}
-        same = same and total in {"*", record.get("total")}
-        return unit == "bytes" and span.partition("-")[0] == str(self.size) and same
-
-    def begin(self, response: requests.Response) -> None:
-        """Start over with this answer."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.data.write_bytes(b"")
-        self._write_record(_validator(response), response.headers.get("Content-Length"))
-
-    def finish(self) -> None:
-        """Record the size, which the server need not have sent, as complete."""
-        self._write_record(self.read_record().get("validator"), str(self.size))
+    def write_record(self, validator: str | None, total: str | None) -> None:
+        record = {"validator": validator, "total": total}
+        text = json.dumps({key: value for key, value in record.items() if value})
+        self._record_file.write_text(text, encoding="utf-8")
 
     def discard(self) -> None:
         remove_folder(self.folder)
 
-    def _write_record(self, validator: str | None, total: str | None) -> None:
-        record = {"validator": validator, "total": total}
-        text = json.dumps({key: value for key, value in record.items() if value})
-        self._record.write_text(text, encoding="utf-8")
+    def receive_checked(self, session: requests.Session, sha256: str | None) -> None:
+        kept = self.size
+        if kept:
+            logger.info("%s: continuing after %s", self.data.name, format_amount(kept, "B"))
+        self._receive(session)
+        if sha256 and (found := hash_file(self.data)) != sha256.lower():
+            self.discard()
+            name = self.data.name
+            if not kept:
+                raise AlmrrError(f"{name} has the sha256 {found}, expected was {sha256.lower()}")
+            logger.warning("%s: what an earlier run has left does not fit; starting over", name)
+            self.receive_checked(session, sha256)
+        self.write_record(self.record.get("validator"), str(self.size))  # complete
 
+    def _receive(self, session: requests.Session) -> None:
+        """Receive what is missing; tries count only while no new bytes arrive."""
+        failures, most = 0, self.size
+        while not self.size or str(self.size) != self.record.get("total"):
+            try:
+                return self._receive_once(session)
+            except _BrokenOffError as error:
+                failures = 1 if self.size > most else failures + 1
+                most = max(most, self.size)
+                if failures >= self.policy.attempts:
+                    raise AlmrrError(f"{error}, {failures} times in a row") from error
+                wait = self.policy.backoff * 2 ** (failures - 1)
+                shown = redact_address(self.address)
+                logger.warning("%s: %s; trying again in %.0f s", shown, error, wait)
+                time.sleep(wait)
+        return None
 
-def _validator(response: requests.Response) -> str | None:
-    """Return what identifies this version of a file: a strong ETag, else the last change."""
-    etag = response.headers.get("ETag")
-    if etag and not etag.startswith("W/"):
-        return etag
-    return response.headers.get("Last-Modified")
+    def _receive_once(self, session: requests.Session) -> None:
+        headers = {"Accept-Encoding": "identity"}
+        if self.size and (validator := self.record.get("validator")):
+            headers |= {"Range": f"bytes={self.size}-", "If-Range": validator}
+        timeout = self.policy.timeout
+        try:
+            response = session.get(self.address, headers=headers, stream=True, timeout=timeout)
+        except requests.RequestException as error:
+            raise AlmrrError(_reason(error)) from error
+        with response:
+            if response.status_code == requests.codes.requested_range_not_satisfiable:
+                self.discard()
+                raise _BrokenOffError("the file has become shorter")
+            if not response.ok:
+                raise AlmrrError(f"the server answers {response.status_code} {response.reason}")
+            if response.status_code != _PARTIAL_CONTENT:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self.data.write_bytes(b"")
+                self.write_record(_validator(response), response.headers.get("Content-Length"))
+            elif not self._is_continued_by(response):
+                self.discard()
+                raise _BrokenOffError("the file has changed since the download began")
+            self._append(response)
+
+    def _is_continued_by(self, response: requests.Response) -> bool:
+        """Whether a partial answer begins where the data ends, and is of the same file."""
+        unit, _, place = response.headers.get("Content-Range", "").partition(" ")
+        span, _, total = place.partition("/")
+        if unit != "bytes" or span.partition("-")[0] != str(self.size):
+            return False
+        same_version = _validator(response) in {None, self.record.get("validator")}
+        return same_version and total in {"*", self.record.get("total")}
+
+    def _append(self, response: requests.Response) -> None:
+        total = self.record.get("total", "")
+        size = int(total) if total.isdecimal() else None
+        title = f"download {self.data.name}"
+        try:
+            with (
+                self.data.open("ab") as stream,
+                track(size, unit="B", description=title, done=self.size) as advance,
+            ):
+                for block in response.raw.stream(_BLOCK, decode_content=False):
+                    stream.write(block)
+                    advance(len(block))
+        except urllib3.exceptions.HTTPError as error:
+            received = format_amount(self.size, "B")
+            raise _BrokenOffError(f"the connection broke off after {received}") from error
+        if size is not None and self.size != size:
+            raise _BrokenOffError(f"the connection ended after {self.size} of {size} bytes")
 
 
 @contextmanager
@@ -126,112 +176,32 @@ def downloaded(
         AlmrrError: the server has no such file or stopped answering, or the checksum differs.
         DiskError: the disk is full, or the folder cannot be written.
     """
-    partial = _Partial(folder, file_name, address)
-    with report_disk_errors(folder), requests.Session() as session:
-        adapter = HTTPAdapter(max_retries=_retries(retry_policy))
-        session.mount("http://", adapter)
-        session.mount("https://", adapter)
-        _receive_checked(session, address, partial, sha256, retry_policy)
-    try:
-        yield partial.data
-    except DiskError:
-        raise
-    except AlmrrError:
-        partial.discard()
-        raise
-    partial.discard()
-
-
-def _retries(retry_policy: RetryPolicy) -> urllib3.Retry:
-    """Retries of what fails before the first byte: connections, and answers of a busy server."""
-    return urllib3.Retry(
+    download = _Download(address, folder, file_name, retry_policy)
+    retries = urllib3.Retry(  # of what fails before the first byte
         total=retry_policy.attempts - 1,
         backoff_factor=retry_policy.backoff,
         status_forcelist=_BUSY,
         raise_on_status=False,
         respect_retry_after_header=False,  # some servers demand an hour; try the next address
     )
-
-
-def _receive_checked(
-    session: requests.Session,
-    address: str,
-    partial: _Partial,
-    sha256: str | None,
-    retry_policy: RetryPolicy,
-) -> None:
-    kept = partial.size
-    if kept:
-        logger.info("%s: continuing after %s", partial.data.name, format_amount(kept, "B"))
-    _receive(session, address, partial, retry_policy)
-    if sha256 and (found := hash_file(partial.data)) != sha256.lower():
-        name = partial.data.name
-        partial.discard()
-        if not kept:
-            raise AlmrrError(f"{name} has the sha256 {found}, expected was {sha256.lower()}")
-        logger.warning("%s: what an earlier run has left does not fit; starting over", name)
-        _receive_checked(session, address, partial, sha256, retry_policy)
-    partial.finish()
-
-
-def _receive(
-    session: requests.Session, address: str, partial: _Partial, retry_policy: RetryPolicy
-) -> None:
-    """Receive what is missing; tries count only while no new bytes arrive."""
-    failures, most = 0, partial.size
-    while not partial.is_complete():
-        try:
-            return _receive_once(session, address, partial, retry_policy.timeout)
-        except _BrokenOffError as error:
-            failures = 1 if partial.size > most else failures + 1
-            most = max(most, partial.size)
-            if failures >= retry_policy.attempts:
-                raise AlmrrError(f"{error}, {failures} times in a row") from error
-            wait = retry_policy.backoff * 2 ** (failures - 1)
-            logger.warning("%s: %s; trying again in %.0f s", redact_address(address), error, wait)
-            time.sleep(wait)
-    return None
-
-
-def _receive_once(
-    session: requests.Session, address: str, partial: _Partial, timeout: float
-) -> None:
-    headers = {"Accept-Encoding": "identity", **partial.range_headers()}
+    with report_disk_errors(folder), requests.Session() as session:
+        for scheme in ("http://", "https://"):
+            session.mount(scheme, HTTPAdapter(max_retries=retries))
+        download.receive_checked(session, sha256)
     try:
-        response = session.get(address, headers=headers, stream=True, timeout=timeout)
-    except requests.RequestException as error:
-        raise AlmrrError(_reason(error)) from error
-    with response:
-        if response.status_code == requests.codes.requested_range_not_satisfiable:
-            partial.discard()
-            raise _BrokenOffError("the file has become shorter")
-        if not response.ok:
-            raise AlmrrError(f"the server answers {response.status_code} {response.reason}")
-        if response.status_code != _PARTIAL_CONTENT:
-            partial.begin(response)
-        elif not partial.is_continued_by(response):
-            partial.discard()
-            raise _BrokenOffError("the file has changed since the download began")
-        _write_body(response, partial)
+        yield download.data
+    except DiskError:
+        raise
+    except AlmrrError:
+        download.discard()
+        raise
+    download.discard()
 
 
-def _write_body(response: requests.Response, partial: _Partial) -> None:
-    total = partial.read_record().get("total")
-    size = int(total) if total and total.isdecimal() else None
-    description = f"download {partial.data.name}"
-    try:
-        with (
-            partial.data.open("ab") as stream,
-            track(size, unit="B", description=description, done=partial.size) as advance,
-        ):
-            for block in response.raw.stream(_BLOCK, decode_content=False):
-                stream.write(block)
-                advance(len(block))
-    except urllib3.exceptions.HTTPError as error:
-        received = format_amount(partial.size, "B")
-        raise _BrokenOffError(f"the connection broke off after {received}") from error
-    if size is not None and partial.size != size:
-        raise _BrokenOffError(f"the connection ended after {partial.size} of {size} bytes")
+def _validator(response: requests.Response) -> str | None:
+    """Return what identifies this version of a file: a strong ETag, else the last change."""
+    etag = response.headers.get("ETag")
+    return etag if etag and not etag.startswith("W/") else response.headers.get("Last-Modified")
 
 
 def _reason(error: requests.RequestException) -> str:

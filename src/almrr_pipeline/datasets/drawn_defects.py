@@ -28,23 +28,18 @@ _CURVE_POINTS = 600
 
 
 class _Curve(NamedTuple):
-    """Position of each pixel relative to a curve; all of shape (S, S)."""
+    """Signed distance of each pixel from a curve, and place of its nearest point, 0 to 1."""
 
     across: Floats
-    """Signed distance in pixels; positive to one side."""
     along: Floats
-    """Position of the curve's nearest point, 0 at its start, 1 at its end."""
 
 
 class _Outline(NamedTuple):
-    """A closed shape with an uneven edge; all of shape (S, S)."""
+    """Distance of each pixel from a closed shape's edge (inside: positive) and from its center."""
 
     inside: Floats
-    """Distance in pixels from the edge, positive inside, negative outside; approximate."""
     rows: Floats
-    """Rows from the center."""
     columns: Floats
-    """Columns from the center."""
 
 
 def draw_scratch(surface: Floats, generator: Generator, strength: float) -> Floats:
@@ -234,7 +229,6 @@ def _draw_outline(
     waves = np.arange(2, 9)
     amplitudes = unevenness * generator.normal(size=len(waves)) * 2.0 / waves
     phases = generator.uniform(0.0, 2.0 * np.pi, len(waves))
-    radius = 1.0 + np.tensordot(
-        amplitudes, np.cos(np.multiply.outer(waves, direction) + phases[:, None, None]), axes=1
-    )
+    edge = np.cos(np.multiply.outer(waves, direction) + phases[:, None, None])
+    radius = 1.0 + np.tensordot(amplitudes, edge, axes=1)
     return _Outline(size * np.maximum(radius, 0.3) - distance, rows, columns)

@@ -30,7 +30,7 @@ def fetch_dtd(*, target: Path, request: FetchRequest) -> None:
 
     Raises:
         AlmrrError: DTD could not be fetched, an image is broken, or the count is not the published
-            one and `request.strict` is set.
+            one and `request.settings.strict` is set.
     """
     logger.info("%s", LICENSE)
 
@@ -46,7 +46,7 @@ def fetch_dtd(*, target: Path, request: FetchRequest) -> None:
         check_images(images, root=target)
         if len(images) != _PUBLISHED:
             message = f"{NAME}: {len(images)} images, published are {_PUBLISHED}"
-            if request.strict:
+            if request.settings.strict:
                 raise AlmrrError(f"{message}; fetch it again, or set data.strict to false.")
             logger.warning("%s", message)
 

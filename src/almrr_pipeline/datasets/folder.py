@@ -45,15 +45,10 @@ class Folder(ArchivedDataset):
         raise AlmrrError(f"there is neither a folder train nor a folder normal in it; {_EXPECTED}")
 
     def check(self, category: str, request: FetchRequest) -> None:
-        """Check that the user has set the path of the images.
-
-        Raises:
-            AlmrrError: there is no data.paths.folder_NAME.
-        """
-        if category not in request.paths:
-            raise AlmrrError(
-                f"{category}: set the path of its images: data.paths.{category}: PATH."
-            )
+        """Raise AlmrrError if there is no data.paths.folder_NAME."""
+        if category not in request.settings.paths:
+            setting = f"data.paths.{category}: PATH"
+            raise AlmrrError(f"{category}: set the path of its images: {setting}.")
 
     def items(self, category: str, folder: Path) -> list[Item]:
         """Return the folder's own split; defective images need masks if there is a mask folder."""

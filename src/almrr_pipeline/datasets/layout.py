@@ -18,6 +18,13 @@ NORMAL_NAMES = (GOOD, "normal")
 """Names of a folder of normal images."""
 
 
+def list_items(folder: Path) -> list[Item]:
+    """Return all images of a folder of this layout, where each image has its split's folder."""
+    normal = list_normal(folder / "train" / GOOD, "train")
+    normal += list_normal(folder / "validation" / GOOD, "validation")
+    return normal + list_test(folder / "test", folder / "ground_truth")
+
+
 def list_normal(folder: Path, split: Literal["train", "validation"]) -> list[Item]:
     """Return the images directly in `folder` as normal images of a split."""
     return [Item(path, None, split, "normal", GOOD) for path in list_images(folder)]
@@ -35,10 +42,8 @@ def list_test(test: Path, masks: Path | None) -> list[Item]:
         AlmrrError: there are images next to the folders, whose label is unknown.
     """
     if stray := list_images(test):
-        raise AlmrrError(
-            f"{stray[0]} is next to the folders of {test}; move it into {test / GOOD}, or into a "
-            "folder named after its defect type."
-        )
+        advice = f"move it into {test / GOOD}, or into a folder named after its defect type"
+        raise AlmrrError(f"{stray[0]} is next to the folders of {test}; {advice}.")
     items = []
     for folder in list_folders(test):
         for path in list_images(folder):

@@ -19,16 +19,18 @@ from typing import Literal, TypeVar
 import pandas as pd
 
 from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.common.images import decode_image, decode_mask
+from almrr_pipeline.common.images import decode_image, decode_mask, read_bytes
 from almrr_pipeline.common.progress import track
 
 logger = logging.getLogger(__name__)
 
-_ROLE = ("image", "mask", "split", "label", "defect_type", "specimen")
-COLUMNS = (*_ROLE, "width", "height", "sha256")
+_OF_ITEM = ("image", "mask", "split", "label", "defect_type", "specimen")
+COLUMNS = (*_OF_ITEM, "width", "height", "sha256")
 _NAMED = 5
 """Files that a message names before it counts the rest."""
 Split = Literal["train", "validation", "test"]
+_Role = tuple[Split, Path, str]
+"""Split, image, and what may be in one split alone."""
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
 
@@ -67,8 +69,8 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class _Inspection:
-    """What is known of an image and its mask after opening them."""
+class Inspection:
+    """Properties of an image and its mask that are known after opening them."""
 
     width: int
     height: int
@@ -111,15 +113,6 @@ def check_counts(
     return difference
 
 
-def check_items(items: Sequence[Item], *, root: Path) -> None:
-    """Open every image and mask, as `build_manifest` does.
-
-    Raises:
-        AlmrrError: as for `build_manifest`; names files by their paths relative to `root`.
-    """
-    _inspect_all(items, root, description="check images")
-
-
 def build_manifest(
     items: Sequence[Item], *, root: Path, expected: Counts | None, strict: bool
 ) -> pd.DataFrame:
@@ -146,12 +139,12 @@ def build_manifest(
     name = Path(common).name  # the category's folder
     if difference := check_counts(items, expected, name=name, strict=strict):
         logger.warning("%s", difference)
-    inspections = _inspect_all(items, root, description=f"list {name}")
+    inspections = inspect_items(items, root=root)
     rows, empty = [], []
     for item, found in zip(items, inspections, strict=True):
         paths = _relative(item.image, root), _relative(item.mask, root) if item.mask else ""
-        role = item.split, item.label, item.defect_type, item.specimen
-        rows.append((*paths, *role, found.width, found.height, found.sha256))
+        values = item.split, item.label, item.defect_type, item.specimen
+        rows.append((*paths, *values, found.width, found.height, found.sha256))
         if found.mask_is_empty:
             empty.append(item.image.name)
     if empty:
@@ -172,11 +165,11 @@ def has_validation(manifest: pd.DataFrame) -> bool:
 
 
 def training_split(manifest: pd.DataFrame, *, fraction: float) -> tuple[list[str], list[str]]:
-    """Split the normal training images into those to train on and those for validation.
+    """Split the normal images into those to train on and those for validation.
 
-    The dataset's own validation images are used where there are any. Otherwise whole specimens are
-    chosen, or images by checksum where specimens are unknown, by `split_validation`: the choice
-    does not depend on paths, and copies of an image stay on the same side.
+    The dataset's own validation images are used where there are any. Otherwise `split_validation`
+    chooses whole specimens, or checksums where specimens are unknown: the choice does not depend on
+    paths, and copies of an image stay on the same side.
 
     Args:
         manifest: from `build_manifest`.
@@ -216,44 +209,30 @@ def split_validation(names: Sequence[str], fraction: float) -> tuple[list[str], 
 
 
 def check_images(paths: Sequence[Path], *, root: Path) -> None:
-    """Decode images that belong to no protocol, such as textures.
-
-    Raises:
-        AlmrrError: some cannot be decoded; names them by their paths relative to `root`.
-    """
-
-    def decode(path: Path) -> None:
-        decode_image(_read(path, root), path.relative_to(root))
-
-    _for_each(decode, paths, "check images")
+    """Decode images that belong to no protocol, such as textures; AlmrrError names broken ones."""
+    _for_each(lambda path: decode_image(*_read(path, root)).shape, paths)
 
 
-def _inspect_all(items: Sequence[Item], root: Path, description: str) -> list[_Inspection]:
-    inspections = _for_each(partial(_inspect, root=root), items, description)
+def inspect_items(items: Sequence[Item], *, root: Path) -> list[Inspection]:
+    """Open every image and mask under `root`; raises what `build_manifest` raises for them."""
+    inspections = _for_each(partial(_inspect, root=root), items)
     _refuse_leaks(items, inspections, root)
     return inspections
 
 
-def _for_each(work: Callable[[_In], _Out], inputs: Sequence[_In], description: str) -> list[_Out]:
+def _for_each(work: Callable[[_In], _Out], inputs: Sequence[_In]) -> list[_Out]:
     """Apply `work` in threads (decoding releases the GIL), and report all failures at once."""
     results, failures = [], []
-
-    def attempt(each: _In) -> _Out | AlmrrError:
-        try:
-            return work(each)
-        except AlmrrError as error:
-            return error
-
     with (
         ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads,
-        track(len(inputs), unit="images", description=description) as advance,
+        track(len(inputs), unit="images", description="check images") as advance,
     ):
-        for result in threads.map(attempt, inputs):
+        for future in [threads.submit(work, each) for each in inputs]:
+            try:
+                results.append(future.result())
+            except AlmrrError as error:
+                failures.append(str(error))
             advance(1)
-            if isinstance(result, AlmrrError):
-                failures.append(str(result))
-            else:
-                results.append(result)
     if failures:
         if len(failures) > _NAMED:
             failures[_NAMED:] = [f"And {len(failures) - _NAMED} more of this kind."]
@@ -261,28 +240,23 @@ def _for_each(work: Callable[[_In], _Out], inputs: Sequence[_In], description: s
     return results
 
 
-def _inspect(item: Item, root: Path) -> _Inspection:
+def _inspect(item: Item, root: Path) -> Inspection:
     try:
         str(item.image).encode("utf-8")
     except UnicodeEncodeError:
         message = f"{str(item.image)!r}: the name is not UTF-8 text; rename the file."
         raise AlmrrError(message) from None
-    data = _read(item.image, root)
-    pixels = decode_image(data, item.image.relative_to(root))
+    data, name = _read(item.image, root)
+    pixels = decode_image(data, name)
     height, width = pixels.shape[:2]
     content = hashlib.sha256(f"{height} {width} ".encode() + pixels.tobytes()).hexdigest()
     is_empty = item.mask is not None and _is_empty_mask(item.mask, item.image, pixels.shape, root)
-    return _Inspection(width, height, hashlib.sha256(data).hexdigest(), content, is_empty)
+    return Inspection(width, height, hashlib.sha256(data).hexdigest(), content, is_empty)
 
 
-def _read(path: Path, root: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        message = (
-            f"{_relative(path, root)} cannot be read ({error.strerror}); replace or remove it."
-        )
-        raise AlmrrError(message) from error
+def _read(path: Path, root: Path) -> tuple[bytes, Path]:
+    name = path.relative_to(root)
+    return read_bytes(path, name=name), name
 
 
 def _is_empty_mask(path: Path, image: Path, shape: tuple[int, ...], root: Path) -> bool:
@@ -290,7 +264,7 @@ def _is_empty_mask(path: Path, image: Path, shape: tuple[int, ...], root: Path) 
     if not path.is_file():
         missing = f"{image_name} is defective but has no mask: there is no {name}"
         raise AlmrrError(f"{missing}; add it, or remove the image.")
-    mask = decode_mask(_read(path, root), path.relative_to(root))
+    mask = decode_mask(*_read(path, root))
     if mask.shape != shape[:2]:
         raise AlmrrError(
             f"{name} has {mask.shape[1]} x {mask.shape[0]} pixels, its image {image_name} has "
@@ -299,32 +273,30 @@ def _is_empty_mask(path: Path, image: Path, shape: tuple[int, ...], root: Path) 
     return not mask.any()
 
 
-def _refuse_leaks(items: Sequence[Item], inspections: Sequence[_Inspection], root: Path) -> None:
+def _refuse_leaks(items: Sequence[Item], inspections: Sequence[Inspection], root: Path) -> None:
     """Refuse an image, in any format, or a specimen that is in two splits."""
     pairs = zip(items, inspections, strict=True)
     images = [(item.split, item.image, found.pixels) for item, found in pairs]
     specimens = [(item.split, item.image, item.specimen) for item in items if item.specimen]
     _refuse_shared(images, root, "The same image is", "remove one of each pair")
-    what = "Images of the same specimen are"
-    _refuse_shared(specimens, root, what, "keep each specimen in one split")
+    what, advice = "Images of the same specimen are", "keep each specimen in one split"
+    _refuse_shared(specimens, root, what, advice)
 
 
-def _refuse_shared(
-    identities: Sequence[tuple[str, Path, str]], root: Path, what: str, remedy: str
-) -> None:
-    """Refuse identities in two splits; given are split, image and identity."""
+def _refuse_shared(roles: Sequence[_Role], root: Path, what: str, advice: str) -> None:
+    """Refuse what is in two splits."""
     for earlier, later in combinations(("train", "validation", "test"), 2):
-        seen = {identity: image for split, image, identity in identities if split == earlier}
+        seen = {identity: image for split, image, identity in roles if split == earlier}
         leaks = [
             f"{_relative(seen[identity], root)} and {_relative(image, root)}"
-            for split, image, identity in identities
+            for split, image, identity in roles
             if split == later and identity in seen
         ]
         if leaks:
             pairs = "; ".join(leaks[:_NAMED])
             if len(leaks) > _NAMED:
                 pairs += f" (and {len(leaks) - _NAMED} more pairs)"
-            raise AlmrrError(f"{what} in {earlier} and in {later}: {pairs}; {remedy}.")
+            raise AlmrrError(f"{what} in {earlier} and in {later}: {pairs}; {advice}.")
 
 
 def _relative(path: Path, root: Path) -> str:

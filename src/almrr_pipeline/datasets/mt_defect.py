@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from almrr_pipeline.common.errors import AlmrrError
@@ -66,8 +66,11 @@ class MtDefect(ArchivedDataset):
     def items(self, category: str, folder: Path) -> list[Item]:
         """Return the split by hash of the file name or of the tile; normal images have no mask."""
         normal, defective = list_images(folder / _FREE / "Imgs", _JPEG), _list_defective(folder)
-        tiles = _read_tiles(folder) if category == _BY_TILE else {}
-        chosen = _choose_tiles(normal, defective, tiles) if tiles else _choose_images(normal)
+        tiles = read_specimens(folder) if category == _BY_TILE else {}
+        if category == _BY_TILE and not tiles:
+            raise AlmrrError(f"{folder} holds no {SPECIMENS_FILE}; fetch {_BY_TILE} again.")
+        tested = {tiles[path] for path in defective} if tiles else set()
+        chosen = _choose_training({path: tiles.get(path, path.name) for path in normal}, tested)
         items = []
         for path in normal:
             split: Split = "train" if path in chosen else "test"
@@ -92,23 +95,16 @@ def _list_defective(folder: Path) -> dict[Path, str]:
     }
 
 
-def _choose_images(normal: Iterable[Path]) -> set[Path]:
-    return set(sorted(normal, key=lambda path: _hash(path.name))[:_TRAIN])
-
-
-def _choose_tiles(
-    normal: Iterable[Path], defective: Iterable[Path], tiles: Mapping[Path, str]
-) -> set[Path]:
-    """Choose whole tiles in the order of their hash, up to the number of training images."""
-    tested = {tiles[path] for path in defective}
+def _choose_training(names: Mapping[Path, str], tested: set[str]) -> set[Path]:
+    """Choose all images of a name, in the order of its hash, up to the number for training."""
     images: dict[str, list[Path]] = {}
-    for path in normal:
-        if tiles[path] not in tested:
-            images.setdefault(tiles[path], []).append(path)
+    for path, name in names.items():
+        if name not in tested:
+            images.setdefault(name, []).append(path)
     chosen: set[Path] = set()
-    for tile in sorted(images, key=_hash):
-        if len(chosen) + len(images[tile]) <= _TRAIN:
-            chosen.update(images[tile])
+    for name in sorted(images, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        if len(chosen) + len(images[name]) <= _TRAIN:
+            chosen.update(images[name])
     return chosen
 
 
@@ -117,14 +113,3 @@ def _find_tiles(folder: Path) -> dict[Path, str]:
     images = [*list_images(folder / _FREE / "Imgs", _JPEG), *_list_defective(folder)]
     groups = group_by_tile(images)
     return {image: images[first].stem for image, first in zip(images, groups, strict=True)}
-
-
-def _read_tiles(folder: Path) -> dict[Path, str]:
-    tiles = read_specimens(folder)
-    if not tiles:
-        raise AlmrrError(f"{folder} holds no {SPECIMENS_FILE}; fetch {_BY_TILE} again.")
-    return tiles
-
-
-def _hash(name: str) -> bytes:
-    return hashlib.sha256(name.encode()).digest()

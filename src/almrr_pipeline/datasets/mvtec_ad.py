@@ -7,7 +7,7 @@ from pathlib import Path
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.common.files import find_folder
 from almrr_pipeline.datasets.base import FetchRequest
-from almrr_pipeline.datasets.layout import list_normal, list_test
+from almrr_pipeline.datasets.layout import list_items
 from almrr_pipeline.datasets.manifest import Counts, Item
 from almrr_pipeline.datasets.obtain import Archive, ArchivedDataset, DownloadSpec, has_own_path
 
@@ -73,21 +73,15 @@ class MvtecAd(ArchivedDataset):
         return [found / each for each in _CONTENT if (found / each).exists()]
 
     def check(self, category: str, request: FetchRequest) -> None:
-        """Check that the license is accepted; users of their own files have accepted it before.
-
-        Raises:
-            AlmrrError: the license is not among `data.accept_licenses`.
-        """
-        if _TERMS not in request.accept_licenses and not has_own_path(self.spec(category), request):
+        """Raise AlmrrError if the license is not accepted; own files need no acceptance."""
+        accepted = _TERMS in request.settings.accept_licenses
+        if not accepted and not has_own_path(self.spec(category), request):
             advice = f"If you accept these terms, add {_TERMS} to data.accept_licenses."
             raise AlmrrError(f"{category}: {self.license} {advice}")
 
     def items(self, category: str, folder: Path) -> list[Item]:
         """Return the dataset's own split."""
-        return [
-            *list_normal(folder / "train" / "good", "train"),
-            *list_test(folder / "test", folder / "ground_truth"),
-        ]
+        return list_items(folder)
 
     def expected(self, category: str) -> Counts:
         """Return the published numbers of images."""

@@ -60,21 +60,13 @@ class ArchivedDataset(Dataset):
         raise NotImplementedError
 
     def extract(self, category: str, folder: Path) -> list[Path]:
-        """Return the files and folders of a category in an unpacked archive or a mirror.
-
-        Raises:
-            AlmrrError: the folder does not contain the category.
-        """
+        """Return a category's files and folders in an unpacked archive; AlmrrError if absent."""
         raise NotImplementedError
 
     def verify(self, category: str, target: Path, request: FetchRequest) -> None:
-        """Compare the counts of a filled `target` with the published ones.
-
-        Raises:
-            AlmrrError: there is nothing to train on, or the counts differ and must not.
-        """
+        """Compare the counts of a filled `target` with the published ones, as `check_counts`."""
         items, expected = self.items(category, target), self.expected(category)
-        check_counts(items, expected, name=category, strict=request.strict)
+        check_counts(items, expected, name=category, strict=request.settings.strict)
 
     def fetch(self, category: str, *, target: Path, request: FetchRequest) -> None:
         """Fill `target` from the first place that has the category."""
@@ -154,11 +146,7 @@ def obtain(
 
 
 def local_path(address: str) -> Path | None:
-    """Return the path that an address refers to; None for http:// and https://.
-
-    Raises:
-        AlmrrError: the address is neither one of these, nor file://, nor a path.
-    """
+    """Return the path of file://... or of a path, None for http(s)://; AlmrrError for others."""
     parts = urlsplit(address)
     if parts.scheme in {"http", "https"}:
         return None
@@ -170,23 +158,15 @@ def local_path(address: str) -> Path | None:
 
 
 def check_mirror(mirror: str | None) -> None:
-    """Check that a mirror on disk exists; one behind http(s) is only contacted when needed.
-
-    Raises:
-        AlmrrError: there is no such folder.
-    """
+    """Raise AlmrrError if a mirror on disk does not exist; one behind http(s) is not asked."""
     path = local_path(mirror) if mirror else None
     if path is not None and not path.is_dir():
         raise AlmrrError(f"data.mirror: there is no folder {path}; correct the path.")
 
 
 def check_path(key: str, request: FetchRequest) -> Path:
-    """Return `data.paths.KEY`.
-
-    Raises:
-        AlmrrError: there is no such file or folder.
-    """
-    path = Path(request.paths[key]).expanduser()
+    """Return `data.paths.KEY`; AlmrrError if there is no such file or folder."""
+    path = Path(request.settings.paths[key]).expanduser()
     if not path.exists():
         raise AlmrrError(f"data.paths.{key}: there is nothing at {path}; correct the path.")
     return path
@@ -194,19 +174,19 @@ def check_path(key: str, request: FetchRequest) -> Path:
 
 def has_own_path(spec: DownloadSpec, request: FetchRequest) -> bool:
     """Whether the user has an archive or folder of the dataset, used instead of any address."""
-    return any(request.paths.get(archive.key) for archive in spec.archives)
+    return any(request.settings.paths.get(archive.key) for archive in spec.archives)
 
 
 def _find_places(spec: DownloadSpec, request: FetchRequest) -> Iterator[_Place]:
     for archive in spec.archives:
-        if request.paths.get(archive.key):
+        if request.settings.paths.get(archive.key):
             path = check_path(archive.key, request)
-            yield _Place(archive, str(path), request.sha256.get(archive.key))
+            yield _Place(archive, str(path), request.settings.sha256.get(archive.key))
             return
-    if request.mirror:
-        yield from _places_in_mirror(request.mirror, spec, request)
+    if request.settings.mirror:
+        yield from _places_in_mirror(request.settings.mirror, spec, request)
     for archive in spec.archives:
-        for address in request.addresses.get(archive.key, archive.addresses):
+        for address in request.settings.addresses.get(archive.key, archive.addresses):
             yield _place_at(archive, address, request)
 
 
@@ -228,7 +208,7 @@ def _places_in_mirror(mirror: str, spec: DownloadSpec, request: FetchRequest) ->
 
 
 def _place_at(archive: Archive, address: str, request: FetchRequest) -> _Place:
-    return _Place(archive, address, request.sha256.get(archive.key, archive.sha256))
+    return _Place(archive, address, request.settings.sha256.get(archive.key, archive.sha256))
 
 
 @contextmanager

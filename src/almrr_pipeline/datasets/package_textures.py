@@ -55,20 +55,14 @@ def read_package_image(name: str) -> ImageArray:
         AlmrrError: this scikit-image does not contain it.
     """
     with resources.as_file(resources.files("skimage.data") / name) as path:
-        if not path.is_file():
-            raise AlmrrError(
-                f"The installed scikit-image does not carry {name}; install the version "
-                "in constraints.txt, or choose another suite or data.textures: dtd."
-            )
-        return read_image(path)
+        if path.is_file():
+            return read_image(path)
+    advice = "install the version in constraints.txt, or choose another suite or data.textures: dtd"
+    raise AlmrrError(f"The installed scikit-image does not carry {name}; {advice}.")
 
 
 def write_package_textures(target: Path) -> None:
-    """Fill the existing folder `target` with the textures as PNG files, always the same.
-
-    Raises:
-        AlmrrError: the installed scikit-image lacks one of the images.
-    """
+    """Fill the existing folder `target` with the textures as PNG files, always the same."""
     with track(len(IMAGES), unit="images", description="cut textures") as advance:
         for name in IMAGES:
             for number, square in enumerate(cut_squares(read_package_image(name))):

@@ -13,7 +13,7 @@ from almrr_pipeline.datasets import dtd
 from almrr_pipeline.datasets.base import Dataset, FetchRequest
 from almrr_pipeline.datasets.folder import PREFIX as FOLDER_PREFIX
 from almrr_pipeline.datasets.folder import Folder
-from almrr_pipeline.datasets.manifest import check_items
+from almrr_pipeline.datasets.manifest import inspect_items
 from almrr_pipeline.datasets.mt_defect import MtDefect
 from almrr_pipeline.datasets.mvtec_ad import MvtecAd
 from almrr_pipeline.datasets.nanotwice import Nanotwice
@@ -21,16 +21,14 @@ from almrr_pipeline.datasets.obtain import check_mirror, check_path, local_path
 from almrr_pipeline.datasets.package_textures import write_package_textures
 from almrr_pipeline.datasets.sample import Sample
 
-DATASETS: dict[str, Dataset] = {
-    dataset.name: dataset
-    for dataset in (
-        MvtecAd(),
-        MtDefect(),
-        Nanotwice(),
-        Sample(),
-        Folder(),
-    )
-}
+_ALL: tuple[Dataset, ...] = (
+    MvtecAd(),
+    MtDefect(),
+    Nanotwice(),
+    Sample(),
+    Folder(),
+)
+DATASETS = {dataset.name: dataset for dataset in _ALL}
 
 
 def known_categories() -> list[str]:
@@ -39,44 +37,36 @@ def known_categories() -> list[str]:
 
 
 def dataset_for(category: str) -> Dataset:
-    """Return the dataset that a category belongs to.
-
-    Raises:
-        AlmrrError: there is no such category; lists the most similar ones first.
-    """
+    """Return a category's dataset; AlmrrError, with the most similar names, if there is none."""
     if re.fullmatch(rf"{FOLDER_PREFIX}[\w-]+", category):  # no dots: Kedro's namespaces have them
         return DATASETS["folder"]
     for dataset in DATASETS.values():
         if category in dataset.categories:
             return dataset
-    raise AlmrrError(
-        f"categories: there is no {category!r}. Known are "
-        f"{_similar_first(category, known_categories())}, and {FOLDER_PREFIX}NAME (letters, "
-        "digits, _ and -) for images of your own."
-    )
+    known = _similar_first(category, known_categories())
+    own = f"{FOLDER_PREFIX}NAME (letters, digits, _ and -) for images of your own"
+    raise AlmrrError(f"categories: there is no {category!r}. Known are {known}, and {own}.")
 
 
 def check_request(categories: Iterable[str], *, request: FetchRequest) -> None:
     """Check beforehand what would stop the fetching half-way.
 
     Raises:
-        AlmrrError: a category is unknown; a folder, archive or mirror does not exist; an address
-            cannot be read; a license is not accepted; or data.paths, data.addresses or data.sha256
-            has an unknown key.
+        AlmrrError: a category, or a key of data.paths, data.addresses or data.sha256 is unknown; a
+            path or mirror does not exist; an address cannot be read; a license is not accepted.
     """
     for category in categories:
         dataset_for(category).check(category, request)
-    check_mirror(request.mirror)
+    check_mirror(request.settings.mirror)
     names = [*DATASETS, *known_categories(), dtd.NAME]
     for section in ("paths", "addresses", "sha256"):
-        for key in getattr(request, section):
+        for key in getattr(request.settings, section):
             if key not in names and not key.startswith(FOLDER_PREFIX):
-                raise AlmrrError(
-                    f"data.{section}: there is no {key!r}. Known are {_similar_first(key, names)}."
-                )
-    for key in request.paths:
+                known = _similar_first(key, names)
+                raise AlmrrError(f"data.{section}: there is no {key!r}. Known are {known}.")
+    for key in request.settings.paths:
         check_path(key, request)
-    for addresses in request.addresses.values():
+    for addresses in request.settings.addresses.values():
         for address in addresses:
             local_path(address)
 
@@ -94,18 +84,12 @@ def fetch_category(category: str, *, target: Path, request: FetchRequest) -> Non
     """
     dataset = dataset_for(category)
     dataset.fetch(category, target=target, request=request)
-    check_items(dataset.items(category, target), root=target)
+    inspect_items(dataset.items(category, target), root=target)
 
 
-def fetch_textures(
-    textures: Literal["package", "dtd"], *, target: Path, request: FetchRequest
-) -> None:
-    """Fill the empty folder `target` with the images that simulated anomalies are made of.
-
-    Raises:
-        AlmrrError: they could not be fetched.
-    """
-    if textures == "dtd":
+def fetch_textures(name: Literal["package", "dtd"], *, target: Path, request: FetchRequest) -> None:
+    """Fill the empty folder `target` with the textures that anomalies are made of; may raise."""
+    if name == "dtd":
         dtd.fetch_dtd(target=target, request=request)
     else:
         write_package_textures(target)

@@ -24,7 +24,7 @@ from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.common.progress import track
 from almrr_pipeline.datasets.base import Dataset, FetchRequest
 from almrr_pipeline.datasets.drawn_defects import DRAWINGS
-from almrr_pipeline.datasets.layout import list_normal, list_test
+from almrr_pipeline.datasets.layout import list_items
 from almrr_pipeline.datasets.manifest import Counts, Item
 from almrr_pipeline.datasets.package_textures import read_package_image
 
@@ -94,11 +94,7 @@ class Sample(Dataset):
 
     def items(self, category: str, folder: Path) -> list[Item]:
         """Return the split that the images were drawn for."""
-        return [
-            *list_normal(folder / "train" / "good", "train"),
-            *list_normal(folder / "validation" / "good", "validation"),
-            *list_test(folder / "test", folder / "ground_truth"),
-        ]
+        return list_items(folder)
 
     def expected(self, category: str) -> Counts:
         """Return the numbers of images that `fetch` draws."""
@@ -180,10 +176,8 @@ def draw_defective(
         mask = outline_difference(camera.take(surface), defective)
         if mask.sum() >= LEAST_DEFECT:
             return defective, mask
-    raise AlmrrError(
-        f"No {defect_type} could be drawn visibly on this photograph; it needs a texture of middle "
-        "brightness."
-    )
+    advice = "it needs a texture of middle brightness"
+    raise AlmrrError(f"No {defect_type} could be drawn visibly on this photograph; {advice}.")
 
 
 def outline_difference(without: Gray, with_defect: Gray) -> MaskArray:

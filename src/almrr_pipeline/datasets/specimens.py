@@ -41,28 +41,22 @@ def read_specimens(folder: Path) -> dict[Path, str]:
             path, dtype=str, keep_default_na=False, encoding="utf-8-sig", skipinitialspace=True
         )
     except ValueError as error:  # includes pandas' parser errors and UnicodeDecodeError
-        reason = " ".join(str(error).split())
-        raise AlmrrError(
-            f"{SPECIMENS_FILE} cannot be read ({reason}); save it as comma-separated UTF-8 text."
-        ) from error
+        problem = f"cannot be read ({' '.join(str(error).split())})"
+        advice = "save it as comma-separated UTF-8 text"
+        raise AlmrrError(f"{SPECIMENS_FILE} {problem}; {advice}.") from error
     if not set(_COLUMNS) <= set(table.columns):
-        raise AlmrrError(
-            f"{SPECIMENS_FILE} has the columns {', '.join(map(str, table.columns))}; it needs "
-            f"{' and '.join(_COLUMNS)}."
-        )
+        found, needed = ", ".join(map(str, table.columns)), " and ".join(_COLUMNS)
+        raise AlmrrError(f"{SPECIMENS_FILE} has the columns {found}; it needs {needed}.")
     specimens: dict[Path, str] = {}
     rows = zip(table["image"], table["specimen"], strict=True)
     for line, (name, specimen) in enumerate(rows, start=2):
-        image = folder / name.replace("\\", "/")
-        where = f"{SPECIMENS_FILE}, line {line}"
+        image, problem = folder / name.replace("\\", "/"), ""
         if not image.is_file():
-            raise AlmrrError(
-                f"{where}: there is no image {name}; paths are relative to {SPECIMENS_FILE}."
-            )
-        if not specimen:
-            raise AlmrrError(f"{where}: {name} has no specimen; name one, or remove the line.")
-        if (known := specimens.setdefault(image, specimen)) != specimen:
-            raise AlmrrError(
-                f"{where}: {name} has two specimens, {known} and {specimen}; keep one."
-            )
+            problem = f"there is no image {name}; paths are relative to {SPECIMENS_FILE}"
+        elif not specimen:
+            problem = f"{name} has no specimen; name one, or remove the line"
+        elif (known := specimens.setdefault(image, specimen)) != specimen:
+            problem = f"{name} has two specimens, {known} and {specimen}; keep one"
+        if problem:
+            raise AlmrrError(f"{SPECIMENS_FILE}, line {line}: {problem}.")
     return specimens
