@@ -1,4 +1,4 @@
-"""docs/data.md says what is so: its example runs, its tables are complete, its commands work."""
+"""docs/data.md is true: its example runs, its tables are complete, its commands work."""
 
 from __future__ import annotations
 

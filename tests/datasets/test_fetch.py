@@ -217,7 +217,9 @@ def test_dtd_is_checked_too(draw: Any, workplace: Any, tmp_path: Path, fault: st
     )
 
     said = (
-        "4 images, published are 5640" if request.settings.strict else r"banded_0000\.jpg is an empty file"
+        "4 images, published are 5640"
+        if request.settings.strict
+        else r"banded_0000\.jpg is an empty file"
     )
     with pytest.raises(AlmrrError, match=said):
         fetch_textures("dtd", target=target, request=request)
@@ -329,9 +331,7 @@ def test_an_own_archive_or_folder_serves_instead_and_needs_no_license(
     if kind == "archive":
         own = tmp_path / "downloaded by hand.tar"
         own.write_bytes(pack(tmp_path / "own", "tar"))
-    request = workplace.request(
-        paths={key: str(own)}, accept_licenses=[], mirror=server.base
-    )
+    request = workplace.request(paths={key: str(own)}, accept_licenses=[], mirror=server.base)
 
     assert counts_of(workplace.fetch("mvtec_wood", request)) == Counts(4, 2, 3)
     assert server.requests == []
