@@ -1,4 +1,4 @@
-"""Drawn data sets in the official layouts, their archives, and a server with faults to switch on."""
+"""Drawn datasets in the official layouts, their archives, and a server with faults to switch on."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def server() -> Iterator[FaultyServer]:
 
 
 class Draw:
-    """Draws data sets of images that all differ, in the layouts in which they are published."""
+    """Draws datasets of images that all differ, in the layouts in which they are published."""
 
     def __init__(self) -> None:
         self._random = np.random.default_rng(0)
@@ -211,7 +211,7 @@ def draw() -> Draw:
 
 
 def _pack(folder: Path, kind: str, *, inside: str = "") -> bytes:
-    """Pack a folder's content, `inside` a folder of that name, as zip, tar, tar.gz, tar.bz2 or tar.xz."""
+    """Pack a folder's content, below a folder `inside`, as zip, tar, tar.gz, tar.bz2 or tar.xz."""
     stream = io.BytesIO()
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     names = [f"{inside}/{path.relative_to(folder).as_posix()}".lstrip("/") for path in files]
@@ -251,7 +251,7 @@ class Workplace:
 
     def fetch(self, category: str, request: FetchRequest) -> pd.DataFrame:
         """Fetch a category as the pipeline does, all or nothing, and list its images."""
-        source, target = dataset_for(category), self.target(category)
+        dataset, target = dataset_for(category), self.target(category)
         target.mkdir(parents=True)
         try:
             fetch_category(category, target=target, request=request)
@@ -259,9 +259,9 @@ class Workplace:
             shutil.rmtree(target)
             raise
         return build_manifest(
-            source.items(category, target),
+            dataset.items(category, target),
             root=self.root / "data",
-            expected=source.expected(category),
+            expected=dataset.expected(category),
             strict=request.settings.strict,
         )
 

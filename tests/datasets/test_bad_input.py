@@ -195,7 +195,8 @@ def test_text_renamed_to_png(wood: Wood) -> None:
     (wood.folder / "test" / "good" / "001.png").write_text("not an image")
 
     wood.refuse(
-        r"^test/good/001\.png cannot be read as an image \(it is not an image\); replace or remove it\.$"
+        r"^test/good/001\.png cannot be read as an image \(it is not an image\); "
+        r"replace or remove it\.$"
     )
 
 
@@ -210,7 +211,8 @@ def test_mask_of_another_size(wood: Wood) -> None:
     wood.draw.mask(wood.folder / "ground_truth" / "cut" / "001_mask.png", (20, 16))
 
     wood.refuse(
-        r"^ground_truth/cut/001_mask\.png has 16 x 20 pixels, its image test/cut/001\.png has 20 x 16; "
+        r"^ground_truth/cut/001_mask\.png has 16 x 20 pixels, "
+        r"its image test/cut/001\.png has 20 x 16; "
         r"a mask has the size of its image\.$"
     )
 
@@ -219,7 +221,8 @@ def test_missing_mask(wood: Wood) -> None:
     (wood.folder / "ground_truth" / "cut" / "001_mask.png").unlink()
 
     wood.refuse(
-        r"^test/cut/001\.png is defective but has no mask: there is no ground_truth/cut/001_mask\.png"
+        r"^test/cut/001\.png is defective but has no mask: "
+        r"there is no ground_truth/cut/001_mask\.png"
     )
 
 
@@ -235,7 +238,8 @@ def test_duplicate_between_train_and_test(wood: Wood) -> None:
     )
 
     wood.refuse(
-        r"in train and in test: train/good/002\.png and test/good/001\.png; remove one of each pair\.$"
+        r"in train and in test: train/good/002\.png and test/good/001\.png; "
+        r"remove one of each pair\.$"
     )
 
 
@@ -247,7 +251,8 @@ def test_specimen_in_two_splits(draw: Any, workplace: Any, tmp_path: Path) -> No
 
     with pytest.raises(
         AlmrrError,
-        match=r"specimen are in train and in test: train/good/002\.png and test/good/001\.png; keep each specimen",
+        match=r"specimen are in train and in test: train/good/002\.png and test/good/001\.png; "
+        r"keep each specimen",
     ):
         workplace.fetch("folder_sheets", workplace.request(paths={"folder_sheets": str(folder)}))
     assert workplace.leftovers() == []
@@ -297,7 +302,8 @@ def test_other_counts_where_strict(wood: Wood) -> None:
 
     with pytest.raises(
         AlmrrError,
-        match=r"4 training, 2 normal and 3 defective .*published are 247 training, 19 normal and 60 defective",
+        match=r"4 training, 2 normal and 3 defective .*"
+        r"published are 247 training, 19 normal and 60 defective",
     ):
         wood.workplace.fetch("mvtec_wood", request)
     assert wood.workplace.leftovers() == []

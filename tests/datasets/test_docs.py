@@ -32,7 +32,7 @@ def blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
-def test_every_category_and_source_is_named(text: str) -> None:
+def test_every_category_and_dataset_is_named(text: str) -> None:
     for name in [*known_categories(), *DATASETS, dtd.NAME]:
         assert f"`{name}`" in text
 

@@ -1,4 +1,4 @@
-"""Every source from every kind of place: addresses, mirrors, archives and folders of the user's own."""
+"""Every dataset from every place: addresses, mirrors, archives and folders of the user's own."""
 
 from __future__ import annotations
 
@@ -402,10 +402,25 @@ def test_fetch_counts_what_it_brought_before_it_calls_it_done(
 
     with pytest.raises(
         AlmrrError,
-        match=r"5 training, 0 normal and 3 defective .*published are 761 training, 191 normal and 392 defective",
+        match=r"5 training, 0 normal and 3 defective .*"
+        r"published are 761 training, 191 normal and 392 defective",
     ):
         workplace.fetch("mt_defect", request)
     assert workplace.leftovers() == []
+
+
+def test_messages_hide_passwords_and_queries_but_not_paths(
+    server: Any, workplace: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    host = server.base.removeprefix("http://")
+    addresses = [f"http://me:secret@{host}/a.zip?token=secret", str(tmp_path / "absent.zip")]
+
+    with pytest.raises(AlmrrError) as caught:
+        workplace.fetch("nanotwice", workplace.request(addresses={"nanotwice": addresses}))
+    assert f"http://{host}/a.zip?... (the server answers 404" in str(caught.value)
+    assert f"{tmp_path / 'absent.zip'} (there is no such file)" in str(caught.value)
+    assert "secret" not in str(caught.value) + caplog.text
 
 
 def test_items_are_listed_without_opening_them(draw: Any, tmp_path: Path) -> None:

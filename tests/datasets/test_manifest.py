@@ -84,7 +84,10 @@ def test_other_counts_are_logged_or_refused(
 ) -> None:
     build(items, tmp_path, expected=Counts(247, 19, 60))
 
-    said = "4 training, 2 normal and 3 defective test images; published are 247 training, 19 normal and 60 defective"
+    said = (
+        "4 training, 2 normal and 3 defective test images; "
+        "published are 247 training, 19 normal and 60 defective"
+    )
     assert said in caplog.text
     with pytest.raises(AlmrrError, match=said):
         build(items, tmp_path, expected=Counts(247, 19, 60), strict=True)
@@ -181,18 +184,18 @@ def test_a_name_that_is_not_utf8_is_named(items: list[Item], tmp_path: Path) -> 
 
 
 NAMES = st.lists(st.text(max_size=8), unique=True, max_size=60)
-SHARES = st.floats(0.0, 0.5)
+FRACTIONS = st.floats(0.0, 0.5)
 
 
-@given(NAMES, SHARES)
-def test_every_name_is_trained_on_or_validation(names: list[str], fraction: float) -> None:
+@given(NAMES, FRACTIONS)
+def test_every_name_is_for_training_or_for_validation(names: list[str], fraction: float) -> None:
     training, validation = split_validation(names, fraction)
 
     assert sorted(training + validation) == sorted(names)
     assert training or not names
 
 
-@given(NAMES, SHARES, st.randoms(use_true_random=False))
+@given(NAMES, FRACTIONS, st.randoms(use_true_random=False))
 def test_the_choice_does_not_depend_on_the_order(
     names: list[str], fraction: float, random: Any
 ) -> None:
@@ -206,18 +209,20 @@ def test_the_choice_does_not_depend_on_the_order(
     ("count", "fraction", "expected"),
     [(10, 0.0, 0), (1, 0.5, 0), (2, 0.1, 1), (5, 0.1, 1), (100, 0.1, 10), (3, 0.5, 2)],
 )
-def test_the_share_is_rounded_and_at_least_one(count: int, fraction: float, expected: int) -> None:
+def test_the_fraction_is_rounded_and_at_least_one(
+    count: int, fraction: float, expected: int
+) -> None:
     assert len(split_validation([str(number) for number in range(count)], fraction)[1]) == expected
 
 
-def test_the_validation_are_those_of_the_lowest_hash() -> None:
+def test_the_validation_names_are_those_of_the_lowest_hash() -> None:
     names = [f"{number:03}.png" for number in range(20)]
     ranked = sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
 
     assert set(split_validation(names, 0.25)[1]) == set(ranked[:5])
 
 
-def test_calibration_takes_normal_training_images_alone(items: list[Item], tmp_path: Path) -> None:
+def test_validation_takes_normal_training_images_alone(items: list[Item], tmp_path: Path) -> None:
     manifest = build(items, tmp_path)
 
     training, validation = training_split(manifest, fraction=0.5)
@@ -230,7 +235,7 @@ def test_calibration_takes_normal_training_images_alone(items: list[Item], tmp_p
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.1, 0.5])
-def test_validation_images_are_validation_and_no_others(
+def test_validation_images_of_the_dataset_are_used_and_no_others(
     items: list[Item], tmp_path: Path, draw: Any, fraction: float
 ) -> None:
     extra = tmp_path / "01_raw" / "mvtec_wood" / "validation" / "good" / "0.png"
@@ -243,7 +248,7 @@ def test_validation_images_are_validation_and_no_others(
     assert training == manifest.loc[manifest["split"] == "train", "image"].tolist()
 
 
-def test_calibration_does_not_depend_on_where_the_images_lie(
+def test_validation_does_not_depend_on_where_the_images_lie(
     items: list[Item], tmp_path: Path
 ) -> None:
     manifest = build(items, tmp_path)
@@ -316,9 +321,9 @@ def test_the_real_sets_have_their_published_counts(
 
 def test_one_changed_file_changes_the_list(shared: Path, workplace: Any, draw: Any) -> None:
     before = workplace.fetch("nanotwice", workplace.request(mirror=str(shared / "data")))
-    source, target = dataset_for("nanotwice"), workplace.target("nanotwice")
+    dataset, target = dataset_for("nanotwice"), workplace.target("nanotwice")
     draw.image(next((target / "Normal").iterdir()), (700, 1024))
 
-    after = build(source.items("nanotwice", target), workplace.root / "data")
+    after = build(dataset.items("nanotwice", target), workplace.root / "data")
 
     assert (before["sha256"] != after["sha256"]).sum() == 1

@@ -12,7 +12,7 @@ from almrr_pipeline.datasets.registry import DATASETS, check_request, dataset_fo
 
 
 @pytest.mark.parametrize(
-    ("category", "source"),
+    ("category", "dataset"),
     [
         ("mvtec_carpet", "mvtec_ad"),
         ("mt_defect", "mt_defect"),
@@ -21,8 +21,8 @@ from almrr_pipeline.datasets.registry import DATASETS, check_request, dataset_fo
         ("sample_brick", "sample"),
     ],
 )
-def test_a_category_knows_its_source(category: str, source: str) -> None:
-    assert dataset_for(category).name == source
+def test_a_category_knows_its_dataset(category: str, dataset: str) -> None:
+    assert dataset_for(category).name == dataset
 
 
 def test_a_mistyped_category_lists_the_known_ones_the_closest_first() -> None:
@@ -37,10 +37,10 @@ def test_a_folder_needs_a_name_that_stays_in_its_place(category: str) -> None:
         dataset_for(category)
 
 
-def test_every_source_states_its_license_and_is_found_by_its_name() -> None:
-    for name, source in DATASETS.items():
-        assert source.name == name
-        assert source.license.endswith(".")
+def test_every_dataset_states_its_license_and_is_found_by_its_name() -> None:
+    for name, dataset in DATASETS.items():
+        assert dataset.name == name
+        assert dataset.license.endswith(".")
 
 
 def check(request: Any, *categories: str) -> None:

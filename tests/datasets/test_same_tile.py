@@ -1,4 +1,4 @@
-"""Images of one tile are known under any light; see also what `mt_defect_tiles` makes of it, in test_fetch.py."""
+"""Images of one tile are recognized under any light; `mt_defect_tiles` is in test_fetch.py."""
 
 from __future__ import annotations
 

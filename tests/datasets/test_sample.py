@@ -84,25 +84,28 @@ REGIONS = {"train": TRAIN_REGION, "validation": VALIDATION_REGION, "test": TEST_
 def test_the_regions_are_apart_and_inside_the_photograph() -> None:
     covered = np.zeros((512, 512), int)
     for rows, columns in REGIONS.values():
-        part = np.zeros((512, 512), bool)
-        part[rows, columns] = True
-        assert part.sum() == (rows.stop - rows.start) * (columns.stop - columns.start)
+        region = np.zeros((512, 512), bool)
+        region[rows, columns] = True
+        assert region.sum() == (rows.stop - rows.start) * (columns.stop - columns.start)
         assert min(rows.stop - rows.start, columns.stop - columns.start) >= CROP
-        covered += ndimage.binary_dilation(part, iterations=4)
+        covered += ndimage.binary_dilation(region, iterations=4)
     assert covered.max() == 1
 
 
 def test_no_pixel_is_in_the_images_of_two_splits(tmp_path: Path) -> None:
-    photograph, levels = np.full((512, 512), 0.5), {"train": 0.25, "validation": 0.5, "test": 0.75}
-    for split, part in REGIONS.items():
-        photograph[part] = levels[split]
+    photograph, brightnesses = (
+        np.full((512, 512), 0.5),
+        {"train": 0.25, "validation": 0.5, "test": 0.75},
+    )
+    for split, region in REGIONS.items():
+        photograph[region] = brightnesses[split]
     write_category(photograph, tmp_path, seed=(0, 0))
     for item in DATASET.items("sample_brick", tmp_path):
         image, outside = read_image(item.image), np.ones((CROP, CROP), bool)
         if item.mask:
             outside = ~ndimage.binary_dilation(read_mask(item.mask), iterations=6)
         brightness = image[outside] / 255
-        assert np.abs(brightness / levels[item.split] - 1).max() < 0.2, item.image
+        assert np.abs(brightness / brightnesses[item.split] - 1).max() < 0.2, item.image
 
 
 @pytest.mark.parametrize("split", REGIONS)
@@ -138,7 +141,7 @@ def test_ground_truth_is_where_the_image_differs_visibly(
 def find_normal_twin(
     photograph: npt.NDArray[np.float64], defect: str, seed: int, image: npt.NDArray[np.uint8]
 ) -> npt.NDArray[np.uint8]:
-    """The image that the same draws give without the defect: of the drawings, the one that was not drawn again."""
+    """The image that the draws of the accepted drawing give without the defect."""
     generator = np.random.default_rng(seed)
     while True:
         surface = cut_surface(photograph, TEST_REGION, generator)

