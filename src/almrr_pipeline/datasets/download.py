@@ -157,17 +157,10 @@ class _Download:
 def downloaded(
     address: str, *, folder: Path, file_name: str, sha256: str | None, retry_policy: RetryPolicy
 ) -> Iterator[Path]:
-    """Download a file, and keep it until the block ends.
+    """Download a file from an http(s) address, and keep it in `folder` until the block ends.
 
-    What an interrupted run has left in `folder` is continued. The file is kept if the block is
+    What an interrupted run has left there is continued. The file is kept if the block is
     interrupted or the disk is full, and removed if the block finds it broken (AlmrrError).
-
-    Args:
-        address: http:// or https:// address.
-        folder: where the file is kept meanwhile.
-        file_name: its name there.
-        sha256: its checksum, or None if it is unknown.
-        retry_policy: retries, waits and time-outs.
 
     Yields:
         The complete file.

@@ -29,8 +29,7 @@ def fetch_dtd(*, target: Path, request: FetchRequest) -> None:
     """Fill the empty folder `target` with CLASS/*.jpg; any images/CLASS may replace DTD.
 
     Raises:
-        AlmrrError: DTD could not be fetched, an image is broken, or the count is not the published
-            one and `request.settings.strict` is set.
+        AlmrrError: DTD could not be fetched, or has a broken image or, where strict, another count.
     """
     logger.info("%s", LICENSE)
 

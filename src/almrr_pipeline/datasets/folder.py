@@ -80,8 +80,6 @@ def _normal_folder(folder: Path) -> Path:
     odd = [inner for inner in folders if inner.name not in NORMAL_NAMES]
     if odd or (folders and list_images(folder)):
         where = odd[0] if odd else folder
-        raise AlmrrError(
-            f"{where}: training and validation images are normal ones alone, in one folder; move "
-            "defective ones to test/DEFECT."
-        )
+        rule = "training and validation images are normal ones alone, in one folder"
+        raise AlmrrError(f"{where}: {rule}; move defective ones to test/DEFECT.")
     return folders[0] if folders else folder

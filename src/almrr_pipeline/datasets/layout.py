@@ -31,12 +31,10 @@ def list_normal(folder: Path, split: Literal["train", "validation"]) -> list[Ite
 
 
 def list_test(test: Path, masks: Path | None) -> list[Item]:
-    """Return the test images: `good` (or `normal`) and one folder per defect type.
+    """Return the test images: `test` contains `good` (or `normal`) and a folder per defect type.
 
-    Args:
-        test: folder of these folders.
-        masks: folder of masks, DEFECT/STEM_mask or DEFECT/STEM; a missing one is listed as well, so
-            that `build_manifest` reports it. None for a dataset without masks.
+    `masks`, None for a dataset without masks, contains DEFECT/STEM_mask or DEFECT/STEM; a missing
+    mask is listed as well, so that `build_manifest` reports it.
 
     Raises:
         AlmrrError: there are images next to the folders, whose label is unknown.

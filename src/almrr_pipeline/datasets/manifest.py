@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -82,13 +83,9 @@ class Inspection:
 
 def count_items(items: Iterable[Item]) -> Counts:
     """Count images by split and label."""
-    kinds = [(item.split, item.label) for item in items]
-    return Counts(
-        train=sum(split == "train" for split, _ in kinds),
-        test_normal=kinds.count(("test", "normal")),
-        test_defective=kinds.count(("test", "defective")),
-        validation=sum(split == "validation" for split, _ in kinds),
-    )
+    found = Counter((item.split, item.label) for item in items)
+    tested = found["test", "normal"], found["test", "defective"]
+    return Counts(found["train", "normal"], *tested, found["validation", "normal"])
 
 
 def check_counts(
@@ -193,13 +190,9 @@ def split_validation(names: Sequence[str], fraction: float) -> tuple[list[str], 
 
     The choice depends on the names alone; adding or removing one changes it by at most two.
 
-    Args:
-        names: all different.
-        fraction: for validation, in [0, 0.5].
-
     Returns:
         (training, validation), each in the order of `names`. Validation has at least one name if
-        `fraction` is above 0 and there are two or more.
+        `fraction`, in [0, 0.5], is above 0 and there are two or more, all different, names.
     """
     count = max(1, round(fraction * len(names))) if fraction > 0 and len(names) > 1 else 0
     ranked = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())

@@ -111,9 +111,9 @@ def obtain(
     Args:
         spec: what is wanted and where it may be.
         target: an existing empty folder; emptied again between two attempts.
-        request: the user's paths, mirror, addresses and checksums.
+        request: the user's settings.
         extract: returns the files and folders to bring into the target; AlmrrError if absent.
-        verify: AlmrrError if the filled target is not the dataset.
+        verify: raises AlmrrError if the filled target is not the dataset.
 
     Raises:
         AlmrrError: no place has it; lists each place and what was wrong with it.

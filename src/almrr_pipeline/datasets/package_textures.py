@@ -46,14 +46,7 @@ LEAST_STD = 12.0
 
 
 def read_package_image(name: str) -> ImageArray:
-    """Read an image from the installed scikit-image, without its downloader.
-
-    Returns:
-        uint8 in [0, 255], shape (H, W, 3).
-
-    Raises:
-        AlmrrError: this scikit-image does not contain it.
-    """
+    """Read an image from the installed scikit-image, without its downloader; may raise."""
     with resources.as_file(resources.files("skimage.data") / name) as path:
         if path.is_file():
             return read_image(path)
@@ -73,14 +66,7 @@ def write_package_textures(target: Path) -> None:
 
 
 def cut_squares(image: ImageArray) -> Iterator[ImageArray]:
-    """Cut the largest squares, then a grid of smaller ones, without uniform ones.
-
-    Args:
-        image: uint8 in [0, 255], shape (H, W, 3).
-
-    Yields:
-        uint8 in [0, 255], shape (side, side, 3).
-    """
+    """Cut the largest squares, then a grid of smaller ones, without uniform ones."""
     height, width = image.shape[:2]
     for side in (min(height, width), round(DETAIL * min(height, width))):
         for top in _spread_starts(height, side):

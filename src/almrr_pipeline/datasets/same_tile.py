@@ -33,16 +33,10 @@ Signatures = npt.NDArray[np.float32]
 
 
 def group_by_tile(images: Sequence[Path]) -> list[int]:
-    """Group images of the same tile: the connected components of `correlations` > `SAME_TILE`.
-
-    Args:
-        images: of any size.
+    """Group images, of any size, of the same tile: connected components of `correlations`.
 
     Returns:
         For each image the position, in `images`, of the first one of its group.
-
-    Raises:
-        AlmrrError: an image cannot be read.
     """
     _, labels = connected_components(correlations(compute_signatures(images)) > SAME_TILE)
     first: dict[int, int] = {}
@@ -61,14 +55,7 @@ def compute_signatures(images: Sequence[Path]) -> Signatures:
 
 
 def correlations(signatures: Signatures) -> Signatures:
-    """Correlate all pairs of images, each at the best small shift between the two.
-
-    Args:
-        signatures: from `compute_signatures`, (n, S, S).
-
-    Returns:
-        Symmetric, (n, n), in [-1, 1].
-    """
+    """Correlate all pairs of signatures, (n, S, S), at the best small shift: (n, n) in [-1, 1]."""
     flat = signatures.reshape(len(signatures), -1)
     best = np.full((len(flat), len(flat)), -1.0, np.float32)
     for rows in range(-_SHIFT, _SHIFT + 1):

@@ -62,12 +62,10 @@ Gray = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Camera:
-    """Light and sensor noise of one exposure, both of shape (S, S)."""
+    """Light and sensor noise of one exposure, each of shape (S, S)."""
 
-    light: Floats
-    """Factor of each pixel's brightness."""
-    noise: Floats
-    """Added by the sensor, of 255."""
+    light: Floats  # factor of each pixel's brightness
+    noise: Floats  # added by the sensor, of 255
 
     def take(self, surface: Floats) -> Gray:
         """Take an image of a surface, float in [0, 1], shape (S, S): uint8 in [0, 255], gray."""
@@ -103,12 +101,10 @@ class Sample(Dataset):
 
 
 def write_category(photograph: Floats, target: Path, *, seed: tuple[int, int]) -> None:
-    """Write a category in MVTec AD's layout; each image has random numbers of its own.
+    """Write a category in MVTec AD's layout into the empty folder `target`.
 
-    Args:
-        photograph: float in [0, 1], shape (512, 512).
-        target: existing, empty folder.
-        seed: of the suite, and which category.
+    The photograph is float in [0, 1], shape (512, 512); the seed is that of the suite and the
+    number of the category. Each image has a random generator of its own.
     """
     normal = [  # the first number seeds the images; the defect types have those in between
         (0, "train", TRAIN_REGION, TRAIN_IMAGES),
@@ -154,13 +150,7 @@ def draw_camera(generator: Generator) -> Camera:
 def draw_defective(
     photograph: Floats, defect_type: str, generator: Generator, *, strength: float
 ) -> tuple[Gray, MaskArray]:
-    """Draw a defect on a crop of the test region.
-
-    Args:
-        photograph: float in [0, 1], shape (512, 512).
-        defect_type: a key of `DRAWINGS`.
-        generator: draws crop, light and defect.
-        strength: contrast of the defect, from faint (0.35) to plain (1).
+    """Draw a defect on a crop of the photograph's test region, from faint (0.35) to plain (1).
 
     Returns:
         The image, uint8 (S, S), and its ground truth, bool (S, S).

@@ -19,7 +19,6 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -114,24 +113,16 @@ def unpack(archive: Path, target: Path, *, limits: Limits | None = None) -> None
         remove_folder(partial_target)  # a killed run may have left it
         partial_target.mkdir()
         try:
-            with _report_broken(archive):
-                _write_members(archive, partial_target, limits or Limits())
+            _write_members(archive, partial_target, limits or Limits())
             partial_target.rename(target)
+        except (*_BROKEN, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # the disk's; gzip and bz2 raise "invalid data" without a number
+            reason = str(error) or type(error).__name__
+            message = f"{archive.name} is truncated or broken ({reason}); fetch it again."
+            raise AlmrrError(message) from error
         finally:
             remove_folder(partial_target)
-
-
-@contextmanager
-def _report_broken(archive: Path) -> Iterator[None]:
-    """Turn the many errors of a broken archive into one sentence."""
-    try:
-        yield
-    except (*_BROKEN, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # the disk's; gzip and bz2 raise "invalid data" without a number
-        reason = str(error) or type(error).__name__
-        message = f"{archive.name} is truncated or broken ({reason}); fetch it again."
-        raise AlmrrError(message) from error
 
 
 def _write_members(archive: Path, folder: Path, limits: Limits) -> None:
@@ -156,10 +147,8 @@ def _place_of(member: _Member, folder: Path, archive: Path) -> Path:
         found = f"holds the path {member.name!r}, which leads out of its folder"
         raise AlmrrError(f"{archive.name} {found}; {_ADVICE}.")
     if not (member.is_folder or member.is_file):
-        raise AlmrrError(
-            f"{archive.name} holds {member.name!r}, a link or a device or a sparse file; only "
-            f"plain files and folders are unpacked, so {_ADVICE}, or pack it again without."
-        )
+        found = f"holds {member.name!r}, a link or a device or a sparse file"
+        raise AlmrrError(f"{archive.name} {found}; {_ADVICE}, or pack it again without.")
     # Python represents bytes that are not UTF-8 by surrogates.
     surrogates = any("\ud800" <= letter <= "\udfff" for letter in member.name)
     if surrogates or not member.name.isprintable():
@@ -177,15 +166,13 @@ def _write_member(member: _Member, place: Path, archive: Path) -> None:
         with place.open("xb") as copy, cast(IO[bytes], member.open()) as content:
             shutil.copyfileobj(content, copy, _BLOCK)
     except (FileExistsError, NotADirectoryError, IsADirectoryError):
-        raise AlmrrError(
-            f"{archive.name} holds {member.name!r} twice, or as a file and a folder; nothing was "
-            "unpacked. Pack it again."
-        ) from None
+        found = f"holds {member.name!r} twice, or as a file and a folder"
+        raise AlmrrError(f"{archive.name} {found}; nothing was unpacked. Pack it again.") from None
 
 
 def _zip_members(archive: Path, limits: Limits) -> Iterator[_Member]:
     with zipfile.ZipFile(archive) as opened:
-        # zipfile never reads more of a member than the size in the directory.
+        # zipfile reads no more of a member than its size in the directory, and checks its CRC.
         limits.check_size(sum(info.file_size for info in opened.infolist()), archive)
         for info in opened.infolist():
             mode = stat.S_IFMT(info.external_attr >> 16)  # 0 when it was not packed on Unix
