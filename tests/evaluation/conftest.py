@@ -10,8 +10,9 @@ import numpy.typing as npt
 import pytest
 import skimage.measure
 
+from almrr_pipeline.config import EvaluateSettings
 from almrr_pipeline.evaluation.evaluate import Evaluation, evaluate
-from almrr_pipeline.evaluation.thresholds import conformal_threshold
+from almrr_pipeline.evaluation.thresholds import Threshold, conformal_threshold
 
 
 @dataclass(frozen=True)
@@ -20,43 +21,75 @@ class Case:
 
     maps: list[npt.NDArray[np.float32]]
     masks: list[npt.NDArray[np.bool_]]
-    defects: list[str]
+    defect_types: list[str]
     scores: list[float]
 
     @property
     def labels(self) -> npt.NDArray[np.bool_]:
-        return np.array([name != "good" for name in self.defects])
+        return np.array([name != "good" for name in self.defect_types])
 
     @property
     def pixels(self) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float32]]:
         """Labels and scores of all pixels, as scikit-learn wants them."""
-        return np.concatenate([m.ravel() for m in self.masks]), np.concatenate([m.ravel() for m in self.maps])
+        return np.concatenate([m.ravel() for m in self.masks]), np.concatenate(
+            [m.ravel() for m in self.maps]
+        )
 
-    def evaluate(self, **changes: object) -> Evaluation:
-        """Evaluate with the thresholds of some validation images, without intervals unless asked for."""
-        threshold = conformal_threshold(np.linspace(0.0, 1.0, 40), 0.05)
-        settings = {"image_threshold": threshold, "pixel_threshold": threshold, "bootstrap": 0} | changes
-        return evaluate(self.maps, self.masks, self.scores, self.labels, self.defects, **settings)
+    def evaluate(
+        self,
+        *,
+        thresholds: tuple[Threshold | None, Threshold | None] | None = None,
+        seed: int = 0,
+        **settings: object,
+    ) -> Evaluation:
+        """Evaluate with (image, pixel) thresholds, by default of some validation images.
+
+        Settings are those of the section `evaluate`, unchecked; without intervals by default.
+        """
+        default = conformal_threshold(np.linspace(0.0, 1.0, 40), 0.05)
+        image, pixel = (default, default) if thresholds is None else thresholds
+        return evaluate(
+            self.maps,
+            self.masks,
+            self.scores,
+            self.labels,
+            self.defect_types,
+            EvaluateSettings.model_construct(**({"bootstrap": 0} | settings)),
+            image_threshold=image,
+            pixel_threshold=pixel,
+            seed=seed,
+        )
 
 
 def _draw_case(
-    seed: int, *, normal: int = 4, defective: int = 6, decimals: int = 2, side: int = 40, extent: int = 9
+    seed: int,
+    *,
+    normal: int = 4,
+    defective: int = 6,
+    decimals: int = 2,
+    side: int = 40,
+    extent: int = 9,
 ) -> Case:
-    """Draw images of varying sizes with rectangular defects of two kinds; few decimals make many ties."""
+    """Draw images of varying sizes with rectangular defects of two types; few decimals make many ties."""
     generator = np.random.default_rng(seed)
-    maps, masks, defects = [], [], []
+    maps, masks, defect_types = [], [], []
     for index in range(normal + defective):
         rows, columns = generator.integers(side // 2, side, size=2)
         mask = np.zeros((rows, columns), dtype=bool)
         for _ in range(2 if index >= normal else 0):
             top, left = generator.integers(0, rows - 4), generator.integers(0, columns - 4)
-            mask[top : top + generator.integers(1, extent), left : left + generator.integers(1, extent)] = True
+            mask[
+                top : top + generator.integers(1, extent),
+                left : left + generator.integers(1, extent),
+            ] = True
         values = generator.random((rows, columns)) * 0.7 + mask * generator.uniform(0.0, 0.4)
         maps.append(np.round(values, decimals).astype(np.float32))
         masks.append(mask)
-        defects.append("good" if index < normal else ("crack", "scratch")[index % 2])
-    scores = np.round(generator.normal(size=normal + defective) + (np.arange(normal + defective) >= normal), 1)
-    return Case(maps, masks, defects, scores.tolist())
+        defect_types.append("good" if index < normal else ("crack", "scratch")[index % 2])
+    scores = np.round(
+        generator.normal(size=normal + defective) + (np.arange(normal + defective) >= normal), 1
+    )
+    return Case(maps, masks, defect_types, scores.tolist())
 
 
 @pytest.fixture(scope="session")

@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from almrr_pipeline.evaluation.aupro import aupro, label_regions, name_aupro
+from almrr_pipeline.config import EvaluateSettings
+from almrr_pipeline.evaluation.aupro import aupro, name_aupro
 from almrr_pipeline.evaluation.curves import Curve, tabulate_pro
 from almrr_pipeline.evaluation.evaluate import evaluate
+from almrr_pipeline.evaluation.pixels import label_regions
 
 
 def measure_aupro(maps: list[np.ndarray], masks: list[np.ndarray], limit: float) -> float:
@@ -23,16 +25,17 @@ def measure_aupro(maps: list[np.ndarray], masks: list[np.ndarray], limit: float)
         [0.0] * len(maps),
         labels,
         ["hole" if label else "good" for label in labels],
+        EvaluateSettings.model_construct(aupro_limits=(limit,), bootstrap=0),
         image_threshold=None,
         pixel_threshold=None,
-        aupro_limits=(limit,),
-        bootstrap=0,
     )
     return found.metrics[name_aupro(limit)]
 
 
 def test_regions_that_touch_at_a_corner_are_one() -> None:
-    labeled, count = label_regions(np.array([[1, 0, 0, 1], [0, 1, 0, 1], [0, 0, 0, 0], [1, 0, 0, 0]], dtype=bool))
+    labeled, count = label_regions(
+        np.array([[1, 0, 0, 1], [0, 1, 0, 1], [0, 0, 0, 0], [1, 0, 0, 0]], dtype=bool)
+    )
     assert count == 3
     assert labeled[0, 0] == labeled[1, 1] != labeled[0, 3]
 
@@ -86,18 +89,22 @@ def test_equals_the_literal_definition_with_many_ties(
 ) -> None:
     values = np.array([value for value, _ in pixels], np.float32).reshape(4, 6)
     mask = np.array([defective for _, defective in pixels]).reshape(4, 6)
-    assert measure_aupro([values], [mask], limit) == pytest.approx(literal_aupro([values], [mask], limit), abs=1e-6)
+    assert measure_aupro([values], [mask], limit) == pytest.approx(
+        literal_aupro([values], [mask], limit), abs=1e-6
+    )
 
 
 def test_is_nan_where_no_normal_pixel_was_drawn() -> None:
     counts = np.array([[1.0]])
-    curve = Curve(np.ones(1), counts, 0 * counts, 0 * counts, counts[:, 0], 0 * counts[:, 0], overlap=counts)
+    curve = Curve(
+        np.ones(1), counts, 0 * counts, 0 * counts, counts[:, 0], 0 * counts[:, 0], overlap=counts
+    )
     assert np.isnan(aupro(curve, 0.3)).all()
 
 
 def test_the_table_ends_at_the_limit_and_has_the_area_of_the_metric(case: Any) -> None:
     found = case.evaluate(aupro_limits=(0.2,))
-    table = found.pro
+    table = found.curves["pro"]
     assert table["fpr"].iloc[0] == 0.0
     assert table["fpr"].iloc[-1] == 0.2
     area = np.trapezoid(table["pro"], table["fpr"]) / 0.2
@@ -105,14 +112,15 @@ def test_the_table_ends_at_the_limit_and_has_the_area_of_the_metric(case: Any) -
 
 
 def test_the_table_is_cut_between_two_corners() -> None:
-    # one level, 4 normal pixels and one region: the straight line to (1, 1)
+    # one threshold, 4 normal pixels and one region: the straight line to (1, 1)
     one, four = np.array([1]), np.array([4])
     curve = Curve(np.ones(1), one, four, 0 * four, np.asarray(1), np.asarray(4), overlap=np.ones(1))
     assert tabulate_pro(curve, 0.25).to_numpy().tolist() == [[0.0, 0.0], [0.25, 0.25]]
 
 
 @pytest.mark.parametrize(
-    ("limit", "name"), [(0.3, "aupro_30"), (0.05, "aupro_05"), (1.0, "aupro_100"), (0.125, "aupro_12_5")]
+    ("limit", "name"),
+    [(0.3, "aupro_30"), (0.05, "aupro_05"), (1.0, "aupro_100"), (0.125, "aupro_12_5")],
 )
 def test_the_name_says_the_limit(limit: float, name: str) -> None:
     assert name_aupro(limit) == name

@@ -9,28 +9,30 @@ import numpy as np
 import pytest
 
 from almrr_pipeline.evaluation.aupro import aupro
-from almrr_pipeline.evaluation.bootstrap import PixelResampler, draw_weights, percentile_interval, resample_images
+from almrr_pipeline.evaluation.bootstrap import (
+    draw_weights,
+    percentile_interval,
+    resample_images,
+    resample_pixels,
+)
 from almrr_pipeline.evaluation.curves import auroc, average_precision, f1_max
 from almrr_pipeline.evaluation.pixels import (
     ImageCounts,
-    PixelSource,
+    LabeledMaps,
     choose_edges,
     count_normal,
-    gather_defective,
+    gather_anomalous,
 )
 
 
-def build_resampler(case: Any) -> PixelResampler:
-    source = PixelSource(case.maps, case.masks, case.labels)
-    defective, _ = gather_defective(source)
-    levels = defective.score[defective.last_of_level()]
-    images = ImageCounts.empty(choose_edges(defective, threshold=None), len(case.maps))
-    list(count_normal(source, [np.arange(len(case.maps))], levels, images))
-    return PixelResampler.build(images, defective)
-
-
 def measure_resampled(case: Any, weights: np.ndarray) -> dict[str, np.ndarray]:
-    (curve,) = build_resampler(case).resample(weights)
+    images = LabeledMaps(case.maps, case.masks, case.labels)
+    anomalous, known = gather_anomalous(images)
+    assert known.all()
+    thresholds = anomalous.score[anomalous.last_of_score()]
+    counts = ImageCounts.empty(choose_edges(anomalous, threshold=None), len(case.maps))
+    count_normal(images, known, thresholds, counts)
+    (curve,) = resample_pixels(counts, anomalous, weights)
     return {
         "pixel_auroc": auroc(curve),
         "pixel_ap": average_precision(curve),
@@ -64,14 +66,14 @@ def test_the_same_seed_gives_the_same_intervals(case: Any) -> None:
     assert first != case.evaluate(bootstrap=50, seed=4).metrics["intervals"]
 
 
-def test_counts_at_the_edges_lose_nothing_where_levels_are_few(case: Any) -> None:
+def test_counts_at_the_edges_lose_nothing_where_scores_are_few(case: Any) -> None:
     once = measure_resampled(case, np.ones((1, len(case.maps)), int))
     exact = case.evaluate().metrics
     for name, values in once.items():
         assert values[0] == pytest.approx(exact[name], abs=1e-9), name
 
 
-def test_counts_at_the_edges_are_close_where_levels_are_many(draw_case: Callable[..., Any]) -> None:
+def test_counts_at_the_edges_are_close_where_scores_are_many(draw_case: Callable[..., Any]) -> None:
     case = draw_case(5, normal=20, defective=60, decimals=8, side=120, extent=50)
     labels, scores = case.pixels
     assert len(np.unique(scores[labels])) > 20_000
@@ -82,23 +84,27 @@ def test_counts_at_the_edges_are_close_where_levels_are_many(draw_case: Callable
 
 
 @pytest.mark.parametrize("decimals", [2, 8])
-def test_a_resampling_is_the_test_set_with_images_repeated(draw_case: Callable[..., Any], decimals: int) -> None:
+def test_a_resampling_is_the_test_set_with_images_repeated(
+    draw_case: Callable[..., Any], decimals: int
+) -> None:
     case = draw_case(6, decimals=decimals)
     weights = draw_weights(case.labels, 3, np.random.default_rng(0))
     resampled = measure_resampled(case, weights)
     for row, drawn in enumerate(weights):
         chosen = np.repeat(np.arange(len(case.maps)), drawn)
-        parts = (case.maps, case.masks, case.defects, case.scores)
+        parts = (case.maps, case.masks, case.defect_types, case.scores)
         repeated = type(case)(*([part[i] for i in chosen] for part in parts))
         exact = repeated.evaluate().metrics
         for name, values in resampled.items():
-            assert values[row] == pytest.approx(exact[name], abs=1e-9 if decimals == 2 else 1e-3), name
+            assert values[row] == pytest.approx(exact[name], abs=1e-9 if decimals == 2 else 1e-3), (
+                name
+            )
 
 
 def test_blocks_of_resamplings_follow_one_another(case: Any) -> None:
     weights = draw_weights(case.labels, 150, np.random.default_rng(0))
     curves = list(resample_images(np.array(case.scores), case.labels, weights))
-    assert [len(curve.true) for curve in curves] == [64, 64, 22]
+    assert [len(curve.tp) for curve in curves] == [64, 64, 22]
     (last,) = resample_images(np.array(case.scores), case.labels, weights[128:])
     np.testing.assert_array_equal(auroc(curves[2]), auroc(last))
 
@@ -115,12 +121,16 @@ def test_intervals_of_a_known_distribution_cover_it() -> None:
     for _ in range(100):
         scores = generator.normal(size=120) + 1.5 * labels
         weights = draw_weights(labels, 200, generator)
-        low, high = percentile_interval(np.concatenate([auroc(c) for c in resample_images(scores, labels, weights)]))
+        low, high = percentile_interval(
+            np.concatenate([auroc(c) for c in resample_images(scores, labels, weights)])
+        )
         covered += low <= 0.85556 <= high
     assert covered >= 88  # 95 % of 100 less three standard deviations
 
 
-def test_resamplings_that_draw_no_defective_pixel_do_not_count(draw_case: Callable[..., Any]) -> None:
+def test_resamplings_that_draw_no_anomalous_pixel_do_not_count(
+    draw_case: Callable[..., Any],
+) -> None:
     case = draw_case(0, normal=3, defective=3)
     case.masks[4][:] = case.masks[5][:] = False
     only_empty_masks = np.array([[1, 1, 1, 0, 2, 1], [1, 1, 1, 1, 1, 1]])

@@ -6,13 +6,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
+from sklearn.metrics import (
+    average_precision_score,
+    precision_recall_curve,
+    roc_auc_score,
+    roc_curve,
+)
 
 from almrr_pipeline.evaluation.curves import (
     CURVE_POINTS,
     auroc,
     average_precision,
-    best_f1_level,
+    best_f1_threshold,
     f1_max,
     tabulate_pr,
     tabulate_roc,
@@ -20,9 +25,9 @@ from almrr_pipeline.evaluation.curves import (
     trace_curve,
 )
 
-TIED_SCORES = st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=2, max_size=60).filter(
-    lambda units: len({label for _, label in units}) == 2
-)
+TIED_SCORES = st.lists(
+    st.tuples(st.integers(-3, 3), st.booleans()), min_size=2, max_size=60
+).filter(lambda units: len({label for _, label in units}) == 2)
 
 
 def best_f1(labels: np.ndarray, scores: np.ndarray) -> float:
@@ -36,13 +41,18 @@ def test_metrics_equal_scikit_learn_with_many_ties(units: list[tuple[int, bool]]
     scores, labels = np.array([s / 4 for s, _ in units]), np.array([label for _, label in units])
     curve = trace_curve(scores, labels)
     assert auroc(curve) == pytest.approx(roc_auc_score(labels, scores), abs=1e-9)
-    assert average_precision(curve) == pytest.approx(average_precision_score(labels, scores), abs=1e-9)
+    assert average_precision(curve) == pytest.approx(
+        average_precision_score(labels, scores), abs=1e-9
+    )
     assert f1_max(curve) == pytest.approx(best_f1(labels, scores), abs=1e-9)
 
 
 def test_auroc_counts_a_tie_half() -> None:
     # defective 3 and 1, normal 2 and 1: pairs won 3>2, 3>1, lost 1<2, tied 1=1: 2.5 of 4
-    assert auroc(trace_curve(np.array([3.0, 1.0, 2.0, 1.0]), np.array([True, True, False, False]))) == 2.5 / 4
+    assert (
+        auroc(trace_curve(np.array([3.0, 1.0, 2.0, 1.0]), np.array([True, True, False, False])))
+        == 2.5 / 4
+    )
 
 
 def test_average_precision_by_hand() -> None:
@@ -51,11 +61,11 @@ def test_average_precision_by_hand() -> None:
     assert average_precision(curve) == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
 
 
-def test_best_f1_and_its_level_by_hand() -> None:
-    # at level 1: two hits, one false alarm, none missed: F1 = 2 * 2 / (2 + 1 + 2); at level 3: 2 / (1 + 2)
+def test_best_f1_and_its_threshold_by_hand() -> None:
+    # at 1: two hits, one false alarm, none missed: F1 = 2 * 2 / (2 + 1 + 2); at 3: 2 / (1 + 2)
     curve = trace_curve(np.array([3.0, 2.0, 1.0, 0.0]), np.array([True, False, True, False]))
     assert f1_max(curve) == pytest.approx(0.8)
-    assert best_f1_level(curve) == 1.0
+    assert best_f1_threshold(curve) == 1.0
 
 
 def test_a_weight_counts_as_so_many_copies() -> None:
@@ -78,25 +88,25 @@ def test_roc_table_of_few_units_is_scikit_learns_curve() -> None:
     labels = generator.random(50) < 0.4
     scores = np.round(generator.random(50) + 0.3 * labels, 1)
     table = tabulate_roc(trace_curve(scores, labels))
-    fpr, tpr, levels = roc_curve(labels, scores, drop_intermediate=False)
+    fpr, tpr, thresholds = roc_curve(labels, scores, drop_intermediate=False)
     wanted = {(round(x, 12), round(y, 12)) for x, y in zip(fpr, tpr, strict=True)}
     found = {(round(x, 12), round(y, 12)) for x, y in zip(table["fpr"], table["tpr"], strict=True)}
-    assert wanted <= found  # the table adds the corners just above each level
-    for level, x, y in zip(levels[1:], fpr[1:], tpr[1:], strict=True):
-        alarms = scores >= level
+    assert wanted <= found  # the table adds the corners just above each threshold
+    for threshold, x, y in zip(thresholds[1:], fpr[1:], tpr[1:], strict=True):
+        alarms = scores >= threshold
         assert (x, y) == (alarms[~labels].mean(), alarms[labels].mean())
 
 
-def test_levels_of_the_tables_reproduce_their_points() -> None:
+def test_thresholds_of_the_tables_reproduce_their_points() -> None:
     generator = np.random.default_rng(2)
     labels = generator.random(400) < 0.3
     scores = np.round(generator.random(400) + 0.3 * labels, 2)
     curve = trace_curve(scores, labels)
     for _, row in tabulate_roc(curve).dropna().iterrows():
-        alarms = scores >= row["level"]
+        alarms = scores >= row["threshold"]
         assert (row["fpr"], row["tpr"]) == (alarms[~labels].mean(), alarms[labels].mean())
     for _, row in tabulate_pr(curve).dropna().iterrows():
-        alarms = scores >= row["level"]
+        alarms = scores >= row["threshold"]
         assert row["recall"] == alarms[labels].mean()
         assert row["precision"] == (labels[alarms].mean() if alarms.any() else 1.0)
 
@@ -105,7 +115,10 @@ def test_curves_start_without_alarms_and_end_with_all() -> None:
     curve = trace_curve(np.array([1.0, 3.0, 2.0]), np.array([True, False, False]))
     roc, pr = tabulate_roc(curve), tabulate_pr(curve)
     assert roc[["fpr", "tpr"]].iloc[[0, -1]].to_numpy().tolist() == [[0.0, 0.0], [1.0, 1.0]]
-    assert pr[["recall", "precision"]].iloc[[0, -1]].to_numpy().tolist() == [[0.0, 1.0], [1.0, 1 / 3]]
+    assert pr[["recall", "precision"]].iloc[[0, -1]].to_numpy().tolist() == [
+        [0.0, 1.0],
+        [1.0, 1 / 3],
+    ]
 
 
 def test_thinned_roc_keeps_its_shape() -> None:
@@ -120,7 +133,9 @@ def test_thinned_roc_keeps_its_shape() -> None:
 
 @settings(deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=300), st.integers(3, 50))
-def test_thinning_keeps_both_ends_and_never_exceeds_the_points(values: list[float], points: int) -> None:
+def test_thinning_keeps_both_ends_and_never_exceeds_the_points(
+    values: list[float], points: int
+) -> None:
     x = np.sort(np.array(values))
     chosen = thin(x, x**2, points)
     assert len(chosen) <= max(points, 3)

@@ -11,6 +11,7 @@ import pytest
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 from almrr_pipeline.common.errors import AlmrrError
+from almrr_pipeline.config import EvaluateSettings
 from almrr_pipeline.evaluation.evaluate import evaluate
 from almrr_pipeline.evaluation.thresholds import conformal_threshold
 
@@ -18,7 +19,9 @@ PIXEL_METRICS = ("pixel_auroc", "pixel_ap", "pixel_f1max", "aupro_30", "aupro_05
 IMAGE_METRICS = ("image_auroc", "image_ap", "image_f1max")
 
 
-def measure_with_scikit_learn(prefix: str, labels: np.ndarray, scores: np.ndarray) -> dict[str, float]:
+def measure_with_scikit_learn(
+    prefix: str, labels: np.ndarray, scores: np.ndarray
+) -> dict[str, float]:
     precision, recall, _ = precision_recall_curve(labels, scores)
     return {
         f"{prefix}_auroc": roc_auc_score(labels, scores),
@@ -28,7 +31,7 @@ def measure_with_scikit_learn(prefix: str, labels: np.ndarray, scores: np.ndarra
 
 
 def choose(case: Any, chosen: list[int]) -> Any:
-    parts = (case.maps, case.masks, case.defects, case.scores)
+    parts = (case.maps, case.masks, case.defect_types, case.scores)
     return type(case)(*([part[i] for i in chosen] for part in parts))
 
 
@@ -57,20 +60,29 @@ def test_metrics_equal_scikit_learn(draw_case: Callable[..., Any], decimals: int
         assert found[name] == pytest.approx(value, abs=1e-9), name
 
 
-def test_aupro_at_both_limits_equals_the_literal_one(case: Any, literal_aupro: Callable[..., float]) -> None:
+def test_aupro_at_both_limits_equals_the_literal_one(
+    case: Any, literal_aupro: Callable[..., float]
+) -> None:
     found = case.evaluate().metrics
     assert found["aupro_30"] == pytest.approx(literal_aupro(case.maps, case.masks, 0.3), abs=1e-6)
     assert found["aupro_05"] == pytest.approx(literal_aupro(case.maps, case.masks, 0.05), abs=1e-6)
 
 
 def test_a_defect_type_is_held_against_all_normal_images(case: Any) -> None:
-    found = case.evaluate().metrics["defects"]
-    for kind in ("crack", "scratch"):
-        alone = choose(case, [i for i, name in enumerate(case.defects) if name in ("good", kind)]).evaluate().metrics
+    found = case.evaluate().metrics["defect_types"]
+    for defect_type in ("crack", "scratch"):
+        alone = (
+            choose(
+                case,
+                [i for i, name in enumerate(case.defect_types) if name in ("good", defect_type)],
+            )
+            .evaluate()
+            .metrics
+        )
         for name in IMAGE_METRICS + PIXEL_METRICS:
-            assert found[kind][name] == pytest.approx(alone[name], abs=1e-12), name
-        assert found[kind]["counts"] == alone["counts"]
-        assert found[kind]["undefined"] == {}
+            assert found[defect_type][name] == pytest.approx(alone[name], abs=1e-12), name
+        assert found[defect_type]["counts"] == alone["counts"]
+        assert found[defect_type]["undefined"] == {}
 
 
 def test_the_order_of_the_images_does_not_matter(case: Any) -> None:
@@ -81,7 +93,9 @@ def test_the_order_of_the_images_does_not_matter(case: Any) -> None:
 
 
 def test_the_same_test_set_gives_equal_numbers_to_the_last_digit(case: Any) -> None:
-    first, second = (json.dumps(case.evaluate(bootstrap=100, oracle=True).metrics) for _ in range(2))
+    first, second = (
+        json.dumps(case.evaluate(bootstrap=100, oracle=True).metrics) for _ in range(2)
+    )
     assert first == second
 
 
@@ -97,15 +111,17 @@ def test_each_map_is_read_at_most_twice(case: Any) -> None:
         case.masks,
         case.scores,
         case.labels,
-        case.defects,
+        case.defect_types,
+        EvaluateSettings(bootstrap=10),
         image_threshold=None,
         pixel_threshold=None,
-        bootstrap=10,
     )
     assert maps.reads.tolist() == [1] * 4 + [2] * 6
 
 
-def test_without_normal_images_only_image_metrics_are_undefined(draw_case: Callable[..., Any]) -> None:
+def test_without_normal_images_only_image_metrics_are_undefined(
+    draw_case: Callable[..., Any],
+) -> None:
     case = draw_case(3, normal=0)
     found = case.evaluate(bootstrap=20).metrics
     assert {found[name] for name in IMAGE_METRICS} == {None}
@@ -122,41 +138,45 @@ def test_without_masks_only_pixel_metrics_are_undefined(case: Any) -> None:
         None,
         case.scores,
         case.labels,
-        case.defects,
+        case.defect_types,
+        EvaluateSettings(bootstrap=10),
         image_threshold=None,
         pixel_threshold=None,
-        bootstrap=10,
     )
     assert found.metrics["undefined"] == dict.fromkeys(
         PIXEL_METRICS, "no ground truth mask for any defective test image"
     )
-    assert found.metrics["pixel_defective_share"] is None
+    assert found.metrics["pixel_defective_fraction"] is None
     assert set(found.metrics["intervals"]) == set(IMAGE_METRICS)
-    assert found.roc.empty
-    assert list(found.pro.columns) == ["fpr", "pro"]
-    assert len(found.image_roc) > 2
+    assert found.curves["roc"].empty
+    assert list(found.curves["pro"].columns) == ["fpr", "pro"]
+    assert len(found.curves["image_roc"]) > 2
 
 
 def test_empty_masks_leave_pixel_metrics_undefined(case: Any) -> None:
     for mask in case.masks:
         mask[:] = False
     found = case.evaluate().metrics
-    assert found["undefined"] == dict.fromkeys(PIXEL_METRICS, "no defective pixel in any mask")
-    assert found["pixel_defective_share"] == 0.0
+    assert found["undefined"] == dict.fromkeys(PIXEL_METRICS, "no anomalous pixel in any mask")
+    assert found["pixel_defective_fraction"] == 0.0
     assert found["image_auroc"] is not None
 
 
-def test_a_kind_with_empty_masks_alone_is_undefined_alone(case: Any) -> None:
-    for mask, name in zip(case.masks, case.defects, strict=True):
+def test_a_defect_type_with_empty_masks_alone_is_undefined_alone(case: Any) -> None:
+    for mask, name in zip(case.masks, case.defect_types, strict=True):
         mask[:] &= name != "crack"
     found = case.evaluate().metrics
-    assert found["defects"]["crack"]["undefined"] == dict.fromkeys(PIXEL_METRICS, "no defective pixel in any mask")
-    assert found["defects"]["crack"]["image_auroc"] is not None
-    assert found["defects"]["scratch"]["undefined"] == {}
+    assert found["defect_types"]["crack"]["undefined"] == dict.fromkeys(
+        PIXEL_METRICS, "no anomalous pixel in any mask"
+    )
+    assert found["defect_types"]["crack"]["image_auroc"] is not None
+    assert found["defect_types"]["scratch"]["undefined"] == {}
     assert found["undefined"] == {}
 
 
-def test_a_defective_image_with_an_empty_mask_counts_as_defective_image_and_normal_pixels(case: Any) -> None:
+def test_a_defective_image_with_an_empty_mask_counts_as_defective_image_and_normal_pixels(
+    case: Any,
+) -> None:
     case.masks[-1][:] = False
     found = case.evaluate().metrics
     expected = measure_with_scikit_learn("image", case.labels, case.scores)
@@ -181,9 +201,11 @@ def test_a_defective_image_without_a_mask_is_left_out_of_pixel_metrics_only(case
 
 def test_without_defective_images_everything_is_undefined(draw_case: Callable[..., Any]) -> None:
     found = draw_case(0, defective=0).evaluate(bootstrap=10).metrics
-    assert found["undefined"] == dict.fromkeys(IMAGE_METRICS + PIXEL_METRICS, "no defective test image")
+    assert found["undefined"] == dict.fromkeys(
+        IMAGE_METRICS + PIXEL_METRICS, "no defective test image"
+    )
     assert found["intervals"] == {}
-    assert found["defects"] == {}
+    assert found["defect_types"] == {}
 
 
 def test_a_set_that_is_defective_everywhere_has_no_pixel_metrics() -> None:
@@ -193,12 +215,12 @@ def test_a_set_that_is_defective_everywhere_has_no_pixel_metrics() -> None:
         [1.0],
         [True],
         ["rust"],
+        EvaluateSettings(bootstrap=0),
         image_threshold=None,
         pixel_threshold=None,
-        bootstrap=0,
     )
     assert found.metrics["undefined"]["pixel_auroc"] == "no normal pixel in any test image"
-    assert found.metrics["pixel_defective_share"] == 1.0
+    assert found.metrics["pixel_defective_fraction"] == 1.0
 
 
 def test_counts_say_what_took_part(case: Any) -> None:
@@ -207,31 +229,35 @@ def test_counts_say_what_took_part(case: Any) -> None:
     assert counts["images"] == 10
     assert (counts["normal_images"], counts["defective_images"]) == (4, 6)
     assert (counts["normal_pixels"], counts["defective_pixels"]) == ((~labels).sum(), labels.sum())
-    assert case.evaluate().metrics["pixel_defective_share"] == pytest.approx(labels.mean())
+    assert case.evaluate().metrics["pixel_defective_fraction"] == pytest.approx(labels.mean())
 
 
 def test_thresholds_report_the_rates_they_really_had(case: Any) -> None:
     image, pixel = conformal_threshold([0.72] * 30, 0.05), conformal_threshold([0.65] * 30, 0.05)
-    whole = case.evaluate(image_threshold=image, pixel_threshold=pixel).metrics
+    whole = case.evaluate(thresholds=(image, pixel)).metrics
     found = whole["thresholds"]
     alarms = np.array(case.scores) > 0.72
     assert found["image"]["value"] == 0.72
     assert 0 < alarms[case.labels].sum() < 6
     assert found["image"]["false_alarms"]["count"] == alarms[~case.labels].sum()
     assert found["image"]["detections"]["count"] == alarms[case.labels].sum()
-    cracks = alarms[np.array(case.defects) == "crack"]
-    detected = whole["defects"]["crack"]["detections"]
+    cracks = alarms[np.array(case.defect_types) == "crack"]
+    detected = whole["defect_types"]["crack"]["detections"]
     assert (detected["count"], detected["of"]) == (cracks.sum(), len(cracks))
     labels, scores = case.pixels
     outlined = scores.astype(np.float64) > 0.65
-    assert found["pixel"]["normal_pixels_outlined"] == pytest.approx(outlined[~labels].mean(), abs=1e-12)
-    assert found["pixel"]["defective_pixels_outlined"] == pytest.approx(outlined[labels].mean(), abs=1e-12)
+    assert found["pixel"]["normal_pixels_outlined"] == pytest.approx(
+        outlined[~labels].mean(), abs=1e-12
+    )
+    assert found["pixel"]["defective_pixels_outlined"] == pytest.approx(
+        outlined[labels].mean(), abs=1e-12
+    )
     images = np.array([(values.astype(np.float64) > 0.65).any() for values in case.maps])
     assert found["pixel"]["detections"]["count"] == images[case.labels].sum()
 
 
 def test_a_threshold_that_is_undefined_has_no_rates(case: Any) -> None:
-    found = case.evaluate(image_threshold=conformal_threshold([], 0.05), pixel_threshold=None).metrics["thresholds"]
+    found = case.evaluate(thresholds=(conformal_threshold([], 0.05), None)).metrics["thresholds"]
     assert found["image"]["value"] is None
     assert "detections" not in found["image"]
     assert found["pixel"]["undefined"] == "no threshold was given"
@@ -241,11 +267,15 @@ def test_a_threshold_that_is_undefined_has_no_rates(case: Any) -> None:
 def test_columns_chosen_on_the_test_set_exist_only_on_demand(case: Any) -> None:
     assert not [name for name in case.evaluate().metrics if name.startswith("oracle")]
     found = case.evaluate(oracle=True).metrics
-    accuracies = [((np.array(case.scores) >= level) == case.labels).mean() for level in [*case.scores, np.inf]]
+    accuracies = [
+        ((np.array(case.scores) >= level) == case.labels).mean() for level in [*case.scores, np.inf]
+    ]
     assert found["oracle_image_accuracy"] == pytest.approx(max(accuracies))
     labels, scores = case.pixels
     outlined = scores >= found["oracle_pixel_threshold"]
-    assert found["oracle_pixel_iou"] == pytest.approx((outlined & labels).sum() / (outlined | labels).sum())
+    assert found["oracle_pixel_iou"] == pytest.approx(
+        (outlined & labels).sum() / (outlined | labels).sum()
+    )
 
 
 def test_intervals_hold_the_figures(draw_case: Callable[..., Any]) -> None:
@@ -255,17 +285,32 @@ def test_intervals_hold_the_figures(draw_case: Callable[..., Any]) -> None:
         assert high > low, name
 
 
-@pytest.mark.parametrize("field", ["scores", "labels", "defects", "masks"])
+@pytest.mark.parametrize("field", ["scores", "labels", "defect_types", "masks"])
 def test_lengths_that_differ_are_refused(case: Any, field: str) -> None:
-    parts = {"masks": case.masks, "scores": case.scores, "labels": case.labels, "defects": case.defects}
+    parts = {
+        "masks": case.masks,
+        "scores": case.scores,
+        "labels": case.labels,
+        "defect_types": case.defect_types,
+    }
     parts[field] = parts[field][:-1]
     with pytest.raises(AlmrrError, match="does not fit together"):
-        evaluate(case.maps, **parts, image_threshold=None, pixel_threshold=None)
+        evaluate(
+            case.maps,
+            **parts,
+            settings=EvaluateSettings(),
+            image_threshold=None,
+            pixel_threshold=None,
+        )
 
 
-def test_an_empty_test_set_leaves_every_metric_undefined_and_the_threshold_with_its_promise() -> None:
+def test_an_empty_test_set_leaves_every_metric_undefined_and_the_threshold_with_its_promise() -> (
+    None
+):
     threshold = conformal_threshold(np.linspace(0.1, 0.4, 30), 0.05)
-    found = evaluate([], [], [], [], [], image_threshold=threshold, pixel_threshold=threshold)
+    found = evaluate(
+        [], [], [], [], [], EvaluateSettings(), image_threshold=threshold, pixel_threshold=threshold
+    )
     names = (*IMAGE_METRICS, *PIXEL_METRICS)
     assert [found.metrics[name] for name in names] == [None] * len(names)
     assert found.metrics["undefined"] == dict.fromkeys(names, "no defective test image")
@@ -277,4 +322,13 @@ def test_a_score_that_is_not_finite_is_refused(case: Any) -> None:
     scores = list(case.scores)
     scores[3] = np.nan
     with pytest.raises(AlmrrError, match="score of test image 3 is nan"):
-        evaluate(case.maps, case.masks, scores, case.labels, case.defects, image_threshold=None, pixel_threshold=None)
+        evaluate(
+            case.maps,
+            case.masks,
+            scores,
+            case.labels,
+            case.defect_types,
+            EvaluateSettings(),
+            image_threshold=None,
+            pixel_threshold=None,
+        )

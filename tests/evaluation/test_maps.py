@@ -16,7 +16,8 @@ def maps(tmp_path: Path) -> AnomalyMaps:
     folder = tmp_path / "maps"
     folder.mkdir()
     generator = np.random.default_rng(0)
-    AnomalyMaps.writer(generator.random(size, np.float32) for size in ((6, 8), (4, 4), (5, 5)))(folder)
+    for index, size in enumerate(((6, 8), (4, 4), (5, 5))):
+        np.save(folder / f"{index:06d}.npy", generator.random(size, np.float32))
     return AnomalyMaps.load(folder)
 
 
@@ -48,18 +49,26 @@ def test_an_image_without_mask_has_none(truth: GroundTruth) -> None:
 
 def test_a_table_of_scores_says_what_each_image_got(maps: AnomalyMaps, truth: GroundTruth) -> None:
     rows = pd.DataFrame(
-        {"image": ["a", "b", "c"], "label": ["defective", "normal", "defective"], "defect": ["hole", "good", "dent"]},
+        {
+            "image": ["a", "b", "c"],
+            "label": ["defective", "normal", "defective"],
+            "defect_type": ["hole", "good", "dent"],
+        },
         index=[7, 8, 9],
     )
     table = tabulate_scores(rows, maps, truth, scores=[0.9, 0.2, 0.5], threshold=0.5)
     mask = truth[0]
     assert mask is not None
+    columns = ["image", "label", "defect_type", "score", "is_anomalous", "pixel_ap"]
+    assert list(table) == columns
     assert list(table["is_anomalous"]) == [True, False, False]
-    assert table["pixel_ap"][0] == pytest.approx(average_precision_score(mask.ravel(), maps[0].ravel()))
+    assert table["pixel_ap"][0] == pytest.approx(
+        average_precision_score(mask.ravel(), maps[0].ravel())
+    )
     assert table["pixel_ap"][1:].isna().all()
 
 
 def test_without_a_threshold_there_is_no_verdict(maps: AnomalyMaps, truth: GroundTruth) -> None:
-    rows = pd.DataFrame({"image": ["a", "b", "c"], "label": "normal", "defect": "good"})
+    rows = pd.DataFrame({"image": ["a", "b", "c"], "label": "normal", "defect_type": "good"})
     table = tabulate_scores(rows, maps, truth, scores=[0.9, 0.2, 0.5], threshold=None)
     assert table["is_anomalous"].isna().all()

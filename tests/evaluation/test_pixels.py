@@ -1,4 +1,4 @@
-"""Counting pixels: exact over many images, chunks and sizes, and clear about what does not fit."""
+"""Counts of pixels: exact over many images, chunks and sizes; clear errors."""
 
 from __future__ import annotations
 
@@ -12,75 +12,77 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from almrr_pipeline.common.errors import AlmrrError
+from almrr_pipeline.config import EvaluateSettings
 from almrr_pipeline.evaluation import pixels
+from almrr_pipeline.evaluation.evaluate import evaluate
 from almrr_pipeline.evaluation.pixels import (
-    DefectivePixels,
-    NormalCounter,
-    PixelSource,
+    AnomalousPixels,
+    LabeledMaps,
     choose_edges,
-    gather_defective,
+    count_reaching,
+    gather_anomalous,
     just_above,
 )
-from almrr_pipeline.evaluation.evaluate import evaluate
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False, width=32)
 
 
-def defective_pixels(scores: np.ndarray) -> DefectivePixels:
+def anomalous_pixels(scores: np.ndarray) -> AnomalousPixels:
     """Pixels of one image's only region."""
     count = len(scores)
     ranked = np.sort(scores.astype(np.float32))[::-1]
-    return DefectivePixels(ranked, np.zeros(count, np.uint32), np.array([count]), np.array([0]))
+    return AnomalousPixels(ranked, np.zeros(count, np.uint32), np.array([count]), np.array([0]))
 
 
 @settings(deadline=None)
 @given(arrays(np.float32, st.tuples(st.integers(1, 6), st.integers(1, 6)), elements=FINITE))
-def test_defective_pixels_come_by_falling_score_whatever_their_sign(values: np.ndarray) -> None:
-    source = PixelSource([values], [np.ones(values.shape, bool)], np.array([True]))
-    defective, known = gather_defective(source)
-    np.testing.assert_array_equal(defective.score, np.sort(values.ravel())[::-1])
+def test_anomalous_pixels_come_by_falling_score_whatever_their_sign(values: np.ndarray) -> None:
+    source = LabeledMaps([values], [np.ones(values.shape, bool)], np.array([True]))
+    anomalous, known = gather_anomalous(source)
+    np.testing.assert_array_equal(anomalous.score, np.sort(values.ravel())[::-1])
     assert known.tolist() == [True]
 
 
 def test_minus_zero_is_zero() -> None:
     values = np.array([[-0.0, 0.0, 0.0]], np.float32)
-    defective, _ = gather_defective(PixelSource([values], [np.ones((1, 3), bool)], np.array([True])))
-    assert defective.last_of_level().tolist() == [2]
+    anomalous, _ = gather_anomalous(
+        LabeledMaps([values], [np.ones((1, 3), bool)], np.array([True]))
+    )
+    assert anomalous.last_of_score().tolist() == [2]
 
 
 def test_each_pixel_weighs_one_over_its_region() -> None:
     mask = np.array([[1, 1, 0, 1]], dtype=bool)
     values = np.array([[0.1, 0.9, 0.5, 0.4]], np.float32)
-    defective, _ = gather_defective(PixelSource([values], [mask], np.array([True])))
-    assert defective.score.tolist() == pytest.approx([0.9, 0.4, 0.1])
-    assert defective.weight.tolist() == [0.5, 1.0, 0.5]
+    anomalous, _ = gather_anomalous(LabeledMaps([values], [mask], np.array([True])))
+    assert anomalous.score.tolist() == pytest.approx([0.9, 0.4, 0.1])
+    assert anomalous.weight.tolist() == [0.5, 1.0, 0.5]
 
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.lists(st.integers(0, 9), max_size=20), max_size=6), st.sets(st.integers(0, 9)))
-def test_normal_pixels_are_counted_alike_in_one_chunk_and_in_many(parts: list[list[int]], levels: set[int]) -> None:
+def test_normal_pixels_are_counted_alike_in_one_chunk_and_in_many(
+    parts: list[list[int]], levels: set[int]
+) -> None:
     falling = np.array(sorted(levels, reverse=True), np.float32)
     everything = np.array([value for part in parts for value in part], np.float32)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pixels, "_CHUNK", 7)
-        counter = NormalCounter(falling)
-        for part in parts:
-            counter.add(np.array(part, np.float32))
-        counts = counter.counts()
+        counts = count_reaching(falling, [np.array(part, np.float32) for part in parts])
     assert counts.total == len(everything)
     assert counts.reaching.tolist() == [(everything >= level).sum() for level in falling]
     assert counts.above.tolist() == [(everything > level).sum() for level in falling]
 
 
 def test_edges_are_all_levels_where_these_are_few() -> None:
-    edges = choose_edges(defective_pixels(np.array([0.5, 0.25, 0.5])), threshold=None)
+    edges = choose_edges(anomalous_pixels(np.array([0.5, 0.25, 0.5])), threshold=None)
     up = np.nextafter(np.float32([0.5, 0.25]), np.float32(1))
     assert edges.tolist() == [up[0], 0.5, up[1], 0.25]
 
 
 def test_edges_split_many_pixels_evenly() -> None:
     scores = np.random.default_rng(0).random(50_000).astype(np.float32)
-    edges = choose_edges(defective_pixels(scores), threshold=0.3)
+    edges = choose_edges(anomalous_pixels(scores), threshold=0.3)
     assert len(edges) <= 4097
     assert (np.diff(edges) < 0).all()
     reaching = len(scores) - np.searchsorted(np.sort(scores), edges)
@@ -90,7 +92,9 @@ def test_edges_split_many_pixels_evenly() -> None:
 
 @settings(deadline=None)
 @given(FINITE.filter(lambda value: abs(value) < 1e30), st.floats(-1e30, 1e30))
-def test_just_above_turns_a_strict_comparison_into_a_weak_one(score: float, threshold: float) -> None:
+def test_just_above_turns_a_strict_comparison_into_a_weak_one(
+    score: float, threshold: float
+) -> None:
     assert (np.float32(score) >= just_above(threshold)) == (float(np.float32(score)) > threshold)
 
 
@@ -113,7 +117,7 @@ def test_a_map_with_channels_is_refused(case: Any) -> None:
         case.evaluate()
 
 
-def test_a_normal_image_with_defective_pixels_is_refused(case: Any) -> None:
+def test_a_normal_image_with_anomalous_pixels_is_refused(case: Any) -> None:
     case.masks[1][3, 3] = True
     with pytest.raises(AlmrrError, match="image 1 is labeled normal, but"):
         case.evaluate()
@@ -147,9 +151,9 @@ def trace_peak(count: int) -> int:
             labels,
             labels,
             ["dent"] * count,
+            EvaluateSettings(bootstrap=0),
             image_threshold=None,
             pixel_threshold=None,
-            bootstrap=0,
         )
         return tracemalloc.get_traced_memory()[1]
     finally:

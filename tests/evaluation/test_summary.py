@@ -1,51 +1,59 @@
-"""Means over categories and stds over seeds, with undefined metrics left out and counted."""
+"""Means over seeds and categories, and standard deviations over seeds; undefined metrics left out."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from almrr_pipeline.evaluation.summary import summarize, summarize_seeds
+from almrr_pipeline.evaluation.summary import summarize
 
 
-def test_means_leave_out_what_is_undefined_and_say_how_many_remain() -> None:
-    found = summarize({"brick": {"image_auroc": 0.5, "pixel_ap": 0.2}, "nano": {"image_auroc": None, "pixel_ap": 0.4}})
-    assert found["image_auroc"] == {"mean": 0.5, "categories": 1, "of": 2}
-    assert found["pixel_ap"] == {"mean": pytest.approx(0.3), "categories": 2, "of": 2}
+def test_means_leave_out_categories_without_the_metric() -> None:
+    brick, nano = {"image_auroc": 0.5, "pixel_ap": 0.2}, {"image_auroc": None, "pixel_ap": 0.4}
+    found = summarize({"brick": {0: brick}, "nano": {0: nano}})
+    assert found["mean"] == {"image_auroc": 0.5, "pixel_ap": pytest.approx(0.3)}
+    assert found["categories"] == {"brick": brick, "nano": nano}
 
 
 def test_a_metric_that_no_category_defines_has_no_mean() -> None:
-    assert summarize({"nano": {"image_auroc": None}})["image_auroc"] == {"mean": None, "categories": 0, "of": 1}
+    assert summarize({"nano": {0: {"image_auroc": None}}})["mean"] == {"image_auroc": None}
 
 
 def test_only_metrics_are_averaged() -> None:
-    metrics = {"pixel_ap": 0.5, "counts": {"images": 3}, "undefined": {}, "oracle_image_threshold": 0.7}
-    assert list(summarize({"brick": metrics})) == ["pixel_ap"]
+    metrics = {
+        "pixel_ap": 0.5,
+        "counts": {"images": 3},
+        "undefined": {},
+        "oracle_image_threshold": 0.7,
+    }
+    found = summarize({"brick": {0: metrics}})
+    assert found["mean"] == {"pixel_ap": 0.5}
+    assert found["runs"] == {"brick": {"0": {"pixel_ap": 0.5}}}
 
 
 def test_a_metric_that_only_some_categories_have_is_averaged_over_those() -> None:
-    assert summarize({"a": {"aupro_30": 0.5}, "b": {"aupro_10": 0.1}})["aupro_10"]["categories"] == 1
+    found = summarize({"a": {0: {"aupro_30": 0.5}}, "b": {0: {"aupro_10": 0.1}}})
+    assert found["mean"] == {"aupro_30": 0.5, "aupro_10": 0.1}
 
 
 def test_seeds_of_a_category_become_mean_and_std() -> None:
-    runs = {"grid_seed0": {"pixel_ap": 0.1}, "grid_seed1": {"pixel_ap": 0.3}, "grid_seed12": {"pixel_ap": 0.5}}
-    found = summarize_seeds(runs | {"wood": {"pixel_ap": 0.9}})
-    assert found["grid"]["pixel_ap"] == {
-        "mean": pytest.approx(0.3),
-        "std": pytest.approx(np.std([0.1, 0.3, 0.5], ddof=1)),
-        "seeds": 3,
-    }
-    assert found["wood"]["pixel_ap"] == {"mean": 0.9, "std": None, "seeds": 1}
+    grid = {0: {"pixel_ap": 0.1}, 1: {"pixel_ap": 0.3}, 12: {"pixel_ap": 0.5}}
+    found = summarize({"grid": grid, "wood": {0: {"pixel_ap": 0.9}}})
+    assert found["categories"]["grid"]["pixel_ap"] == pytest.approx(0.3)
+    assert found["std"]["grid"]["pixel_ap"] == pytest.approx(np.std([0.1, 0.3, 0.5], ddof=1))
+    assert found["categories"]["wood"]["pixel_ap"] == 0.9
+    assert list(found["std"]) == ["grid"]
+    assert list(found["runs"]["grid"]) == ["0", "1", "12"]
 
 
 def test_seeds_that_leave_a_metric_undefined_are_left_out() -> None:
-    found = summarize_seeds({"x_seed0": {"image_auroc": None}, "x_seed1": {"image_auroc": 0.8}})
-    assert found["x"]["image_auroc"] == {"mean": 0.8, "std": None, "seeds": 1}
+    found = summarize({"x": {0: {"image_auroc": None}, 1: {"image_auroc": 0.8}}})
+    assert found["categories"]["x"]["image_auroc"] == 0.8
+    assert found["std"]["x"]["image_auroc"] is None
 
 
-def test_a_run_without_a_seed_in_its_name_is_not_pooled_with_the_seeds() -> None:
-    runs = {"grid": {"pixel_ap": 0.9}, "grid_seed0": {"pixel_ap": 0.1}, "grid_seed1": {"pixel_ap": 0.3}}
-    found = summarize_seeds(runs)
-    assert found["grid"]["pixel_ap"] == {"mean": 0.9, "std": None, "seeds": 1}
-    assert found["grid_seed*"]["pixel_ap"]["mean"] == pytest.approx(0.2)
-    assert found["grid_seed*"]["pixel_ap"]["seeds"] == 2
+def test_each_category_counts_alike_however_many_seeds_it_has() -> None:
+    grid = {0: {"pixel_ap": 0.1}, 1: {"pixel_ap": 0.3}, 2: {"pixel_ap": 0.5}}
+    found = summarize({"grid": grid, "wood": {0: {"pixel_ap": 0.9}}})
+    assert found["mean"]["pixel_ap"] == pytest.approx(0.6)
+    assert found["runs"]["grid"]["2"] == {"pixel_ap": 0.5}

@@ -9,12 +9,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.evaluation.thresholds import conformal_threshold, proportion, rates_at, withdraw_guarantee
+from almrr_pipeline.evaluation.thresholds import (
+    conformal_threshold,
+    proportion,
+    rates_at,
+    withdraw_guarantee,
+)
 
 
 @pytest.mark.parametrize(
     ("normals", "rate", "rank"),
-    [(19, 0.05, 19), (20, 0.05, 20), (38, 0.05, 38), (39, 0.05, 38), (76, 0.05, 74), (99, 0.01, 99), (9, 0.3, 7)],
+    [
+        (19, 0.05, 19),
+        (20, 0.05, 20),
+        (38, 0.05, 38),
+        (39, 0.05, 38),
+        (76, 0.05, 74),
+        (99, 0.01, 99),
+        (9, 0.3, 7),
+    ],
 )
 def test_is_the_smallest_score_that_keeps_the_rate(normals: int, rate: float, rank: int) -> None:
     scores = np.random.default_rng(0).permutation(normals) + 1.0
@@ -34,7 +47,7 @@ def test_a_rank_lower_by_one_would_break_the_promise(normals: int, percent: int)
         assert (threshold.value, threshold.guaranteed_rate) == (normals, 1 / (normals + 1))
 
 
-def test_too_few_images_take_the_largest_and_say_what_they_can_guarantee() -> None:
+def test_too_few_images_take_the_largest_and_report_what_they_can_guarantee() -> None:
     threshold = conformal_threshold([0.2, 0.9, 0.4], 0.05)
     assert threshold.value == 0.9
     assert threshold.guaranteed_rate == 0.25
@@ -49,13 +62,13 @@ def test_no_image_gives_no_threshold_and_a_reason() -> None:
     assert "no normal image was held out" in threshold.undefined
 
 
-def test_a_withdrawn_guarantee_leaves_the_level_and_says_why() -> None:
+def test_a_withdrawn_guarantee_leaves_the_value_and_says_why() -> None:
     threshold = conformal_threshold([0.2, 0.9, 0.4], 0.25)
     withdrawn = withdraw_guarantee(threshold)
     assert (withdrawn.value, withdrawn.rate, withdrawn.normals) == (0.9, 0.25, 3)
     assert withdrawn.guaranteed_rate is None
     assert withdrawn.guarantee.startswith(
-        "Nothing is guaranteed: the weights were chosen on the 3 held-out normal pict"
+        "Nothing is guaranteed: the weights were selected on the 3 normal validation images"
     )
 
 
@@ -71,10 +84,17 @@ def test_the_guarantee_holds_for_exchangeable_scores(normals: int, distinct: int
     alarms, trials = 0, 4000
     for _ in range(trials):
         level = generator.normal()  # shared by all images of a trial: exchangeable, not independent
-        scores = np.round(level + generator.exponential(size=normals + 1), 1 if distinct == 10 else 9)
+        scores = np.round(
+            level + generator.exponential(size=normals + 1), 1 if distinct == 10 else 9
+        )
         threshold = conformal_threshold(scores[:-1], 0.1)
         alarms += scores[-1] > threshold.value
-    assert scipy.stats.binomtest(alarms, trials, threshold.guaranteed_rate, alternative="greater").pvalue > 1e-3
+    assert (
+        scipy.stats.binomtest(
+            alarms, trials, threshold.guaranteed_rate, alternative="greater"
+        ).pvalue
+        > 1e-3
+    )
 
 
 def test_the_guarantee_is_tight_without_ties() -> None:

@@ -1,1 +1,1 @@
-"""Metrics, their uncertainty, and decision thresholds; knows nothing of models, only of anomaly maps and scores."""
+"""Metrics, confidence intervals and decision thresholds of anomaly maps and scores."""

@@ -1,110 +1,96 @@
-"""Uncertainty from the choice of the test images: percentile intervals of a bootstrap over images.
+"""Confidence intervals by bootstrap over the test images, percentile method.
 
-Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13. Images, not pixels, are drawn with
-replacement, normal and defective ones separately, so that each resampling has as many of both as the test set.
-Training is not repeated: the intervals say nothing about other seeds.
+Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13. Images, not pixels, are
+drawn with replacement, as the pixels of an image are not independent; normal and defective images
+separately, so that each resampling has as many of both as the test set. The model is not trained
+again: the intervals do not cover the variation between seeds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from almrr_pipeline.evaluation.curves import Curve, Floats, shift, trace_curve
-from almrr_pipeline.evaluation.pixels import Bools, DefectivePixels, ImageCounts
-
-Weights = npt.NDArray[np.int64]
-"""How often each image was drawn, one row a resampling, shape (B, n)."""
+from almrr_pipeline.common.arrays import Bools, Floats, Indices
+from almrr_pipeline.evaluation.curves import Curve, previous, trace_curve
+from almrr_pipeline.evaluation.pixels import AnomalousPixels, ImageCounts
 
 _BLOCK = 64
-"""Resamplings that are evaluated together."""
+"""Resamplings that are evaluated together; bounds the memory."""
 _OVERLAP_STEP = 2.0**-32
+"""Overlaps are rounded to multiples of it, which add up without rounding: a matrix product then
+does not depend on its order of summation."""
 
 
-def draw_weights(labels: Bools, resamplings: int, generator: np.random.Generator) -> Weights:
+def draw_weights(labels: Bools, resamplings: int, generator: np.random.Generator) -> Indices:
     """Draw images with replacement, normal and defective ones separately.
 
     Args:
         labels: True where defective, shape (n,).
         resamplings: B, at least 1.
-        generator: source of randomness.
+        generator: random generator.
 
     Returns:
-        int64 (B, n); a row sums to the number of normal images over the normal, of defective over the defective.
+        How often each image was drawn, int64 (B, n); a row sums to the number of normal images over
+        the normal ones, and to that of the defective images over the defective ones.
     """
     weights = np.zeros((resamplings, len(labels)), dtype=np.int64)
     for stratum in (~labels, labels):
         size = int(stratum.sum())
         if size:
-            weights[:, stratum] = generator.multinomial(size, np.full(size, 1.0 / size), size=resamplings)
+            weights[:, stratum] = generator.multinomial(
+                size, np.full(size, 1.0 / size), size=resamplings
+            )
     return weights
 
 
 def percentile_interval(values: npt.ArrayLike) -> tuple[float, float]:
-    """The middle 95 % of a metric's resampled values, shape (B,); those that are undefined (nan) do not count."""
+    """Middle 95 % of a metric's resampled values, shape (B,); undefined ones (nan) do not count."""
     low, high = np.nanpercentile(np.asarray(values), [2.5, 97.5])
     return float(low), float(high)
 
 
-def resample_images(scores: Floats, labels: Bools, weights: Weights) -> Iterator[Curve]:
-    """Curves of image scores, exact, in blocks of resamplings."""
+def resample_images(scores: Floats, labels: Bools, weights: Indices) -> Iterator[Curve]:
+    """Exact curves of image scores, in blocks of resamplings; weights of shape (B, n)."""
     for start in range(0, len(weights), _BLOCK):
         yield trace_curve(scores, labels, weights[start : start + _BLOCK])
 
 
-@dataclass(frozen=True)
-class PixelResampler:
-    """Per-image counts at fixed edges, so that a resampling's curve is one matrix product.
+def resample_pixels(
+    counts: ImageCounts, anomalous: AnomalousPixels, weights: Indices
+) -> Iterator[Curve]:
+    """Curves of pixels, in blocks of resamplings: a matrix product with each image's counts.
 
-    Between two edges normal and defective pixels are taken as evenly mixed; `build` says how little that changes.
+    Exact with at most 2048 distinct anomalous scores. Otherwise each curve is known at 1023 or more
+    even steps of recall and of overlap, between which normal and anomalous pixels are taken as
+    evenly mixed; this moves a metric by less than 1e-3.
 
-    Attributes:
-        images: normal pixels of each image at E edges.
-        members: the images that have defective pixels, shape (m,).
-        defective: their defective pixels that reach each edge, shape (m, E).
-        overlap: sum over each one's regions of the share that reaches the edge, shape (m, E).
+    Args:
+        counts: normal pixels of n images at E thresholds (edges).
+        anomalous: anomalous pixels of the same images.
+        weights: how often each image was drawn, shape (B, n).
     """
-
-    images: ImageCounts
-    members: npt.NDArray[np.int64]
-    defective: Floats
-    overlap: Floats
-
-    @classmethod
-    def build(cls, images: ImageCounts, defective: DefectivePixels) -> PixelResampler:
-        """Count each image's defective pixels at the edges that `choose_edges` chose.
-
-        Exact where the test set has at most 2048 distinct defective scores; otherwise each curve is known at 1023 or
-        more even steps of recall and of overlap, which moves a metric by less than 1e-3.
-        """
-        members, row = np.unique(defective.image, return_inverse=True)
-        edges = len(images.edge)
-        step = edges - np.searchsorted(images.edge[::-1], defective.score, side="right")
-        cell = row[defective.region] * edges + step
-        shape = (len(members), edges)
-        pixels = np.bincount(cell, minlength=shape[0] * edges).reshape(shape)
-        shares = np.bincount(cell, weights=defective.weight, minlength=shape[0] * edges).reshape(shape)
-        # multiples of 2^-32 add up without rounding, so that the order in which a matrix product adds does not matter
-        overlap = np.rint(np.cumsum(shares, axis=1) / _OVERLAP_STEP) * _OVERLAP_STEP
-        return cls(images, members, np.cumsum(pixels, axis=1).astype(np.float64), overlap)
-
-    def resample(self, weights: Weights) -> Iterator[Curve]:
-        """Curves of pixels in blocks of resamplings; weights of shape (B, n)."""
-        for start in range(0, len(weights), _BLOCK):
-            drawn = weights[start : start + _BLOCK].astype(np.float64)  # (b, n)
-            drawn_members = drawn[:, self.members]  # (b, m)
-            true, overlap = drawn_members @ self.defective, drawn_members @ self.overlap
-            regions = overlap[:, -1:]  # every region is found whole at the lowest edge
-            false = drawn @ self.images.normal
-            yield Curve(
-                level=self.images.edge,
-                true=true,
-                false=false,
-                false_before=shift(false),
-                defective=true[:, -1],
-                normal=drawn @ self.images.normals,
-                overlap=np.divide(overlap, regions, out=np.full_like(overlap, np.nan), where=regions > 0),
-            )
+    shape = counts.normal.shape
+    step = shape[1] - np.searchsorted(counts.edge[::-1], anomalous.score, side="right")
+    cell = anomalous.image[anomalous.region] * shape[1] + step
+    pixels = np.bincount(cell, minlength=counts.normal.size).reshape(shape)
+    found = np.bincount(cell, weights=anomalous.weight, minlength=counts.normal.size).reshape(shape)
+    tp_of_image = np.cumsum(pixels, axis=1).astype(np.float64)  # (n, E)
+    overlap_of_image = np.rint(np.cumsum(found, axis=1) / _OVERLAP_STEP) * _OVERLAP_STEP  # (n, E)
+    for start in range(0, len(weights), _BLOCK):
+        drawn = weights[start : start + _BLOCK].astype(np.float64)  # (b, n)
+        tp, fp = drawn @ tp_of_image, drawn @ counts.normal  # (b, E)
+        overlap = drawn @ overlap_of_image  # (b, E)
+        regions = overlap[:, -1:]  # at the lowest edge every region is found as a whole
+        undefined = np.full_like(overlap, np.nan)
+        yield Curve(
+            threshold=counts.edge,
+            tp=tp,
+            fp=fp,
+            fp_above=previous(fp),
+            positives=tp[:, -1],
+            negatives=drawn @ counts.normals,
+            overlap=np.divide(overlap, regions, out=undefined, where=regions > 0),
+        )

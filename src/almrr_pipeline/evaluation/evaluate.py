@@ -1,4 +1,4 @@
-"""From anomaly maps and image scores to the numbers of record, metrics.json, and the curves beside it."""
+"""All metrics of a test set, from anomaly maps and image scores: metrics.json and the curves."""
 
 from __future__ import annotations
 
@@ -10,295 +10,280 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from almrr_pipeline.common.arrays import AnomalyMap, Bools, Floats, MaskArray
 from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.evaluation.bootstrap import PixelResampler, draw_weights, resample_images
-from almrr_pipeline.evaluation.curves import (
-    PR_COLUMNS,
-    PRO_COLUMNS,
-    ROC_COLUMNS,
-    Curve,
-    Floats,
-    best_f1_level,
-    f1_max,
-    tabulate_pr,
-    tabulate_pro,
-    tabulate_roc,
-)
-from almrr_pipeline.evaluation.measures import Measured, measure_images, measure_pixels
+from almrr_pipeline.config import EvaluateSettings
+from almrr_pipeline.evaluation import curves
+from almrr_pipeline.evaluation.bootstrap import draw_weights, resample_images, resample_pixels
+from almrr_pipeline.evaluation.curves import Curve
+from almrr_pipeline.evaluation.metrics import CurveMetrics, image_metrics, pixel_metrics
 from almrr_pipeline.evaluation.pixels import (
-    Bools,
-    DefectivePixels,
-    Indexed,
-    MapArray,
+    AnomalousPixels,
     ImageCounts,
-    PixelSource,
+    Indexed,
+    LabeledMaps,
+    NormalCounts,
     choose_edges,
     count_normal,
-    gather_defective,
+    gather_anomalous,
     just_above,
+    trace_pixels,
 )
-from almrr_pipeline.evaluation.thresholds import Threshold, rates_at
+from almrr_pipeline.evaluation.thresholds import Threshold, proportion, rates_at
 
 Metrics = dict[str, Any]
-"""Ready for JSON: numbers, None, sentences, and lists and dictionaries of them."""
+"""Ready for JSON: numbers, None, text, and lists and dictionaries of them."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one category's test set gave.
+    """Result of one test set.
 
     Attributes:
-        metrics: the content of metrics.json; docs/metrics.md says what each entry means.
-        roc: pixels: fpr, tpr, level. At most 1000 rows, as all curves; no row where undefined.
-        pr: pixels: recall, precision, level.
-        pro: regions: fpr, pro; up to the largest of the limits.
-        image_roc: images: fpr, tpr, level.
-        image_pr: images: recall, precision, level.
+        metrics: the content of metrics.json; docs/metrics.md describes each entry.
+        curves: by name, at most 1000 rows each, none where undefined. Of pixels: `roc` (fpr, tpr,
+            threshold), `pr` (recall, precision, threshold), `pro` (fpr up to the largest limit,
+            pro). Of images: `image_roc`, `image_pr`.
     """
 
     metrics: Metrics
-    roc: pd.DataFrame
-    pr: pd.DataFrame
-    pro: pd.DataFrame
-    image_roc: pd.DataFrame
-    image_pr: pd.DataFrame
+    curves: dict[str, pd.DataFrame]
 
 
 def evaluate(
-    maps: Indexed[MapArray],
-    masks: Indexed[Bools | None] | None,
+    maps: Indexed[AnomalyMap],
+    masks: Indexed[MaskArray | None] | None,
     scores: npt.ArrayLike,
     labels: npt.ArrayLike,
-    defects: Sequence[str],
+    defect_types: Sequence[str],
+    settings: EvaluateSettings,
     *,
     image_threshold: Threshold | None,
     pixel_threshold: Threshold | None,
-    aupro_limits: Sequence[float] = (0.3, 0.05),
-    bootstrap: int = 1000,
     seed: int = 0,
-    oracle: bool = False,
 ) -> Evaluation:
     """Compute every metric of a test set, exactly, reading the maps one at a time, twice at most.
 
     Args:
-        maps: anomaly maps, float32 (H, W) each, larger is more anomalous; sizes may vary.
-        masks: ground truth of the maps' sizes, bool (H, W) each; None for a normal image, or for a defective one
-            whose ground truth is unknown; None as a whole where there is no ground truth at all.
+        maps: anomaly maps, float32 (H, W), larger is more anomalous; sizes may vary.
+        masks: ground truth, bool (H, W), of the maps' sizes; None for a normal image or where the
+            ground truth of a defective one is unknown; None as a whole without any ground truth.
         scores: image scores, larger is more anomalous, shape (n,).
         labels: True where the image is defective, shape (n,).
-        defects: defect type of each image, length n; looked at for defective ones only.
-        image_threshold: decision threshold of the image scores, from validation images; None if there is none.
+        defect_types: defect type of each image, length n; used of defective ones only.
+        settings: limits of AUPRO, resamplings, and whether to report oracle_* too.
+        image_threshold: decision threshold of the image scores, from validation images, if any.
         pixel_threshold: the same for the anomaly maps' values.
-        aupro_limits: false positive rates up to which the overlap curve is integrated, each in (0, 1].
-        bootstrap: resamplings for the 95 % intervals; 0 leaves them out.
         seed: of the resampling.
-        oracle: also report what a threshold chosen on this very test set would give, as oracle_*.
 
     Raises:
         AlmrrError: lengths or shapes differ, a value is not finite, or a normal image has
-            defective pixels.
+            anomalous pixels.
     """
-    ranked, labeled, kinds = _checked(len(maps), masks, scores, labels, defects)
-    images = measure_images(ranked, labeled)
-    pixels = _study_pixels(PixelSource(maps, masks, labeled), kinds, pixel_threshold, aupro_limits)
+    ranked, labeled, of_type = _checked(len(maps), masks, scores, labels, defect_types)
+    image_value = None if image_threshold is None else image_threshold.value
+    pixel_value = None if pixel_threshold is None else pixel_threshold.value
+    labeled_maps = LabeledMaps(maps, masks, labeled)
+    images = image_metrics(ranked, labeled)
+    pixels = _measure_pixels(labeled_maps, of_type, pixel_value, settings.aupro_limits)
     metrics: Metrics = {
         **images.values(),
         **pixels.overall.values(),
-        "pixel_defective_share": pixels.defective_share(),
+        "pixel_defective_fraction": pixels.anomalous_fraction(),
         "counts": pixels.count(np.ones_like(labeled)),
         "thresholds": {
             "image": _describe_threshold(image_threshold, ranked, labeled),
-            "pixel": _describe_threshold(pixel_threshold, pixels.images.peak, labeled) | pixels.outlined_shares(),
+            "pixel": _describe_threshold(pixel_threshold, pixels.counts.peak, labeled)
+            | pixels.outlined_fractions(pixel_value),
         },
-        "intervals": _estimate_intervals(images, pixels, ranked, bootstrap, seed),
-        "defects": {
-            name: _describe_kind(ranked, pixels, name, of_kind, image_threshold) for name, of_kind in kinds.items()
+        "intervals": _estimate_intervals(images, pixels, ranked, settings.bootstrap, seed),
+        "defect_types": {
+            name: _describe_defect_type(ranked, pixels, name, chosen, image_value)
+            for name, chosen in of_type.items()
         },
         "undefined": {**images.undefined(), **pixels.overall.undefined()},
     }
-    if oracle:
+    if settings.oracle:
         metrics |= _choose_on_test_set(images.curve, pixels.overall.curve)
-    return Evaluation(metrics, **_tabulate(images.curve, pixels.overall.curve, max(aupro_limits)))
+    tables = _tabulate(images.curve, pixels.overall.curve, max(settings.aupro_limits))
+    return Evaluation(metrics, tables)
 
 
 @dataclass(frozen=True)
-class _PixelStudy:
-    """All that is known of a test set's pixels.
-
-    Attributes:
-        labels: True where the image is defective, shape (n,).
-        known: True where the ground truth is known, shape (n,).
-        threshold: above which a pixel is outlined; None if there is none.
-        defective: the defective pixels.
-        images: the normal pixels, counted by image.
-        overall: metrics of all images.
-        kinds: values and undefined ones of each defect type, against the normal images.
-    """
+class _Pixels:
+    """Pixels and their metrics, of all images and by defect type."""
 
     labels: Bools
-    known: Bools
-    threshold: float | None
-    defective: DefectivePixels
-    images: ImageCounts
-    overall: Measured
-    kinds: dict[str, tuple[dict[str, float | None], dict[str, str]]]
+    known: Bools  # where the ground truth is known
+    anomalous: AnomalousPixels
+    counts: ImageCounts
+    overall: CurveMetrics
+    by_type: dict[str, CurveMetrics]
 
-    def defective_share(self) -> float | None:
-        """Share of defective pixels where the ground truth is known: the pixel AP of a map that knows nothing."""
-        defective, normal = len(self.defective.score), int(self.images.normals.sum())
-        return _divide(defective, defective + normal) if self.labels[self.known].any() else None
+    def anomalous_fraction(self) -> float | None:
+        """Fraction of anomalous pixels where the ground truth is known; None without any."""
+        positives, negatives = len(self.anomalous.score), int(self.counts.normals.sum())
+        known = self.labels[self.known].any()
+        return _divide(positives, positives + negatives) if known else None
 
-    def outlined_shares(self) -> dict[str, float | None]:
-        """Shares of the normal and of the defective pixels above the threshold."""
-        if self.threshold is None:
+    def outlined_fractions(self, threshold: float | None) -> dict[str, float | None]:
+        """Fractions of the normal and of the anomalous pixels above the threshold."""
+        if threshold is None:
             return {"normal_pixels_outlined": None, "defective_pixels_outlined": None}
-        lowest = just_above(self.threshold)
-        outlined, found = self.images.reaching(lowest), self.defective.score >= lowest
+        lowest = just_above(threshold)
+        outlined, found = self.counts.reaching(lowest), self.anomalous.score >= lowest
         return {
-            "normal_pixels_outlined": _divide(outlined.sum(), self.images.normals.sum()),
+            "normal_pixels_outlined": _divide(outlined.sum(), self.counts.normals.sum()),
             "defective_pixels_outlined": _divide(int(found.sum()), found.size),
         }
 
     def count(self, chosen: Bools) -> dict[str, int]:
-        """Count what takes part, among the chosen images, shape (n,)."""
-        regions = np.bincount(self.defective.image, minlength=len(chosen))
-        pixels = np.zeros(len(chosen), np.int64)
-        np.add.at(pixels, self.defective.image, self.defective.area)
-        faulty = chosen & self.labels
-        return {
-            "images": int(chosen.sum()),
-            "normal_images": int((chosen & ~self.labels).sum()),
-            "defective_images": int(faulty.sum()),
-            "defective_images_without_mask": int((faulty & ~self.known).sum()),
-            "defective_images_with_empty_mask": int((faulty & self.known & (regions == 0)).sum()),
-            "normal_pixels": int(self.images.normals[chosen].sum()),
-            "defective_pixels": int(pixels[chosen].sum()),
-            "regions": int(regions[chosen].sum()),
+        """Count images, pixels and regions of the chosen images, shape (n,)."""
+        of_image, defective = self.anomalous.image, chosen & self.labels
+        regions = np.bincount(of_image, minlength=len(chosen))
+        pixels = np.bincount(of_image, self.anomalous.area, minlength=len(chosen))
+        counts = {
+            "images": chosen.sum(),
+            "normal_images": (chosen & ~self.labels).sum(),
+            "defective_images": defective.sum(),
+            "defective_images_without_mask": (defective & ~self.known).sum(),
+            "defective_images_with_empty_mask": (defective & self.known & (regions == 0)).sum(),
+            "normal_pixels": self.counts.normals[chosen].sum(),
+            "defective_pixels": pixels[chosen].sum(),
+            "regions": regions[chosen].sum(),
         }
+        return {name: int(count) for name, count in counts.items()}
 
 
 def _checked(
     count: int,
-    masks: Indexed[Bools | None] | None,
+    masks: Indexed[MaskArray | None] | None,
     scores: npt.ArrayLike,
     labels: npt.ArrayLike,
-    defects: Sequence[str],
+    defect_types: Sequence[str],
 ) -> tuple[Floats, Bools, dict[str, Bools]]:
-    """Scores, labels, and the images of each defect type, if all of it fits together."""
+    """Scores, labels, and the images of each defect type, after checks of lengths and scores."""
     ranked, labeled = np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=bool)
-    lengths = {"maps": count, "scores": len(ranked), "labels": len(labeled), "defects": len(defects)}
-    if masks is not None:
-        lengths["masks"] = len(masks)
+    lengths = {"maps": count, "scores": len(ranked), "labels": len(labeled)}
+    lengths |= {"defect_types": len(defect_types)} | (
+        {} if masks is None else {"masks": len(masks)}
+    )
     if len(set(lengths.values())) > 1:
         raise AlmrrError(
-            f"The test set does not fit together: {lengths}; evaluate the manifest's test rows, all in one order."
+            f"The test set does not fit together: {lengths}; evaluate the manifest's test rows, "
+            "all in one order."
         )
-    if not np.isfinite(ranked).all():
-        broken = int(np.flatnonzero(~np.isfinite(ranked))[0])
+    for index in np.flatnonzero(~np.isfinite(ranked)):
         raise AlmrrError(
-            f"The score of test image {broken} is {ranked[broken]}; the model's weights are broken, train again."
+            f"The score of test image {index} is {ranked[index]}; the model's weights are broken, "
+            "train again."
         )
-    names = np.asarray(defects, dtype=object)
-    return ranked, labeled, {str(name): labeled & (names == name) for name in sorted(set(names[labeled]))}
+    types = np.asarray(defect_types, dtype=object)
+    of_type = {str(name): labeled & (types == name) for name in sorted(set(types[labeled]))}
+    return ranked, labeled, of_type
 
 
-def _study_pixels(
-    source: PixelSource, kinds: dict[str, Bools], threshold: Threshold | None, aupro_limits: Sequence[float]
-) -> _PixelStudy:
-    """Read the maps: the defective pixels, then the normal ones of the normal images and of each kind in turn."""
-    defective, known = gather_defective(source)
-    levels = defective.score[defective.last_of_level()]
-    value = None if threshold is None else threshold.value
-    images = ImageCounts.empty(choose_edges(defective, value), len(known))
-    groups = [np.flatnonzero(chosen & known) for chosen in (~source.labels, *kinds.values())]
-    counts = count_normal(source, groups, levels, images)
-    of_normal = total = next(counts)
-    of_kinds: dict[str, tuple[dict[str, float | None], dict[str, str]]] = {}
-    for (name, of_kind), of_this in zip(kinds.items(), counts, strict=True):
+def _measure_pixels(
+    images: LabeledMaps,
+    of_type: dict[str, Bools],
+    threshold: float | None,
+    limits: Sequence[float],
+) -> _Pixels:
+    """Read the maps: anomalous pixels, then normal pixels of normal images and by defect type."""
+    anomalous, known = gather_anomalous(images)
+    thresholds = anomalous.score[anomalous.last_of_score()]
+    counts = ImageCounts.empty(choose_edges(anomalous, threshold), len(known))
+
+    def measure(defective: Bools, normal: NormalCounts) -> CurveMetrics:
+        curve = trace_pixels(anomalous.of_images(defective), thresholds, normal)
+        return pixel_metrics(curve, limits, absence=_explain_absence(defective, known))
+
+    of_normal = total = count_normal(images, ~images.labels, thresholds, counts)
+    by_type = {}
+    for name, chosen in of_type.items():
+        of_this = count_normal(images, chosen & known, thresholds, counts)
         total += of_this
-        alone, absence = defective.of_images(of_kind), _say_absence(of_kind & known)
-        measured = measure_pixels(alone, levels, of_normal + of_this, limits=aupro_limits, absence=absence)
-        of_kinds[name] = measured.values(), measured.undefined()
-    for index in np.flatnonzero(~known):
-        images.peak[index] = source.read_map(int(index)).max()
-    absence = _say_absence(source.labels & known) if source.labels.any() else "no defective test image"
-    overall = measure_pixels(defective, levels, total, limits=aupro_limits, absence=absence)
-    return _PixelStudy(source.labels, known, value, defective, images, overall, of_kinds)
+        by_type[name] = measure(chosen, of_normal + of_this)
+    for index in map(int, np.flatnonzero(~known)):
+        counts.peak[index] = images.read(index)[0].max()
+    return _Pixels(images.labels, known, anomalous, counts, measure(images.labels, total), by_type)
 
 
 def _divide(part: float, whole: float) -> float | None:
     return float(part / whole) if whole else None
 
 
-def _say_absence(with_known_truth: Bools) -> str:
-    """Why no pixel of some defective images is defective."""
-    return (
-        "no defective pixel in any mask"
-        if with_known_truth.any()
-        else "no ground truth mask for any defective test image"
-    )
+def _explain_absence(defective: Bools, known: Bools) -> str:
+    """Why no pixel of some images is anomalous."""
+    if not defective.any():
+        return "no defective test image"
+    if not (defective & known).any():
+        return "no ground truth mask for any defective test image"
+    return "no anomalous pixel in any mask"
 
 
 def _describe_threshold(threshold: Threshold | None, scores: Floats, labels: Bools) -> Metrics:
-    """The threshold, its promise, and the rates it really had on the test set."""
+    """The threshold, its guarantee, and its rates on the test set."""
     if threshold is None:
         return {"value": None, "undefined": "no threshold was given"}
     rates = {} if threshold.value is None else asdict(rates_at(scores, labels, threshold.value))
     return {**asdict(threshold), **rates}
 
 
-def _describe_kind(
-    scores: Floats, pixels: _PixelStudy, name: str, of_kind: Bools, threshold: Threshold | None
+def _describe_defect_type(
+    scores: Floats, pixels: _Pixels, name: str, of_type: Bools, threshold: float | None
 ) -> Metrics:
-    """Metrics of one defect type against all normal test images, and how often the threshold found it."""
-    chosen = ~pixels.labels | of_kind
-    images, (values, undefined) = measure_images(scores[chosen], pixels.labels[chosen]), pixels.kinds[name]
-    value = None if threshold is None else threshold.value
+    """Metrics of one defect type against all normal test images, and how often it was detected."""
+    chosen = ~pixels.labels | of_type
+    of_images = image_metrics(scores[chosen], pixels.labels[chosen])
+    of_pixels = pixels.by_type[name]
+    detections = None if threshold is None else asdict(proportion(scores[of_type] > threshold))
     return {
-        **images.values(),
-        **values,
-        "detections": None
-        if value is None
-        else asdict(rates_at(scores[of_kind], pixels.labels[of_kind], value).detections),
+        **of_images.values(),
+        **of_pixels.values(),
+        "detections": detections,
         "counts": pixels.count(chosen),
-        "undefined": images.undefined() | undefined,
+        "undefined": of_images.undefined() | of_pixels.undefined(),
     }
 
 
-def _estimate_intervals(images: Measured, pixels: _PixelStudy, scores: Floats, resamplings: int, seed: int) -> Metrics:
+def _estimate_intervals(
+    images: CurveMetrics, pixels: _Pixels, scores: Floats, resamplings: int, seed: int
+) -> Metrics:
     """95 % intervals of all defined metrics, from the same resamplings of the images."""
     if resamplings == 0:
         return {}
     weights = draw_weights(pixels.labels, resamplings, np.random.default_rng(seed))
-    resampler = PixelResampler.build(pixels.images, pixels.defective)
+    resampled_pixels = resample_pixels(pixels.counts, pixels.anomalous, weights)
     return {
         **images.intervals(resample_images(scores, pixels.labels, weights)),
-        **pixels.overall.intervals(resampler.resample(weights)),
+        **pixels.overall.intervals(resampled_pixels),
     }
 
 
 def _choose_on_test_set(images: Curve | None, pixels: Curve | None) -> Metrics:
-    """What thresholds chosen on the test set itself would give: an upper bound that no user can reach knowingly."""
-    chosen: Metrics = dict.fromkeys(
-        ("oracle_image_threshold", "oracle_image_accuracy", "oracle_pixel_threshold", "oracle_pixel_iou")
-    )
+    """Results of thresholds chosen on the test set itself: upper bounds."""
+    names = ("image_threshold", "image_accuracy", "pixel_threshold", "pixel_iou")
+    chosen: Metrics = {f"oracle_{name}": None for name in names}
     if images is not None:
-        right = np.append(images.true + images.normal - images.false, images.normal)  # the last: no alarm at all
-        chosen["oracle_image_threshold"] = best_f1_level(images)
-        chosen["oracle_image_accuracy"] = float(right.max() / (images.defective + images.normal))
+        correct = images.tp + images.negatives - images.fp
+        correct = np.append(correct, images.negatives)  # the last: no alarm at all
+        chosen["oracle_image_threshold"] = curves.best_f1_threshold(images)
+        chosen["oracle_image_accuracy"] = float(
+            correct.max() / (images.positives + images.negatives)
+        )
     if pixels is not None:
-        best = float(f1_max(pixels))
-        chosen["oracle_pixel_threshold"] = best_f1_level(pixels)
+        best = float(curves.f1_max(pixels))
+        chosen["oracle_pixel_threshold"] = curves.best_f1_threshold(pixels)
         chosen["oracle_pixel_iou"] = best / (2.0 - best)
     return chosen
 
 
 def _tabulate(images: Curve | None, pixels: Curve | None, limit: float) -> dict[str, pd.DataFrame]:
-    roc, pr, pro = (pd.DataFrame(columns=names, dtype=float) for names in (ROC_COLUMNS, PR_COLUMNS, PRO_COLUMNS))
     return {
-        "roc": tabulate_roc(pixels) if pixels else roc,
-        "pr": tabulate_pr(pixels) if pixels else pr,
-        "pro": tabulate_pro(pixels, limit) if pixels else pro,
-        "image_roc": tabulate_roc(images) if images else roc,
-        "image_pr": tabulate_pr(images) if images else pr,
+        "roc": curves.tabulate_roc(pixels),
+        "pr": curves.tabulate_pr(pixels),
+        "pro": curves.tabulate_pro(pixels, limit),
+        "image_roc": curves.tabulate_roc(images),
+        "image_pr": curves.tabulate_pr(images),
     }

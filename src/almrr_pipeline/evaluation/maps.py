@@ -1,45 +1,31 @@
-"""Anomaly maps on disk and the ground truth beside them, read one at a time."""
+"""Anomaly maps and ground truth on disk, read one at a time, and the table of image scores."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
+from almrr_pipeline.common.arrays import AnomalyMap, MaskArray
+from almrr_pipeline.common.images import read_mask, resize_mask
 from almrr_pipeline.evaluation.curves import average_precision, trace_curve
-from almrr_pipeline.common.images import MaskArray, read_mask, resize_mask
-
-AnomalyMap = npt.NDArray[np.float32]
-"""Probability of a defect per pixel, float32 in [0, 1], shape (H, W)."""
 
 
 class AnomalyMaps:
-    """The maps of a list of images, in its order: one .npy file each, since sizes may differ."""
+    """Sequence of anomaly maps in .npy files, one per image, as sizes may differ."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        """Take the files as they are; each is read when it is asked for."""
+        """Files in the order of the images; each is read on access."""
         self._paths = list(paths)
 
     @classmethod
     def load(cls, folder: Path) -> AnomalyMaps:
-        """Open a folder that a function of `writer` has filled."""
+        """Open a folder of files 000000.npy, 000001.npy, ... in the order of their names."""
         return cls(sorted(folder.glob("*.npy")))
 
-    @staticmethod
-    def writer(maps: Iterable[AnomalyMap]) -> Callable[[Path], None]:
-        """A function that fills a folder with the maps as they come, one in memory at a time."""
-
-        def fill(folder: Path) -> None:
-            for index, anomaly_map in enumerate(maps):
-                np.save(folder / f"{index:06d}.npy", anomaly_map.astype(np.float32, copy=False))
-
-        return fill
-
     def __len__(self) -> int:
-        """Number of maps."""
         return len(self._paths)
 
     def __getitem__(self, index: int) -> AnomalyMap:
@@ -48,30 +34,28 @@ class AnomalyMaps:
         return anomaly_map
 
     def __iter__(self) -> Iterator[AnomalyMap]:
-        """Read one map after the other."""
         return (self[index] for index in range(len(self)))
 
     def size(self, index: int) -> tuple[int, int]:
-        """Rows and columns of a map, from the file's head alone."""
+        """Rows and columns of a map, from the file's header alone."""
         rows, columns = np.load(self._paths[index], mmap_mode="r").shape
         return rows, columns
 
 
 class GroundTruth:
-    """The masks of a list of images, each at the size of its anomaly map; None where an image has no mask."""
+    """Sequence of masks, each resized to its anomaly map; None for an image without a mask."""
 
     def __init__(self, masks: Sequence[Path | None], maps: AnomalyMaps) -> None:
         """Pair masks with maps.
 
         Args:
-            masks: one path per image; None for a normal image, or where the ground truth is not known.
+            masks: a path per image; None for a normal image or an unknown ground truth.
             maps: the anomaly maps of the same images, for their sizes.
         """
         self._masks = list(masks)
         self._maps = maps
 
     def __len__(self) -> int:
-        """Number of images."""
         return len(self._masks)
 
     def __getitem__(self, index: int) -> MaskArray | None:
@@ -81,25 +65,33 @@ class GroundTruth:
 
 
 def tabulate_scores(
-    rows: pd.DataFrame, maps: AnomalyMaps, truth: GroundTruth, *, scores: Sequence[float], threshold: float | None
+    rows: pd.DataFrame,
+    maps: AnomalyMaps,
+    truth: GroundTruth,
+    *,
+    scores: Sequence[float],
+    threshold: float | None,
 ) -> pd.DataFrame:
-    """List each image's score and verdict.
+    """Tabulate each image's score and verdict.
 
     Args:
-        rows: the manifest's rows of the images: image, label, defect.
+        rows: the manifest's rows of the images: image, label, defect_type.
         maps: their anomaly maps.
         truth: their masks.
         scores: their image scores.
-        threshold: the score above which an image is called anomalous; None leaves the verdict empty.
+        threshold: an image with a higher score is called anomalous; None leaves the verdict empty.
 
     Returns:
-        image, label, defect, score, is_anomalous, and pixel_ap: the average precision of the image's own pixels,
-        empty where no pixel is known to be defective.
+        Columns image, label, defect_type, score, is_anomalous, and pixel_ap, the average precision
+        of the image's own pixels, empty where no pixel is known to be anomalous.
     """
-    table = rows[["image", "label", "defect"]].reset_index(drop=True).assign(score=list(scores))
-    verdicts = pd.Series([None] * len(table), dtype="boolean") if threshold is None else table["score"] > threshold
-    localized = pd.Series([_pixel_ap(maps, truth, index) for index in range(len(table))], dtype="float64")
-    return table.assign(is_anomalous=verdicts, pixel_ap=localized)
+    columns = ["image", "label", "defect_type"]
+    table = rows[columns].reset_index(drop=True).assign(score=list(scores))
+    verdicts = pd.Series([None] * len(table), dtype="boolean")
+    if threshold is not None:
+        verdicts = table["score"] > threshold
+    pixel_ap = [_pixel_ap(maps, truth, index) for index in range(len(table))]
+    return table.assign(is_anomalous=verdicts, pixel_ap=pd.Series(pixel_ap, dtype="float64"))
 
 
 def _pixel_ap(maps: AnomalyMaps, truth: GroundTruth, index: int) -> float | None:

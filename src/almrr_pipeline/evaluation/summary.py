@@ -1,72 +1,71 @@
-"""Means over categories, and means with stds over seeds, of metrics.json files."""
+"""Means of metrics over seeds and categories."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from almrr_pipeline.config import split_seed
+Numbers = dict[str, float | None]
+"""Metrics by name; None where undefined."""
 
 
-def summarize(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float | int | None]]:
-    """Average each metric over the categories that define it.
+def summarize(metrics: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str, Any]:
+    """Average each metric over the seeds of a category, and over the categories that define it.
 
-    Args:
-        metrics: content of metrics.json by category.
-
-    Returns:
-        By metric: `mean` (None if no category defines it), `categories` that define it, and `of` how many there are.
-    """
-    summary: dict[str, dict[str, float | int | None]] = {}
-    for name in _metric_names(metrics):
-        defined = _defined(metrics, name)
-        mean = float(np.mean(defined)) if defined else None
-        summary[name] = {"mean": mean, "categories": len(defined), "of": len(metrics)}
-    return summary
-
-
-def summarize_seeds(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float | int | None]]]:
-    """Mean and sample standard deviation of each metric over the seeds of a category.
+    Thresholds are left out: they belong to one model, their mean has no meaning.
 
     Args:
-        metrics: content of metrics.json by category; X_seed0, X_seed1 ... are runs of X, any other name is the only
-            run of itself. Where X is there too, its own run is not one of theirs (its seed may be any), and theirs
-            are called X_seed*.
+        metrics: content of metrics.json by category and seed.
 
     Returns:
-        By category, by metric: `mean` (None if no run defines it), `std` (None with fewer than two), and `seeds`,
-        the runs that define it.
+        `mean`: over the categories, by metric; None where no category defines it;
+        `categories`: the means over the seeds, by category and metric;
+        `std`: the sample standard deviations over the seeds, by category and metric, of categories
+        with two seeds or more; None where fewer than two of them define the metric;
+        `runs`: the metrics by category, seed (as text) and name.
     """
-    runs: dict[str, dict[str, Mapping[str, Any]]] = {}
-    for category, values in metrics.items():
-        repeated, seed = split_seed(category)
-        name = f"{repeated}_seed*" if seed is not None and repeated in metrics else repeated
-        runs.setdefault(name, {})[category] = values
+    runs = {
+        category: {str(seed): _numbers(values) for seed, values in of_category.items()}
+        for category, of_category in metrics.items()
+    }
+    categories = {category: _mean(by_seed.values()) for category, by_seed in runs.items()}
     return {
-        category: {name: _spread(_defined(of, name)) for name in _metric_names(of)} for category, of in runs.items()
+        "mean": _mean(categories.values()),
+        "categories": categories,
+        "std": {
+            category: _std(by_seed.values())
+            for category, by_seed in runs.items()
+            if len(by_seed) > 1
+        },
+        "runs": runs,
     }
 
 
-def _metric_names(metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Entries that are numbers or null, in the order met; a threshold belongs to one model, its mean means nothing."""
-    names = {
-        name: None
-        for values in metrics.values()
+def _numbers(values: Mapping[str, Any]) -> Numbers:
+    return {
+        name: value
         for name, value in values.items()
         if (value is None or isinstance(value, (int, float))) and not name.endswith("_threshold")
     }
-    return list(names)
 
 
-def _defined(metrics: Mapping[str, Mapping[str, Any]], name: str) -> list[float]:
-    return [values[name] for values in metrics.values() if values.get(name) is not None]
+def _mean(rows: Iterable[Numbers]) -> Numbers:
+    return {name: float(np.mean(of)) if of else None for name, of in _columns(rows).items()}
 
 
-def _spread(values: list[float]) -> dict[str, float | int | None]:
+def _std(rows: Iterable[Numbers]) -> Numbers:
+    columns = _columns(rows)
     return {
-        "mean": float(np.mean(values)) if values else None,
-        "std": float(np.std(values, ddof=1)) if len(values) > 1 else None,
-        "seeds": len(values),
+        name: float(np.std(of, ddof=1)) if len(of) > 1 else None for name, of in columns.items()
     }
+
+
+def _columns(rows: Iterable[Numbers]) -> dict[str, list[float]]:
+    """Defined values of each metric that occurs, in the order of occurrence."""
+    columns: dict[str, list[float]] = {}
+    for row in rows:
+        for name, value in row.items():
+            columns.setdefault(name, []).extend([] if value is None else [value])
+    return columns

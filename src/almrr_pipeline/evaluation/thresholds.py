@@ -1,13 +1,14 @@
-"""Decision thresholds with a guaranteed false-alarm rate, from normal images that nothing was trained on.
+"""Decision thresholds with a guaranteed false-alarm rate, from normal validation images.
 
-Split conformal prediction (Vovk, Gammerman and Shafer, "Algorithmic Learning in a Random World", 2005; Lei et al., JASA
-2018): if the n held-out scores and the score of a new normal image are exchangeable, the new one is larger than the
-k-th smallest of the n with a probability of at most 1 - k / (n + 1), whatever the scores' distribution. No test image
-takes part.
+Split conformal prediction (Vovk, Gammerman and Shafer, "Algorithmic Learning in a Random World",
+2005; Lei et al., JASA 2018): if the n validation scores and the score of a new normal image are
+exchangeable, the new one exceeds the k-th smallest of the n with a probability of at most
+1 - k / (n + 1), whatever the distribution of the scores. No test image takes part.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -15,20 +16,21 @@ import numpy as np
 import numpy.typing as npt
 import scipy.stats
 
+from almrr_pipeline.common.arrays import Bools
 from almrr_pipeline.common.errors import AlmrrError
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """A level above which a decision is made: `score > value`.
+    """Decision threshold: an image or pixel is anomalous where `score > value`.
 
     Attributes:
-        value: the level; None if there was no image to take it from.
-        rate: the false-alarm rate that was asked for, in (0, 1).
-        normals: validation images it was taken from.
-        guaranteed_rate: the rate that these images can guarantee; larger than `rate` if they are too few; None if
-            they guarantee none.
-        guarantee: what the threshold promises, as a sentence.
+        value: None if there was no validation image.
+        rate: the requested false-alarm rate, in (0, 1).
+        normals: number of validation images.
+        guaranteed_rate: the rate that so many images can guarantee, larger than `rate` if they are
+            too few; None if nothing is guaranteed.
+        guarantee: what the threshold guarantees, as a sentence.
         undefined: why there is no value; None if there is one.
     """
 
@@ -42,7 +44,7 @@ class Threshold:
 
 @dataclass(frozen=True)
 class Proportion:
-    """A counted share with its exact 95 % interval (Clopper and Pearson, 1934); None where nothing was counted."""
+    """Fraction with its exact 95 % interval (Clopper and Pearson, 1934); None if `of` is 0."""
 
     rate: float | None
     count: int
@@ -53,24 +55,22 @@ class Proportion:
 
 @dataclass(frozen=True)
 class Rates:
-    """What a threshold did on labeled images."""
+    """Fractions of the normal (false alarms) and of the defective images above a threshold."""
 
     false_alarms: Proportion
-    """Normal images above the threshold."""
     detections: Proportion
-    """Defective images above the threshold."""
 
 
 def conformal_threshold(
-    scores: npt.ArrayLike, rate: float, *, event: str = "is called defective though it is normal"
+    scores: npt.ArrayLike, rate: float, *, event: str = "is called anomalous though it is normal"
 ) -> Threshold:
-    """Take the threshold from validation images: the ceil((n + 1)(1 - rate))-th smallest score.
+    """Threshold from validation images: their ceil((n + 1)(1 - rate))-th smallest score.
 
-    Where n is too small for that rank to exist, no finite threshold keeps the rate: the largest score is taken, and the
-    rate that n images can guarantee, 1 / (n + 1), is said.
+    If n is too small for that rank, no finite threshold keeps the rate: the largest score is taken,
+    and the guaranteed rate is 1 / (n + 1).
 
-    For outlines the scores are the maxima of the anomaly maps: pixels of different images are not exchangeable,
-    images are, so that what is promised is that a normal image shows no outline at all.
+    For outlines the scores are the maxima of the anomaly maps, as images are exchangeable, but
+    pixels of different images are not: the guarantee is that a normal image shows no outline.
 
     Args:
         scores: finite scores of the validation images, shape (n,); n may be 0.
@@ -78,54 +78,64 @@ def conformal_threshold(
         event: what a false alarm is, for the sentence.
 
     Raises:
-        AlmrrError: a score is not finite, or the rate lies outside (0, 1).
+        AlmrrError: a score is not finite, or the rate is out of range.
     """
     ranked = np.sort(np.asarray(scores, dtype=np.float64).reshape(-1))
     if not 0.0 < rate < 1.0:
-        raise AlmrrError(f"The false-alarm rate is {rate}; choose one between 0 and 1, such as 0.05.")
+        raise AlmrrError(
+            f"The false-alarm rate is {rate}; choose one between 0 and 1, such as 0.05."
+        )
     if not np.isfinite(ranked).all():
         raise AlmrrError(
-            "A score of a held-out normal image is not finite; the model's weights are broken, train again."
+            "A score of a normal validation image is not finite; the model's weights are broken, "
+            "train again."
         )
     count = len(ranked)
     if count == 0:
-        reason = "no normal image was held out (data.calibration is 0, or there was one training image)"
+        reason = (
+            "no normal image was held out (data.validation_fraction is 0, or there was one "
+            "training image)"
+        )
         return Threshold(None, rate, 0, None, f"Nothing is guaranteed: {reason}.", reason)
-    exceeding = int((count + 1) * Fraction(str(rate)))  # n + 1 minus the rank; as a fraction, 20 x 0.05 is 1 exactly
-    rank = min(count + 1 - exceeding, count)
+    exact_rate = Fraction(str(rate))  # 20 x 0.05 is 1 exactly
+    rank = min(count + 1 - int((count + 1) * exact_rate), count)
     guaranteed = (count + 1 - rank) / (count + 1)
-    return Threshold(float(ranked[rank - 1]), rate, count, guaranteed, _promise(count, rate, guaranteed, event))
+    guarantee = (
+        f"A new image from the same process {event} with a probability of at most "
+        f"{guaranteed:.2%}, averaged over the choice of the {_count_images(count)}"
+    )
+    if guaranteed > rate:
+        needed = math.ceil((1 - exact_rate) / exact_rate)
+        guarantee += (
+            f"; the requested {rate:.2%} would need at least {needed} of them, so the largest "
+            "score was taken"
+        )
+    return Threshold(float(ranked[rank - 1]), rate, count, guaranteed, guarantee + ".")
 
 
 def withdraw_guarantee(threshold: Threshold) -> Threshold:
-    """The same level without a promise: the model was chosen on the very images that it was taken from.
+    """Same threshold without a guarantee, for a model that was selected on the validation images.
 
-    Their scores and that of a new normal image are then no longer exchangeable, which is what the promise rests on.
+    Their scores and that of a new normal image are then no longer exchangeable.
     """
     if threshold.value is None:
         return threshold
-    images = "image" if threshold.normals == 1 else "images"
     guarantee = (
-        f"Nothing is guaranteed: the weights were chosen on the {threshold.normals} held-out normal {images} that "
-        "the threshold was taken from (train.selection is held_out)."
+        "Nothing is guaranteed: the weights were selected on the "
+        f"{_count_images(threshold.normals)} that the threshold was taken from (train.selection is "
+        "validation)."
     )
     return replace(threshold, guaranteed_rate=None, guarantee=guarantee)
 
 
 def rates_at(scores: npt.ArrayLike, labels: npt.ArrayLike, threshold: float) -> Rates:
-    """Count what the decision `score > threshold` gives on labeled images.
-
-    Args:
-        scores: shape (n,).
-        labels: True where defective, shape (n,).
-        threshold: the level.
-    """
+    """Rates of the decision `score > threshold`; labels are True where defective, shapes (n,)."""
     alarms, defective = np.asarray(scores) > threshold, np.asarray(labels, dtype=bool)
     return Rates(proportion(alarms[~defective]), proportion(alarms[defective]))
 
 
-def proportion(hits: npt.NDArray[np.bool_]) -> Proportion:
-    """Share of True with its Clopper-Pearson 95 % interval; shape (n,)."""
+def proportion(hits: Bools) -> Proportion:
+    """Fraction of True with its Clopper-Pearson 95 % interval; shape (n,)."""
     count, of = int(hits.sum()), len(hits)
     if of == 0:
         return Proportion(None, 0, 0, None, None)
@@ -133,13 +143,5 @@ def proportion(hits: npt.NDArray[np.bool_]) -> Proportion:
     return Proportion(count / of, count, of, float(interval.low), float(interval.high))
 
 
-def _promise(normals: int, rate: float, guaranteed: float, event: str) -> str:
-    images = "image" if normals == 1 else "images"
-    promise = (
-        f"A new image from the same process {event} with a probability of at most {guaranteed:.2%}, "
-        f"averaged over the choice of the {normals} held-out normal {images}"
-    )
-    if guaranteed <= rate:
-        return promise + "."
-    needed = -(-(1 - Fraction(str(rate))) // Fraction(str(rate)))
-    return promise + f"; {rate:.2%} as asked for would need at least {needed} of them, so the largest score was taken."
+def _count_images(normals: int) -> str:
+    return f"{normals} normal validation image" + ("" if normals == 1 else "s")
