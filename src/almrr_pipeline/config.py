@@ -33,7 +33,7 @@ GridExponent = Annotated[int, Field(ge=0, le=8)]
 GridExponents = Annotated[tuple[GridExponent, GridExponent], AfterValidator(_ascending)]
 FractionRange = Annotated[tuple[Fraction, Fraction], AfterValidator(_ascending)]
 ScanBackend = Literal["auto", "mamba_ssm", "triton", "numba", "torch"]
-Side = Annotated[int, Field(ge=128, multiple_of=16)]  # stride 4 of the features, 4 of the patches
+Side = Annotated[int, Field(ge=128, multiple_of=16)]  # pixels; stride 4, then patches of 4
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
