@@ -36,18 +36,6 @@ VALIDATIONS = 20
 """How often a training is validated, evenly spread, the last step included."""
 
 
-@contextmanager
-def show_progress(
-    settings: TrainSettings, fabric: Fabric, *, done: int
-) -> Iterator[Callable[..., None]]:
-    """Progress in steps, shown by the main process; see `track`."""
-    if not fabric.is_global_zero:
-        yield lambda *_, **__: None
-        return
-    with track(settings.steps, unit="steps", description="training", done=done) as advance:
-        yield advance
-
-
 class History:
     """Means of the losses over windows of `log_every` steps; stops a training that diverges.
 
@@ -96,9 +84,21 @@ class History:
         for row in self.rows:
             self._report(row)
 
-    def latest(self) -> dict[str, str]:
-        """The last row's loss, to be shown with the progress."""
-        return {"loss": f"{self.rows[-1]['loss']:.4f}"} if self.rows else {}
+    @contextmanager
+    def show_progress(self, *, done: int) -> Iterator[Callable[[], None]]:
+        """Show the progress in the main process; the yielded function counts a step."""
+        if not self._fabric.is_global_zero:
+            yield lambda: None
+            return
+        steps = self._settings.steps
+        logger.info("Training on %s from step %d to %d.", self._fabric.device, done, steps)
+        with track(steps, unit="steps", description="training", done=done) as advance:
+            yield lambda: advance(1, **{"loss": f"{row['loss']:.4f}" for row in self.rows[-1:]})
+        row = self.rows[-1]
+        logger.info(
+            "Trained %d steps: loss %.4f (reconstruction %.4f, refinement %.4f).",
+            *(row[name] for name in ("step", "loss", "reconstruction", "refinement")),
+        )
 
     def frame(self) -> pd.DataFrame:
         """The history, a row per window."""
@@ -160,7 +160,7 @@ def check_finite(values: Mapping[str, float], *, step: int, settings: TrainSetti
 class ValidationSelection:
     """Keeps the weights with the best pixel average precision on the validation images.
 
-    These are normal images with simulated anomalies; no test image takes part. Only the main
+    Does nothing where `selection` is not validation. The images are normal images with simulated anomalies; no test image takes part. Only the main
     process validates; with several processes the others wait, and end with the last weights.
 
     Raises:
@@ -170,7 +170,8 @@ class ValidationSelection:
     def __init__(
         self, synthetic_set: SyntheticSet, settings: TrainSettings, fabric: Fabric, history: History
     ) -> None:
-        if not np.any(synthetic_set.validation_masks):
+        self._enabled = settings.selection == "validation"
+        if self._enabled and not np.any(synthetic_set.validation_masks):
             raise AlmrrError(
                 "train.selection is validation, but the synthetic set has no simulated anomalies "
                 "on validation images: set data.validation_fraction above 0 and run the synthesize "
@@ -187,7 +188,7 @@ class ValidationSelection:
     def validate(self, step: int, model: ALMRR) -> None:
         """Validate, if it is due after `step` steps, and keep the weights if they are the best."""
         every = max(1, math.ceil(self._settings.steps / VALIDATIONS))
-        if step % every and step != self._settings.steps:
+        if not self._enabled or (step % every and step != self._settings.steps):
             return
         if self._fabric.is_global_zero:
             value = self._measure(model)

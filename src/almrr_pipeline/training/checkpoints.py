@@ -13,7 +13,7 @@ import shutil
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -46,16 +46,6 @@ def source_files() -> list[Path]:
     return sorted(path for folder in folders for path in folder.rglob("*.py"))
 
 
-class Stateful(Protocol):
-    """A part of a training that a checkpoint holds: model, optimizer, history ..."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state as tensors and plain values."""
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> Any:  # noqa: ANN401 - torch's differ
-        """Restore the state."""
-
-
 class CheckpointFolder:
     """The checkpoints of one training.
 
@@ -68,8 +58,13 @@ class CheckpointFolder:
         self.path = scratch / key
         self.key = key
 
-    def save(self, step: int, parts: Mapping[str, Stateful]) -> Path:
-        """Write the checkpoint after `step` steps, and remove all but the newest `KEPT`."""
+    def save(self, step: int, parts: Mapping[str, Any]) -> Path:
+        """Write the checkpoint after `step` steps, and remove all but the newest `KEPT`.
+
+        Args:
+            step: number of steps done.
+            parts: model, optimizer ... by name, each with `state_dict` and `load_state_dict`.
+        """
         content = {name: part.state_dict() for name, part in parts.items()}
         path = self.path / f"step_{step:09d}.ckpt"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +74,7 @@ class CheckpointFolder:
             old.unlink(missing_ok=True)  # also what a killed process left half-written
         return path
 
-    def restore(self, path: Path, parts: Mapping[str, Stateful]) -> int:
+    def restore(self, path: Path, parts: Mapping[str, Any]) -> int:
         """Load the parts' states from a checkpoint that `newest` chose; returns its step."""
         content = torch.load(path, map_location="cpu", weights_only=True)
         for name, part in parts.items():

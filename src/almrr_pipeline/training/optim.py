@@ -59,6 +59,14 @@ def clip_gradient(
     return norm.detach().float()
 
 
+def set_learning_rate(optimizer: _FabricOptimizer, settings: TrainSettings, step: int) -> float:
+    """Set and return the learning rate of a step."""
+    rate = settings.learning_rate * learning_rate_factor(settings, step)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
+
+
 def learning_rate_factor(settings: TrainSettings, step: int) -> float:
     """Learning rate of a step (0 is the first) as a fraction of the largest.
 

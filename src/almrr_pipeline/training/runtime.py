@@ -42,15 +42,20 @@ def training_environment(
         quiet_lightning(),
         isolated_randomness(),
         algorithms(deterministic=settings.deterministic),
-        training_mode(model, channels_last=settings.channels_last),
         deferred_sigterm() as stop,
     ):
         fabric = build_fabric(settings)
         check_processes(settings, fabric.world_size, model.image_size)
         compiling = explain_compile_errors() if settings.compile else nullcontext()
-        with explain_out_of_memory(settings, fabric.world_size), compiling:
-            fabric.launch()
-            yield fabric, stop
+        try:
+            model.train()
+            if settings.channels_last:
+                model.to(memory_format=torch.channels_last)
+            with explain_out_of_memory(settings, fabric.world_size), compiling:
+                fabric.launch()
+                yield fabric, stop
+        finally:
+            model.eval().cpu().to(memory_format=torch.contiguous_format)
 
 
 def build_fabric(settings: TrainSettings) -> Fabric:
@@ -153,48 +158,35 @@ def algorithms(*, deterministic: bool) -> Iterator[None]:
             torch.are_deterministic_algorithms_enabled(),
             warn_only=torch.is_deterministic_algorithms_warn_only_enabled(),
         )
-        for owner, name in (
-            (torch.backends.cudnn, "benchmark"),
-            (torch.backends.cudnn, "deterministic"),
-            (torch.utils.deterministic, "fill_uninitialized_memory"),
+        stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
+        for owner, name, value in (
+            (torch.backends.cudnn, "benchmark", not deterministic),
+            (torch.backends.cudnn, "deterministic", deterministic),
+            # Memory that is never read before it is written need not be filled, which costs time.
+            (torch.utils.deterministic, "fill_uninitialized_memory", False),
         ):
             stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, value)
         if deterministic and CUBLAS not in os.environ:
             os.environ[CUBLAS] = ":4096:8"
             stack.callback(os.environ.pop, CUBLAS, None)
         torch.use_deterministic_algorithms(deterministic, warn_only=True)
-        # Memory that is never read before it is written need not be filled, which costs time.
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        torch.backends.cudnn.deterministic = deterministic
-        torch.backends.cudnn.benchmark = not deterministic
+        # Without the cache, gradients of a weight that is used twice are added in float32.
+        torch.set_autocast_cache_enabled(False)
         yield
 
 
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
     """Keep Lightning's advice off the screen."""
-    logger = logging.getLogger("lightning.fabric")
-    level = logger.level
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), ExitStack() as stack:
         warnings.simplefilter("ignore", PossibleUserWarning)
         warnings.filterwarnings("ignore", module=r"lightning\.")
-        logger.setLevel(logging.WARNING)
-        try:
-            yield
-        finally:
-            logger.setLevel(level)
-
-
-@contextmanager
-def training_mode(model: ALMRR, *, channels_last: bool) -> Iterator[None]:
-    """Training mode inside; afterwards evaluation mode on the CPU, in the usual memory format."""
-    model.train()
-    if channels_last:
-        model.to(memory_format=torch.channels_last)
-    try:
+        for name in ("lightning.fabric", "lightning.pytorch"):  # Fabric logs under both names
+            logger = logging.getLogger(name)
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.WARNING)
         yield
-    finally:
-        model.eval().cpu().to(memory_format=torch.contiguous_format)
 
 
 @contextmanager

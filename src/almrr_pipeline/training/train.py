@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import pandas as pd
@@ -13,12 +12,7 @@ from almrr_pipeline.config import TrainSettings
 from almrr_pipeline.model.almrr import ALMRR
 from almrr_pipeline.synthesis.synthetic_set import SyntheticSet
 from almrr_pipeline.training import checkpoints
-from almrr_pipeline.training.callbacks import (
-    History,
-    OnMetrics,
-    ValidationSelection,
-    show_progress,
-)
+from almrr_pipeline.training.callbacks import History, OnMetrics, ValidationSelection
 from almrr_pipeline.training.checkpoints import CheckpointFolder
 from almrr_pipeline.training.data import (
     Batch,
@@ -29,10 +23,8 @@ from almrr_pipeline.training.data import (
     to_images,
 )
 from almrr_pipeline.training.losses import compute_losses
-from almrr_pipeline.training.optim import build_optimizer, clip_gradient, learning_rate_factor
+from almrr_pipeline.training.optim import build_optimizer, clip_gradient, set_learning_rate
 from almrr_pipeline.training.runtime import training_environment
-
-logger = logging.getLogger(__name__)
 
 NOT_DECISIVE = {"accelerator", "checkpoint_every", "devices", "nodes", "workers"}
 """Settings that may change between an interruption and the next run."""
@@ -79,8 +71,8 @@ def fit(
 
     Returns:
         The history, a row for every `log_every` steps: step, loss, reconstruction and refinement
-        (before weighting), learning_rate, and validation_ap where `selection` is validation. None in all
-        processes of a distributed training but the main one: they have nothing left to do.
+        (before weighting), learning_rate, and validation_ap where `selection` is validation. None
+        in all processes of a distributed training but the main one: they are done.
 
     Raises:
         AlmrrError: the synthetic set does not suit the model, a loss or gradient is not finite,
@@ -92,57 +84,48 @@ def fit(
     folder = CheckpointFolder(scratch, _describe(model, synthetic_set, settings, fingerprint, seed))
     with training_environment(model, settings) as (fabric, stop):
         history = History(settings, fabric, on_metrics)
-        selection = None
-        if settings.selection == "validation":
-            selection = ValidationSelection(synthetic_set, settings, fabric, history)
+        selection = ValidationSelection(synthetic_set, settings, fabric, history)
         forward = fabric.setup_module(TrainingStep(model, settings))
         optimizer = fabric.setup_optimizers(build_optimizer(model, settings))
-        parts = {"model": model, "optimizer": optimizer, "scaler": fabric.strategy.precision}
-        parts |= {"history": history} | ({"selection": selection} if selection else {})
+        parts = {
+            "model": model,
+            "optimizer": optimizer,
+            "scaler": fabric.strategy.precision,
+            "history": history,
+            "selection": selection,
+        }
         newest = fabric.broadcast(folder.newest() if fabric.is_global_zero else None)
         first = folder.restore(newest, parts) if newest else 0
-        if newest is None and model.settings.standardize:
+        if first == 0 and model.settings.standardize:
             normals = sample_normals(synthetic_set, STANDARDIZATION_IMAGES)
             model.fit_standardization(images.to(fabric.device) for images in normals)
         history.report_again()
-        logger.info("Training on %s from step %d to %d.", fabric.device, first, settings.steps)
         loader = build_loader(synthetic_set, settings, fabric, seed=seed, first=first)
-        with show_progress(settings, fabric, done=first) as advance:
-            for step, batch in enumerate(loader, start=first):
+        with history.show_progress(done=first) as advance:
+            for done, batch in enumerate(loader, start=first):
                 # Drop path depends on seed, step and process alone, so that resuming repeats it.
-                torch.manual_seed(derive_seed(seed, "step", step, fabric.global_rank))
-                rate = settings.learning_rate * learning_rate_factor(settings, step)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
+                torch.manual_seed(derive_seed(seed, "step", done, fabric.global_rank))
+                rate = set_learning_rate(optimizer, settings, done)
                 losses = forward(fabric.to_device(batch))  # the loss and its two terms
                 optimizer.zero_grad()
                 fabric.backward(losses[0])
                 norm = clip_gradient(fabric, model, optimizer, settings.gradient_clip)
                 optimizer.step()
 
-                done = step + 1
-                if selection is not None:
-                    selection.validate(done, model)
-                history.record(done, torch.stack([*losses, norm]).detach(), rate)
-                advance(1, **history.latest())
+                step = done + 1  # counted from 1 from here on
+                selection.validate(step, model)
+                history.record(step, torch.stack([*losses, norm]).detach(), rate)
+                advance()
                 # Processes end after the same step if any of them was asked to.
                 stopping = fabric.strategy.reduce_boolean_decision(stop.received, all=False)
-                if stopping or done % settings.checkpoint_every == 0 or done == settings.steps:
-                    history.check(done)
+                if stopping or step % settings.checkpoint_every == 0 or step == settings.steps:
+                    history.check(step)
                     if fabric.is_global_zero:
-                        folder.save(done, parts)
+                        folder.save(step, parts)
                     fabric.barrier("checkpoint")
                 if stopping:
-                    raise TrainingInterrupted(
-                        f"SIGTERM: stopped after step {done}, to resume there."
-                    )
-        last = history.rows[-1]
-        logger.info(
-            "Trained %d steps: loss %.4f (reconstruction %.4f, refinement %.4f).",
-            *(last[name] for name in ("step", "loss", "reconstruction", "refinement")),
-        )
-        if selection is not None:
-            selection.restore_best(model)
+                    raise TrainingInterrupted(f"SIGTERM: stopped after step {step}.")
+        selection.restore_best(model)
     if not fabric.is_global_zero:
         return None
     if not keep_checkpoints:
@@ -169,11 +152,7 @@ class TrainingStep(nn.Module):
 
 
 def _describe(
-    model: ALMRR,
-    synthetic_set: SyntheticSet,
-    settings: TrainSettings,
-    fingerprint: str,
-    seed: int,
+    model: ALMRR, synthetic_set: SyntheticSet, settings: TrainSettings, fingerprint: str, seed: int
 ) -> str:
     """The fingerprint of all that decides a training's result."""
     decisive = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import signal
 from pathlib import Path
 
 import pandas as pd
@@ -28,7 +27,7 @@ from almrr_pipeline.synthesis.synthetic_set import SyntheticSet
 from almrr_pipeline.training.callbacks import METRIC
 from almrr_pipeline.training.checkpoints import fingerprint, source_files
 from almrr_pipeline.training.runtime import isolated_randomness
-from almrr_pipeline.training.train import TrainingInterrupted, fit
+from almrr_pipeline.training.train import fit
 
 
 def build_model(
@@ -65,22 +64,17 @@ def fit_model(
         {"images": list(manifest["sha256"]), "synthetic_set": synthetic_set.description},
         [backbone_weights / "backbone.json", *source_files()],
     )
-    try:
-        history = fit(
-            untrained,
-            synthetic_set,
-            train,
-            seed=seed,
-            scratch=_checkpoint_folder(scratch, category, seed),
-            fingerprint=data_and_code,
-            on_metrics=log_live,
-            keep_checkpoints=True,  # until the model is in its place, see remove_checkpoints
-        )
-    except TrainingInterrupted:
-        raise SystemExit(128 + signal.SIGTERM) from None
+    history = fit(
+        untrained,
+        synthetic_set,
+        train,
+        seed=seed,
+        scratch=_checkpoint_folder(scratch, category, seed),
+        fingerprint=data_and_code,
+        on_metrics=log_live,
+        keep_checkpoints=True,  # until the model is in its place, see remove_checkpoints
+    )
     if history is None:  # not the main process of a distributed training, which does the rest
-        raise SystemExit(0)
-    if history is None:
         raise SystemExit(0)
     return untrained, history
 
