@@ -32,7 +32,7 @@ from torch.nn import functional
 
 from almrr_pipeline.evaluation.evaluate import evaluate
 from almrr_pipeline.common.images import read_image, read_mask, resize_image, resize_mask
-from almrr_pipeline.config import BackboneSettings
+from almrr_pipeline.config import BackboneSettings, EvaluateSettings
 from almrr_pipeline.model.backbone import Backbone, build_backbone
 from almrr_pipeline.datasets.manifest import Item
 from almrr_pipeline.datasets.registry import dataset_for
@@ -155,9 +155,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         [float(values.max()) for values in maps],
         [item.label == "defective" for item in test],
         [item.defect_type for item in test],
+        EvaluateSettings(bootstrap=arguments.bootstrap),
         image_threshold=None,
         pixel_threshold=None,
-        bootstrap=arguments.bootstrap,
         seed=arguments.seed,
     )
     settings = {
