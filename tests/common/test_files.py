@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from almrr_pipeline.common import files
+from almrr_pipeline.common.errors import DiskError
 from almrr_pipeline.common.files import (
-    DiskError,
     hash_file,
     move_folder_into_place,
     staging_folder,
@@ -92,6 +92,18 @@ def test_a_staging_folder_is_removed_when_its_filling_fails(tmp_path: Path) -> N
 
     with pytest.raises(RuntimeError):
         fail()
+
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"), [(errno.ENOSPC, DiskError), (errno.EACCES, PermissionError)]
+)
+def test_only_a_full_disk_is_reported_for_what_fills_a_staging_folder(
+    tmp_path: Path, code: int, expected: type[Exception]
+) -> None:
+    with pytest.raises(expected), staging_folder(tmp_path):
+        raise OSError(code, os.strerror(code))  # EACCES may be of a file that is read
 
     assert names(tmp_path) == []
 

@@ -21,15 +21,18 @@ logger = logging.getLogger(__name__)
 _FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 _BLOCK = 1 << 20
+STAGING_PREFIX = ".staging@"
+"""How the names of staging folders begin, those of killed processes included."""
 _HASHED_WITHOUT_PROGRESS = 100_000_000
 """Bytes that are hashed in less than a second."""
 
 
 @contextmanager
-def report_disk_errors(path: Path) -> Iterator[None]:
+def report_disk_errors(path: Path, *, only_full: bool = False) -> Iterator[None]:
     """Raise DiskError instead of the OSError of a full disk or of a missing permission.
 
-    `path` is what is being written; the message names it.
+    `path` is what is being written; the message names it. With `only_full`, for code that reads
+    too, missing permissions are left alone.
     """
     try:
         yield
@@ -38,7 +41,7 @@ def report_disk_errors(path: Path) -> Iterator[None]:
             message = (
                 f"The disk is full: {path} could not be written. Free some space and run again."
             )
-        elif error.errno in _FORBIDDEN:
+        elif error.errno in _FORBIDDEN and not only_full:
             advice = "change its permissions or work in another folder"
             message = f"{path} cannot be written ({error.strerror}); {advice}."
         else:
@@ -71,19 +74,20 @@ def staging_folder(parent: Path) -> Iterator[Path]:
 
     What killed processes of this machine have left there is removed first. May raise DiskError.
     """
-    mine = f".staging@{socket.gethostname()}@"  # "@" is in no host name
+    mine = f"{STAGING_PREFIX}{socket.gethostname()}@"  # "@" is in no host name
     with report_disk_errors(parent):
         parent.mkdir(parents=True, exist_ok=True)
         for leftover in parent.glob(f"{mine}*"):
             if not _is_running(int(leftover.name.split("@")[2])):
                 remove_folder(leftover)
         folder = Path(tempfile.mkdtemp(prefix=f"{mine}{os.getpid()}@", dir=parent))
-        try:
-            folder.chmod(0o755)  # mkdtemp's 0o700 would lock out others on a shared disk
+        folder.chmod(0o755)  # mkdtemp's 0o700 would lock out others on a shared disk
+    try:
+        with report_disk_errors(folder, only_full=True):
             yield folder
-        except BaseException:
-            remove_folder(folder)
-            raise
+    except BaseException:
+        remove_folder(folder)
+        raise
 
 
 def _is_running(pid: int) -> bool:

@@ -233,9 +233,9 @@ def _opened(place: _Place, name: str, request: FetchRequest) -> Iterator[tuple[P
 
 def _unpack_shared(place: _Place, request: FetchRequest) -> Path:
     """Unpack an archive of several categories once; an existing folder of its name is complete."""
-    identity = f"{place.address} {place.sha256}"
+    identity = f"{place.address} {place.sha256} "
     if place.path is not None:
-        identity += f" {place.path.stat().st_size} {place.path.stat().st_mtime_ns}"
+        identity += f"{place.path.stat().st_size} {place.path.stat().st_mtime_ns}"
     version = hashlib.sha256(identity.encode()).hexdigest()[:12]
     folder = request.scratch / f"{place.archive.key}-{version}"
     if not folder.is_dir():
