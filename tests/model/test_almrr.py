@@ -182,7 +182,7 @@ BAD_IMAGES = [
     (torch.rand(1, 3, 256, 256), r"built for images of \(128, 160\); got \(256, 256\)"),
     (
         torch.randint(0, 255, (1, 3, *SIZE), dtype=torch.uint8),
-        r"floats in \[0, 1\]; these are torch.uint8. Divide",
+        r"floats in \[0, 1\], not torch.uint8. Divide",
     ),
     (torch.rand(1, 3, *SIZE) * 255, r"reach from .* to 25\d"),
     (torch.rand(1, 3, *SIZE) - 0.5, r"reach from -0.\d"),

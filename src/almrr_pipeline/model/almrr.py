@@ -19,19 +19,12 @@ from torch.nn import functional as F  # noqa: N812
 
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.config import ModelSettings
+from almrr_pipeline.model import weights_io
 from almrr_pipeline.model.backbone import Backbone, build_backbone
 from almrr_pipeline.model.frm import FRM
 from almrr_pipeline.model.inputs import check_image_size, check_images, check_shape
 from almrr_pipeline.model.mfrm import MFRM
 from almrr_pipeline.model.regional_features import RegionalFeatures
-from almrr_pipeline.model.weights_io import (
-    WEIGHTS_FILE,
-    ModelConfig,
-    load_weights,
-    read_config,
-    read_weights,
-    write_model,
-)
 
 MIN_STD = 0.01
 """Floor of a channel's std as a fraction of the channels' mean std: a channel that is constant on
@@ -45,8 +38,8 @@ class TrainingOutput:
     Attributes:
         target: phi, the features of the normal images, (B, C, h, w).
         reconstruction: F_hat, reconstructed from the augmented images' features, (B, C, h, w).
-        logits: (B, 2, H, W) at the size of the image, channel 1 for anomalous: logarithms of the
-            resized probabilities, so that their softmax is exactly the paper's anomaly map.
+        logits: (B, 2, H, W), channel 1 for anomalous: logarithms of the resized probabilities, so
+            that their softmax is exactly the paper's anomaly map.
     """
 
     target: Tensor
@@ -121,8 +114,8 @@ class ALMRR(nn.Module):
             augmented: the same images with simulated anomalies.
 
         Raises:
-            AlmrrError: shapes or types do not fit. Values are not checked, because a GPU would
-                have to be waited for at every step.
+            AlmrrError: shapes or types do not fit; values are not checked, since that waits for a
+                GPU at every step.
         """
         check_shape(normal, self.image_size)
         check_shape(augmented, self.image_size)
@@ -201,14 +194,11 @@ class ALMRR(nn.Module):
         return (parameter for parameter in self.parameters() if parameter.requires_grad)
 
     def save(self, folder: Path) -> None:
-        """Write model.safetensors (with the backbone) and config.json into an existing folder.
-
-        Each file replaces an older one only when it is complete.
-        """
-        config = ModelConfig(
+        """Write model.safetensors (with the backbone) and config.json into an existing folder."""
+        config = weights_io.ModelConfig(
             backbone=self.backbone.settings, image_size=self.image_size, model=self.settings
         )
-        write_model(folder, config, self.state_dict())
+        weights_io.write_model(folder, config, self.state_dict())
 
     @classmethod
     def load(
@@ -217,27 +207,20 @@ class ALMRR(nn.Module):
         """A saved model in evaluation mode; nothing is downloaded.
 
         Raises:
-            AlmrrError: the folder holds no model or one of version 0.1, or config.json and weights
-                do not fit each other.
+            AlmrrError: the folder holds no model, one of version 0.1, or files that do not match.
         """
-        config = read_config(folder)
+        config = weights_io.read_config(folder)
         backbone = build_backbone(config.backbone, weights=None)
         model = cls(backbone, config.model, image_size=config.image_size, scan_backend=scan_backend)
-        tensors = read_weights(folder / WEIGHTS_FILE)
-        load_weights(model, tensors, origin=str(folder), exact=True)
+        tensors = weights_io.read_weights(folder / weights_io.WEIGHTS_FILE)
+        weights_io.load_weights(model, tensors, origin=str(folder), exact=True)
         return model.eval().to(device)
 
 
 def measure_channels(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and std of every channel in one pass, without differences of large sums.
+    """Mean and std, float64 (C,), of features (B, C, h, w) in one pass over their batches.
 
-    By the update of Chan, Golub and LeVeque (1979).
-
-    Args:
-        batches: features, (B, C, h, w) each.
-
-    Returns:
-        mean and std, float64, shape (C,).
+    By the update of Chan, Golub and LeVeque (1979): no differences of large sums.
     """
     count = 0
     mean = squares = torch.zeros((), dtype=torch.float64)  # squares: of distances from the mean

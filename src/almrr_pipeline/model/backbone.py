@@ -1,7 +1,6 @@
 """The frozen feature extractor (stage 2 of the paper, first half).
 
-The paper uses an ImageNet ResNet-50; any timm network with feature maps at strides 4, 8 and 16 can
-be used.
+The paper's is an ImageNet ResNet-50; any timm network with maps at strides 4, 8 and 16 will do.
 """
 
 from __future__ import annotations
@@ -30,8 +29,7 @@ class Backbone(nn.Module):
 
     Attributes:
         channels: channels of the three maps.
-        mean, std: the normalization of RGB in [0, 1] that the network was trained with, shape
-            (1, 3, 1, 1).
+        mean, std: the normalization of RGB in [0, 1] of the network's training, (1, 3, 1, 1).
         settings: what `build_backbone` needs, besides the weights, to build it again.
     """
 
@@ -64,14 +62,7 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Feature maps of images.
-
-        Args:
-            images: RGB, float in [0, 1], shape (B, 3, H, W).
-
-        Returns:
-            Three maps (B, channels[i], H / s, W / s) for s = 4, 8, 16.
-        """
+        """RGB in [0, 1] (B, 3, H, W) -> three maps (B, channels[i], H / s, W / s), s = 4, 8, 16."""
         return list(self.network((images - self.mean) / self.std))
 
 
@@ -108,10 +99,8 @@ def _create_network(settings: BackboneSettings) -> nn.Module:
     """Timm's feature extractor up to the stage at stride 16."""
     name, location = settings.name, settings.feature_location
     if not timm.is_model(name.split(".")[0]):
-        raise AlmrrError(
-            f"backbone.name: timm {timm.__version__} has no network {name!r}; "
-            "see timm.list_models()."
-        )
+        version = timm.__version__
+        raise AlmrrError(f"backbone.name: timm {version} has no network {name!r}; choose another.")
     # Only timm's EfficientNets have this keyword.
     options: dict[str, Any] = {} if location == "bottleneck" else {"feature_location": location}
     try:
@@ -142,8 +131,8 @@ def _move_strides(network: nn.Module, name: str) -> None:
         block: Any = next(iter(getattr(network, stage, [])), None)
         if not (hasattr(block, "conv3") and getattr(block.conv2, "stride", None) == (2, 2)):
             raise AlmrrError(
-                "backbone.stride_in_1x1 is for ResNets of bottleneck blocks, which "
-                f"{name} is not; leave it false."
+                f"backbone.stride_in_1x1 is for ResNets of bottleneck blocks, not for {name}; "
+                "leave it false."
             )
         block.conv1.stride, block.conv2.stride = (2, 2), (1, 1)
 

@@ -80,12 +80,7 @@ class ScanBranch(nn.Module):
 
 
 class BidirectionalMamba(nn.Module):
-    """The mixer: (b, l, dim) -> (b, l, dim), each token depending on all others.
-
-    Args:
-        settings: widths.
-        scan_backend: see `almrr_pipeline.model.kernels.scan`; may be changed at any time.
-    """
+    """The mixer: (b, l, dim) -> (b, l, dim), each token depending on all others."""
 
     def __init__(self, settings: ModelSettings, *, scan_backend: str = "auto") -> None:
         super().__init__()
@@ -122,16 +117,11 @@ class MambaBlock(nn.Module):
 
 
 class MambaEncoder(nn.Module):
-    """The MFRM's encoder: `depth` bidirectional Mamba blocks, then RMSNorm.
-
-    Args:
-        settings: widths and depth. The last block is left out for an image with probability
-            `drop_path` in training, the first never, those in between linearly.
-        scan_backend: see `almrr_pipeline.model.kernels.scan`.
-    """
+    """The MFRM's encoder: `depth` bidirectional Mamba blocks, then RMSNorm."""
 
     def __init__(self, settings: ModelSettings, *, scan_backend: str = "auto") -> None:
         super().__init__()
+        # Probabilities that a block is left out for an image in training, rising linearly.
         rates = torch.linspace(0.0, settings.drop_path, settings.depth).tolist()
         self.blocks = nn.ModuleList(
             MambaBlock(settings, drop_path=rate, scan_backend=scan_backend) for rate in rates

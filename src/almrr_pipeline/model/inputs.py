@@ -22,10 +22,10 @@ def check_image_size(image_size: tuple[int, int]) -> None:
     for side in image_size:
         if side % SIDE_MULTIPLE or side < SMALLEST_SIDE:
             below = max(side // SIDE_MULTIPLE * SIDE_MULTIPLE, SMALLEST_SIDE)
+            above = below + SIDE_MULTIPLE
             raise AlmrrError(
                 f"image_size {tuple(image_size)}: each side must be a multiple of {SIDE_MULTIPLE} "
-                f"and at least {SMALLEST_SIDE}; instead of {side} take {below} or "
-                f"{below + SIDE_MULTIPLE}."
+                f"and at least {SMALLEST_SIDE}; instead of {side} take {below} or {above}."
             )
 
 
@@ -36,21 +36,17 @@ def check_shape(images: Tensor, image_size: tuple[int, int]) -> None:
         AlmrrError: names what was expected.
     """
     if images.ndim != 4 or images.shape[1] != 3:
-        raise AlmrrError(
-            "Images must have the shape (B, 3, H, W), channels in the order RGB; "
-            f"got {tuple(images.shape)}."
-        )
+        raise AlmrrError(f"Images must be RGB of shape (B, 3, H, W); got {tuple(images.shape)}.")
     if not images.is_floating_point():
         raise AlmrrError(
-            f"Images must be floats in [0, 1]; these are {images.dtype}. "
-            "Divide 8-bit values by 255."
+            f"Images must be floats in [0, 1], not {images.dtype}. Divide 8-bit values by 255."
         )
     rows, columns = images.shape[2:]
     if (rows, columns) != tuple(image_size):
         check_image_size((rows, columns))
+        expected = tuple(image_size)
         raise AlmrrError(
-            f"This model was built for images of {tuple(image_size)}; got {(rows, columns)}. "
-            "Resize them."
+            f"This model was built for images of {expected}; got {(rows, columns)}. Resize them."
         )
 
 

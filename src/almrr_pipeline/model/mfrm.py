@@ -29,12 +29,7 @@ class MFRM(nn.Module):
     """
 
     def __init__(
-        self,
-        settings: ModelSettings,
-        *,
-        channels: int,
-        grid: tuple[int, int],
-        scan_backend: str = "auto",
+        self, settings: ModelSettings, *, channels: int, grid: tuple[int, int], scan_backend: str
     ) -> None:
         super().__init__()
         latent, dim, patch = settings.latent, settings.dim, settings.patch

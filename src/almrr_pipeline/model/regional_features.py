@@ -29,10 +29,11 @@ def regional_features(maps: Sequence[Tensor], image_size: tuple[int, int]) -> Te
     Returns:
         (B, sum of C_i, H / 4, W / 4).
     """
-    resized = (  # (B, C_i, H, W)
-        F.interpolate(x, size=image_size, mode="bilinear", align_corners=True) for x in maps
-    )
-    return torch.cat([F.avg_pool2d(x, POOL, stride=POOL) for x in resized], dim=1)
+    features = []
+    for x in maps:
+        x = F.interpolate(x, size=image_size, mode="bilinear", align_corners=True)  # (B, C_i, H, W)
+        features.append(F.avg_pool2d(x, POOL, stride=POOL))  # (B, C_i, H / 4, W / 4)
+    return torch.cat(features, dim=1)
 
 
 class RegionalFeatures(nn.Module):
@@ -58,14 +59,7 @@ class RegionalFeatures(nn.Module):
                 self.register_buffer(f"{axis}{stage}", matrix, persistent=False)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """Resize, pool and concatenate.
-
-        Args:
-            maps: for each stage (B, C_i, H / s_i, W / s_i).
-
-        Returns:
-            (B, sum of C_i, H / 4, W / 4), in the memory format of the maps.
-        """
+        """As `regional_features`, in the memory format of the maps."""
         return torch.cat([self.transform(stage, x) for stage, x in enumerate(maps)], dim=1)
 
     def transform(self, stage: int, x: Tensor) -> Tensor:

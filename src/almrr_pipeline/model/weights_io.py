@@ -90,23 +90,20 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         ) from error
     content = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not all(isinstance(x, Tensor) for x in content.values()):
-        raise AlmrrError(
-            f"{path} holds no dictionary of tensors; save the network's state_dict alone."
-        )
+        raise AlmrrError(f"{path} holds no dictionary of tensors; save the network's state_dict.")
     return content
 
 
 def load_weights(
     network: nn.Module, tensors: Mapping[str, Tensor], *, origin: str, exact: bool = False
 ) -> None:
-    """Load the network's tensors, in place.
+    """Load the network's tensors, in place; a batch norm's step counter may be missing.
 
     Args:
-        network: the network, with the names of `tensors`.
-        tensors: the weights. A batch norm's step counter may be missing, as in older files.
+        network: the network.
+        tensors: by the names in its state_dict.
         origin: where they came from, for messages.
-        exact: whether tensors that the network does not have are refused; otherwise they are
-            ignored, such as those of later stages and of a classifier.
+        exact: whether to refuse other tensors, such as a classifier's; by default they are ignored.
 
     Raises:
         AlmrrError: tensors are missing, have other shapes, or are too many; names them.

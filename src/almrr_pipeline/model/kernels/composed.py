@@ -19,16 +19,7 @@ def resize_and_pool_matrix(length: int, size: int, pool: int) -> Tensor:
 
 
 def apply_separably(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Rows @ x @ columns^T for every channel, in the memory format of x.
-
-    Args:
-        x: (B, C, n, m).
-        rows: (h, n).
-        columns: (w, m).
-
-    Returns:
-        (B, C, h, w).
-    """
+    """Product rows (h, n) @ x (B, C, n, m) @ columns^T (m, w), in the memory format of x."""
     if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
         return rows @ (x @ columns.T)  # (B, C, n, w), then (B, C, h, w)
     batch, channels, n, m = x.shape
@@ -41,15 +32,9 @@ def apply_separably(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 def compose_convolutions(
     reduce: nn.Conv2d, embedding: nn.Conv2d, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Weight and bias of `embedding` after the 1x1 convolution `reduce`, with gradients to both.
+    """Weight (dim, C, patch, patch) and bias (dim,) of `embedding` after the 1x1 `reduce`.
 
-    Args:
-        reduce: weight (latent, C, 1, 1), with bias.
-        embedding: weight (dim, latent, patch, patch), with bias.
-        dtype: of the computation; the parameters' own by default.
-
-    Returns:
-        (dim, C, patch, patch) and (dim,).
+    Gradients pass to both. Computed in `dtype`, or else in that of the parameters.
     """
     assert reduce.bias is not None
     assert embedding.bias is not None

@@ -39,13 +39,9 @@ _Q4, _Q6 = np.float32(1.18534705686654e-04), np.float32(1.19825839466702e-06)
 
 
 def summarize_phases(
-    phases: Sequence[Sequence[Tensor]],
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    size: tuple[int, int],
-    epsilon: float,
-) -> Tensor:
+    phases: Sequence[Sequence[Tensor]], weight: Tensor, bias: Tensor,
+    *, size: tuple[int, int], epsilon: float,
+) -> Tensor:  # fmt: skip
     """Weighted sums over the channels of tanh(resize(relu(instance_norm(map)))).
 
     Args:
@@ -76,8 +72,7 @@ def summarize_phases(
 
 def _flat(phase: Tensor) -> Array:
     """The values of (B, C, n, m) as one row, channels innermost."""
-    values: Array = phase.detach().permute(0, 2, 3, 1).contiguous().view(-1).numpy()
-    return values
+    return phase.detach().permute(0, 2, 3, 1).contiguous().view(-1).numpy()
 
 
 def _positions(length: int, size: int) -> tuple[Indices, Array]:

@@ -57,7 +57,7 @@ _IMPLEMENTATIONS = {
         "triton_backend",
         "scan_with_triton",
         ("cuda",),
-        "it comes with torch on Linux and needs a CUDA GPU (for tests TRITON_INTERPRET=1 suffices)",
+        "it comes with torch on Linux and needs a CUDA GPU, or TRITON_INTERPRET=1 for tests",
     ),
     "numba": _Implementation("numba_backend", "scan_with_numba", ("cpu",), "`pip install numba`"),
     "torch": _Implementation("reference", "scan_with_torch", _ANY_DEVICE),
@@ -123,18 +123,9 @@ def causal_conv(
 ) -> Tensor:
     """Causal depthwise convolution and SiLU: silu(bias + sum over k of weight_k x_{t-K+1+k}).
 
-    One fused kernel where the (resolved) backend is `numba`; otherwise torch operations, which
-    torch.compile fuses and an export can hold.
-
-    Args:
-        x: (b, l, d).
-        weight: (d, K); its last column belongs to the token itself.
-        bias: (d,).
-        reverse: flip x before and the result after; computed without flipping.
-        backend: as for `selective_scan`.
-
-    Returns:
-        (b, l, d), in the dtype of x.
+    x (b, l, d) -> (b, l, d); weight (d, K), whose last column is the token's own; bias (d,).
+    `reverse` and `backend` as for `selective_scan`. One fused kernel if the backend is `numba`;
+    otherwise torch operations, which torch.compile fuses and an export can hold.
     """
     if torch.compiler.is_compiling() or resolve_backend(backend, x.device) != "numba":
         return convolve_with_torch(x, weight, bias, reverse=reverse)
@@ -154,19 +145,18 @@ def resolve_backend(name: str, device: torch.device | str) -> str:
     if name == "auto":
         return "parallel" if _is_exporting() else _choose(device_type)
     if name not in _IMPLEMENTATIONS:
-        raise AlmrrError(
-            f"There is no scan backend {name!r}; take one of {', '.join(get_args(ScanBackend))}."
-        )
-    reason = _why_absent(name)
-    if reason:
+        names = ", ".join(get_args(ScanBackend))
+        raise AlmrrError(f"There is no scan backend {name!r}; take one of {names}.")
+    if reason := _why_absent(name):
         remedy = _IMPLEMENTATIONS[name].remedy
-        raise AlmrrError(
-            f"The scan backend {name} cannot be used here: {reason}. To get it: {remedy}."
-        )
-    if device_type not in _devices(name):
+        raise AlmrrError(f"Scan backend {name} cannot be used here: {reason}. To get it: {remedy}.")
+    devices = _IMPLEMENTATIONS[name].devices
+    if name == "triton" and _interpreted():
+        devices = ("cpu", *devices)
+    if device_type not in devices:
         raise AlmrrError(
             f"The scan backend {name} does not run on {device_type}, only on "
-            f"{' and '.join(_devices(name))}; set inference.scan_backend to auto or torch."
+            f"{' and '.join(devices)}; set inference.scan_backend to auto or torch."
         )
     return name
 
@@ -186,22 +176,12 @@ def _why_absent(name: str) -> str:
     if name == "mamba_ssm" and not torch.cuda.is_available():
         return "it needs a CUDA GPU and there is none"
     try:
-        _import(name)
+        _function(name)
     except ImportError as error:
         return f"it cannot be imported ({error})"
     if name == "triton" and not torch.cuda.is_available() and not _interpreted():
         return "there is no CUDA GPU"
     return ""
-
-
-def _import(name: str) -> object:
-    return importlib.import_module(f"{__name__}.{_IMPLEMENTATIONS[name].module}")
-
-
-def _devices(name: str) -> tuple[str, ...]:
-    """Types of devices that a backend runs on."""
-    interpreted = ("cpu",) if name == "triton" and _interpreted() else ()
-    return interpreted + _IMPLEMENTATIONS[name].devices
 
 
 def _interpreted() -> bool:
@@ -217,8 +197,8 @@ def _is_exporting() -> bool:
 
 @cache
 def _function(name: str) -> Callable[[ScanOperands], Tensor]:
-    scan: Callable[[ScanOperands], Tensor] = getattr(_import(name), _IMPLEMENTATIONS[name].function)
-    return scan
+    module, function, *_ = _IMPLEMENTATIONS[name]
+    return getattr(importlib.import_module(f"{__name__}.{module}"), function)  # type: ignore[no-any-return]
 
 
 def _run(backend: str, operands: ScanOperands) -> Tensor:

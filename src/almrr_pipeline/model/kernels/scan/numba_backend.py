@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,20 +18,19 @@ from almrr_pipeline.model.kernels.scan.operands import ScanOperands, gather_grad
 
 _LOG2_E = math.log2(math.e)
 _SCRATCH = threading.local()
+"""Kept per thread: new pages from the system would cost as much as the arithmetic."""
 
 
 def scan_with_numba(scan: ScanOperands) -> Tensor:
     """`selective_scan` in float32 by the fused CPU kernels."""
-    scanned: Tensor = _Scan.apply(*scan)
-    return scanned
+    return _Scan.apply(*scan)  # type: ignore[no-any-return]
 
 
 def convolve_with_numba(
     x: Tensor, weight: Tensor, bias: Tensor, *, reverse: bool = False
 ) -> Tensor:
     """`causal_conv` in float32 by a fused CPU kernel."""
-    convolved: Tensor = _Convolution.apply(x, weight, bias, reverse)
-    return convolved
+    return _Convolution.apply(x, weight, bias, reverse)  # type: ignore[no-any-return]
 
 
 class _Scan(torch.autograd.Function):
@@ -59,8 +57,8 @@ class _Scan(torch.autograd.Function):
         inputs = _scan_inputs(ScanOperands(*ctx.saved_tensors, *ctx.flags))
         outputs = (du, d_delta, dA, dB, dC, dD, dz, d_bias)
         gradients = kernels.ScanGradients(*map(_flat, outputs))
-        scan_backward = _with_scratch(kernels.scan_backward, kernels.scratch_size(l, n))
-        spread(scan_backward, _tasks(u), inputs, _flat(g), gradients)
+        size = kernels.scratch_size(l, n)
+        spread(_scan_backward, _tasks(u), inputs, _flat(g), gradients, size)
         return gather_gradients(ctx.saved_tensors, outputs)
 
 
@@ -131,18 +129,9 @@ def _tasks(tensor: Tensor) -> int:
     return tensor.shape[0] * -(-tensor.shape[2] // kernels.BLOCK)
 
 
-def _with_scratch(kernel: Callable[..., None], size: int) -> Callable[..., None]:
-    """The kernel with scratch memory of `size` numbers, one per thread, as its last argument."""
-
-    def run(first: int, last: int, *arguments: object) -> None:
-        kernel(first, last, *arguments, _borrow(size))
-
-    return run
-
-
-def _borrow(size: int) -> Array:
-    """Memory kept per thread: new pages from the system would cost as much as the arithmetic."""
+def _scan_backward(first: int, last: int, inputs: Any, g: Array, gradients: Any, size: int) -> None:
+    """The kernel with scratch memory for `size` numbers."""
     kept: Array | None = getattr(_SCRATCH, "memory", None)
     if kept is None or kept.size < size:
         kept = _SCRATCH.memory = np.empty(size, np.float32)
-    return kept
+    kernels.scan_backward(first, last, inputs, g, gradients, kept)

@@ -83,7 +83,6 @@ class ConvInputs(NamedTuple):
 
 
 _EXACT = frozenset({"contract"})  # fused multiply-add only: _exp2 subtracts what it has just added
-_SUMS = ANY_ORDER
 
 _ZERO, _ONE, _TWO = np.float32(0.0), np.float32(1.0), np.float32(2.0)
 _LOG2_E = np.float32(np.log2(np.e))
@@ -208,7 +207,7 @@ def scratch_size(length: int, states: int) -> int:
     return BLOCK * (length + (length + 1) * states)
 
 
-@_part(_SUMS)
+@_part(ANY_ORDER)
 def _remember(
     history: Array, lanes: Array, rows: Array,
     inputs: ScanInputs, batch: int, start: int, width: int,
@@ -225,7 +224,7 @@ def _remember(
                 after[c] = before[c] * _exp2(lanes[c] * row[c]) + lanes[BLOCK + c] * B_n
 
 
-@_part(_SUMS)
+@_part(ANY_ORDER)
 def _ungate(
     g_row: Array, dz_row: Array, state: Array, lanes: Array,
     inputs: ScanInputs, batch: int, t: int, start: int, width: int,
@@ -248,7 +247,7 @@ def _ungate(
         g_row[c] *= z_row[c] * gate
 
 
-@_part(_SUMS)
+@_part(ANY_ORDER)
 def _walk_back(
     history: Array, ungated: Array, lanes: Array, rows: Array,
     inputs: ScanInputs, gradients: ScanGradients,
@@ -283,7 +282,7 @@ def _walk_back(
         _store_gradients(lanes, inputs, gradients, batch, t, start, width)
 
 
-@_part(_SUMS)
+@_part(ANY_ORDER)
 def _store_gradients(
     lanes: Array, inputs: ScanInputs, gradients: ScanGradients,
     batch: int, t: int, start: int, width: int,
@@ -358,7 +357,7 @@ def conv_backward(
                     _spread_tap(dx_row, d_weight_row, x_row, inner[target], weight_row)
 
 
-@_part(_SUMS)
+@_part(ANY_ORDER)
 def _spread_tap(
     dx_row: Array, d_weight_row: Array, x_row: Array, inner_row: Array, weight_row: Array
 ) -> None:
@@ -368,7 +367,7 @@ def _spread_tap(
         d_weight_row[c] += inner_row[c] * x_row[c]
 
 
-@_part(_SUMS)
+@_part(ANY_ORDER)
 def _convolve(lanes: Array, inputs: ConvInputs, batch: int, t: int, start: int, width: int) -> None:
     """Put bias + sum over k of weight_k x_(t - taps + 1 + k) into the lanes."""
     taps = inputs.weight.shape[0]

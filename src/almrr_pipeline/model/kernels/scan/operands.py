@@ -29,17 +29,8 @@ class ScanOperands(NamedTuple):
                 f"u must be (b, l, d) with at least one token, not {tuple(self.u.shape)}"
             )
         (b, l, d), n = self.u.shape, self.A.shape[-1]
-        expected = {
-            "delta": (b, l, d),
-            "A": (d, n),
-            "B": (b, l, n),
-            "C": (b, l, n),
-            "D": (d,),
-            "z": (b, l, d),
-            "delta_bias": (d,),
-        }
-        for name, shape in expected.items():
-            given: Tensor | None = getattr(self, name)
+        shapes = ((b, l, d), (d, n), (b, l, n), (b, l, n), (d,), (b, l, d), (d,))
+        for name, given, shape in zip(self._fields[1:8], self[1:8], shapes, strict=True):
             if given is not None and given.shape != shape:
                 raise ValueError(f"{name} must have shape {tuple(shape)}, not {tuple(given.shape)}")
 

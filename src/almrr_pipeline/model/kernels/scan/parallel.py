@@ -50,9 +50,8 @@ def _scan_chunks(steps: Tensor, A: Tensor, increments: Tensor, *, reverse: bool)
     """States (b, m, k, d, n) of step sizes (b, m, k, d) and increments (b, m, k, d, n)."""
     inner = _recur(torch.exp(steps.unsqueeze(-1) * A), increments, dim=2, reverse=reverse)
     since_start = steps.flip(2).cumsum(2).flip(2) if reverse else steps.cumsum(2)
-    fade = torch.exp(
-        since_start.unsqueeze(-1) * A
-    )  # what is left at t of the state at the chunk's start
+    # What is left at t of the state at the chunk's start.
+    fade = torch.exp(since_start.unsqueeze(-1) * A)
     last = 0 if reverse else -1
     ends = _recur(fade[:, :, last], inner[:, :, last], dim=1, reverse=reverse)  # (b, m, d, n)
     rest = (0, 0, 0, 0, 0, 1) if reverse else (0, 0, 0, 0, 1, 0)
@@ -75,7 +74,6 @@ def _recur(decay: Tensor, increments: Tensor, *, dim: int, reverse: bool) -> Ten
 def _cut(tensor: Tensor, chunk: int, reverse: bool) -> Tensor:
     """(b, l, ...) to (b, m, chunk, ...), padded with zeros where the scan ends."""
     missing = -tensor.shape[1] % chunk
-    padded = (
-        F.pad(tensor, (0, 0, missing, 0) if reverse else (0, 0, 0, missing)) if missing else tensor
-    )
-    return padded.reshape(padded.shape[0], -1, chunk, padded.shape[2])
+    if missing:
+        tensor = F.pad(tensor, (0, 0, missing, 0) if reverse else (0, 0, 0, missing))
+    return tensor.reshape(tensor.shape[0], -1, chunk, tensor.shape[2])

@@ -41,9 +41,8 @@ def convolve_with_torch(
 ) -> Tensor:
     """Reference of `causal_conv`."""
     width, length = weight.shape[1], x.shape[1]
-    padded = F.pad(
-        x, (0, 0, 0, width - 1) if reverse else (0, 0, width - 1, 0)
-    )  # (b, l + width - 1, d)
+    padding = (0, 0, 0, width - 1) if reverse else (0, 0, width - 1, 0)
+    padded = F.pad(x, padding)  # (b, l + width - 1, d)
     taps = weight.flip(1) if reverse else weight
     y = bias + padded[:, :length] * taps[:, 0]
     for k in range(1, width):

@@ -13,7 +13,7 @@ channels share, are written per block of channels and summed by torch: no atomic
 equal in every run. The arithmetic is float32 for any input.
 """
 
-# ruff: noqa: N803, N806, E741, ANN001, ANN202, ANN401 - names are those of the formulas; kernels are Triton's
+# ruff: noqa: N803, N806, E741, ANN001, ANN202, ANN401 - names of formulas; kernels are untyped
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 from __future__ import annotations
 
@@ -38,8 +38,7 @@ _STAGES = 3
 
 def scan_with_triton(scan: ScanOperands) -> Tensor:
     """`selective_scan` in float32 by Triton kernels."""
-    scanned: Tensor = _Scan.apply(*scan)
-    return scanned
+    return _Scan.apply(*scan)  # type: ignore[no-any-return]
 
 
 class _Scan(torch.autograd.Function):
@@ -51,17 +50,14 @@ class _Scan(torch.autograd.Function):
         chunks = triton.cdiv(l, _CHUNK) if keep else 0
         starts = torch.empty(b, chunks, A.shape[1], d, dtype=torch.float32, device=u.device)
         out = torch.empty(b, l, d, dtype=u.dtype, device=u.device)
-        rows, strides = _rows(u, delta, B, C, z)
+        rows, strides = _rows(u, delta, B, C, u if z is None else z)
         ctx.constants = {
             "REVERSE": reverse, "SOFTPLUS": delta_softplus, "GATED": z is not None,
             "CHUNK": _CHUNK, "BLOCK_N": triton.next_power_of_2(A.shape[1]), "BLOCK_D": _BLOCK_D,
             "STAGES": _STAGES, "num_warps": 1,
         }  # fmt: skip
-        vectors = _vectors(A, D, delta_bias)
-        sizes = (l, d, A.shape[1])
-        _launch(
-            _forward, *rows, *vectors, out, starts, *strides, *sizes, KEEP=keep, **ctx.constants
-        )
+        given, sizes = (*rows, *_vectors(A, D, delta_bias)), (l, d, A.shape[1])
+        _launch(_forward, *given, out, starts, *strides, *sizes, KEEP=keep, **ctx.constants)
         ctx.save_for_backward(u, delta, A, B, C, D, z, delta_bias, starts)
         return out
 
@@ -75,7 +71,7 @@ class _Scan(torch.autograd.Function):
         def empty(*shape: int) -> Tensor:
             return torch.empty(*shape, dtype=torch.float32, device=u.device)
 
-        rows, strides = _rows(u, delta, B, C, z)
+        rows, strides = _rows(u, delta, B, C, u if z is None else z)
         scratch = empty(b, blocks, _CHUNK, ctx.constants["BLOCK_N"], _BLOCK_D)
         du, d_delta, dz = (
             torch.empty_like(rows[k], memory_format=torch.contiguous_format) for k in (0, 1, 4)
@@ -89,11 +85,8 @@ class _Scan(torch.autograd.Function):
         return gather_gradients(ctx.saved_tensors[:8], (du, d_delta, dA, dB, dC, dD, dz, d_bias))
 
 
-def _rows(
-    u: Tensor, delta: Tensor, B: Tensor, C: Tensor, z: Tensor | None
-) -> tuple[list[Tensor], list[int]]:
-    """The tensors (b, l, ...) with contiguous channels, and their other strides; u for no z."""
-    given = (u, delta, B, C, u if z is None else z)
+def _rows(*given: Tensor) -> tuple[list[Tensor], list[int]]:
+    """The tensors (b, l, ...) with contiguous channels, and their other strides."""
     tensors = [t if t.stride(-1) == 1 else t.contiguous() for t in given]
     return tensors, [stride for t in tensors for stride in t.stride()[:2]]
 
@@ -111,6 +104,12 @@ def _launch(kernel: Any, u: Tensor, *arguments: Any, **constants: Any) -> None:
     # Triton launches on the current device, which may not be the tensors'.
     with torch.cuda.device(u.device) if u.is_cuda else contextlib.nullcontext():
         kernel[grid](u, *arguments, **constants)
+
+
+@triton.jit
+def _load(pointer, has):
+    """Values in float32, zero beyond the tensor's end."""
+    return tl.load(pointer, mask=has, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -141,20 +140,17 @@ def _forward(
     has_c, has_n = c < channels, n < states
     has = has_n[:, None] & has_c[None, :]
     cell = n[:, None] * channels + c[None, :]
-    decay = tl.load(A + cell, mask=has, other=0.0)
-    skip = tl.load(D + c, mask=has_c, other=0.0)
-    offset = tl.load(bias + c, mask=has_c, other=0.0)
+    decay = _load(A + cell, has)
+    skip = _load(D + c, has_c)
+    offset = _load(bias + c, has_c)
     chunks = tl.cdiv(length, CHUNK)
     h = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     for step in tl.range(0, length, num_stages=STAGES):
         t = length - 1 - step if REVERSE else step
-        x = tl.load(u + batch * u_b + t * u_l + c, mask=has_c, other=0.0).to(tl.float32)
-        dt = (
-            tl.load(delta + batch * delta_b + t * delta_l + c, mask=has_c, other=0.0).to(tl.float32)
-            + offset
-        )
-        b_t = tl.load(B + batch * B_b + t * B_l + n, mask=has_n, other=0.0).to(tl.float32)
-        c_t = tl.load(C + batch * C_b + t * C_l + n, mask=has_n, other=0.0).to(tl.float32)
+        x = _load(u + batch * u_b + t * u_l + c, has_c)
+        dt = _load(delta + batch * delta_b + t * delta_l + c, has_c) + offset
+        b_t = _load(B + batch * B_b + t * B_l + n, has_n)
+        c_t = _load(C + batch * C_b + t * C_l + n, has_n)
         if SOFTPLUS:
             dt = _softplus(dt)
         if KEEP:
@@ -163,7 +159,7 @@ def _forward(
         h = tl.exp(dt[None, :] * decay) * h + b_t[:, None] * (dt * x)[None, :]
         y = tl.sum(h * c_t[:, None], axis=0) + skip * x
         if GATED:
-            gate = tl.load(z + batch * z_b + t * z_l + c, mask=has_c, other=0.0).to(tl.float32)
+            gate = _load(z + batch * z_b + t * z_l + c, has_c)
             y = y * gate * _sigmoid(gate)
         tl.store(out + (batch * length + t) * channels + c, y.to(out.dtype.element_ty), mask=has_c)
 
@@ -183,9 +179,9 @@ def _backward(
     has_c, has_n = c < channels, n < states
     has = has_n[:, None] & has_c[None, :]
     cell = n[:, None] * channels + c[None, :]
-    decay = tl.load(A + cell, mask=has, other=0.0)
-    skip = tl.load(D + c, mask=has_c, other=0.0)
-    offset = tl.load(bias + c, mask=has_c, other=0.0)
+    decay = _load(A + cell, has)
+    skip = _load(D + c, has_c)
+    offset = _load(bias + c, has_c)
     chunks = tl.cdiv(length, CHUNK)
     own = batch * tl.num_programs(0) + block
     local = scratch + own * CHUNK * BLOCK_N * BLOCK_D
@@ -199,19 +195,12 @@ def _backward(
         chunk = chunks - 1 - index
         first = chunk * CHUNK
         count = tl.minimum(CHUNK, length - first)
-        h = tl.load(
-            starts + (batch * chunks + chunk) * states * channels + cell, mask=has, other=0.0
-        )
+        h = _load(starts + (batch * chunks + chunk) * states * channels + cell, has)
         for step in tl.range(0, count, num_stages=STAGES):
             t = length - 1 - (first + step) if REVERSE else first + step
-            x = tl.load(u + batch * u_b + t * u_l + c, mask=has_c, other=0.0).to(tl.float32)
-            dt = (
-                tl.load(delta + batch * delta_b + t * delta_l + c, mask=has_c, other=0.0).to(
-                    tl.float32
-                )
-                + offset
-            )
-            b_t = tl.load(B + batch * B_b + t * B_l + n, mask=has_n, other=0.0).to(tl.float32)
+            x = _load(u + batch * u_b + t * u_l + c, has_c)
+            dt = _load(delta + batch * delta_b + t * delta_l + c, has_c) + offset
+            b_t = _load(B + batch * B_b + t * B_l + n, has_n)
             if SOFTPLUS:
                 dt = _softplus(dt)
             tl.store(local + step * BLOCK_N * BLOCK_D, h)
@@ -221,16 +210,11 @@ def _backward(
             step = count - 1 - back
             t = length - 1 - (first + step) if REVERSE else first + step
             at = (batch * length + t) * channels + c
-            x = tl.load(u + batch * u_b + t * u_l + c, mask=has_c, other=0.0).to(tl.float32)
-            raw = (
-                tl.load(delta + batch * delta_b + t * delta_l + c, mask=has_c, other=0.0).to(
-                    tl.float32
-                )
-                + offset
-            )
-            b_t = tl.load(B + batch * B_b + t * B_l + n, mask=has_n, other=0.0).to(tl.float32)
-            c_t = tl.load(C + batch * C_b + t * C_l + n, mask=has_n, other=0.0).to(tl.float32)
-            gy = tl.load(g + at, mask=has_c, other=0.0).to(tl.float32)
+            x = _load(u + batch * u_b + t * u_l + c, has_c)
+            raw = _load(delta + batch * delta_b + t * delta_l + c, has_c) + offset
+            b_t = _load(B + batch * B_b + t * B_l + n, has_n)
+            c_t = _load(C + batch * C_b + t * C_l + n, has_n)
+            gy = _load(g + at, has_c)
             before = tl.load(local + step * BLOCK_N * BLOCK_D)
             dt = raw
             if SOFTPLUS:
@@ -238,7 +222,7 @@ def _backward(
             fade = tl.exp(dt[None, :] * decay)
             h = fade * before + b_t[:, None] * (dt * x)[None, :]
             if GATED:
-                gate = tl.load(z + batch * z_b + t * z_l + c, mask=has_c, other=0.0).to(tl.float32)
+                gate = _load(z + batch * z_b + t * z_l + c, has_c)
                 sigmoid = _sigmoid(gate)
                 y = tl.sum(h * c_t[:, None], axis=0) + skip * x
                 d_gate = gy * y * sigmoid * (1.0 + gate * (1.0 - sigmoid))
