@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from almrr_pipeline.config import Parameters, parse_parameters
+from almrr_pipeline.config import EvaluateSettings, Parameters, parse_parameters
 from almrr_pipeline.evaluation.evaluate import evaluate
 from almrr_pipeline.evaluation.summary import summarize
 from almrr_pipeline.evaluation.thresholds import conformal_threshold
@@ -53,61 +53,76 @@ def parameters() -> Parameters:
 
 @pytest.fixture
 def report(
-    parameters: Parameters, history: pd.DataFrame, full: tuple[Any, pd.DataFrame], bare: tuple[Any, pd.DataFrame]
+    parameters: Parameters,
+    history: pd.DataFrame,
+    full: tuple[Any, pd.DataFrame],
+    bare: tuple[Any, pd.DataFrame],
 ) -> Report:
     stream = io.BytesIO()
     Image.fromarray(np.full((40, 120, 3), 90, np.uint8)).save(stream, "PNG")
-    overlays = [Overlay("best", "a.png · hole", stream.getvalue()), Overlay("worst", "b.png", stream.getvalue())]
-    categories = [
-        _report_category("sample_brick", full, history, overlays=overlays, training_images=171, validation_images=19),
-        _report_category("nanotwice", bare, history, source="NanoTWICE; cite Carrera et al., 2017."),
+    overlays = [
+        Overlay("best", "a.png · hole", stream.getvalue()),
+        Overlay("worst", "b.png", stream.getvalue()),
     ]
-    summary = summarize({category.category: category.metrics for category in categories})
+    categories = [
+        _report_category(
+            "sample_brick",
+            full,
+            history,
+            overlays=overlays,
+            training_images=171,
+            validation_images=19,
+        ),
+        _report_category(
+            "nanotwice", bare, history, license="NanoTWICE; cite Carrera et al., 2017."
+        ),
+    ]
+    summary = summarize({category.category: {0: category.metrics} for category in categories})
     return Report(parameters, categories, summary, versions={"torch": "2.6.0"}, commit="0123abc")
 
 
 def _report_category(
     name: str, evaluated: tuple[Any, pd.DataFrame], history: pd.DataFrame, **more: Any
 ) -> CategoryReport:
-    curves, scores = evaluated
+    evaluation, scores = evaluated
     return CategoryReport(
-        name,
-        curves.metrics,
-        history,
-        scores,
-        curves.roc,
-        curves.pr,
-        curves.pro,
-        curves.image_roc,
-        curves.image_pr,
+        category=name,
+        seed=0,
+        metrics=evaluation.metrics,
+        history=history,
+        scores=scores,
+        curves=evaluation.curves,
         **more,
     )
 
 
 def _evaluate(*, normals: int, validation: int) -> tuple[Any, pd.DataFrame]:
     generator = np.random.default_rng(0)
-    defects = ["good"] * normals + ["hole", "thread"] * 6
-    maps = generator.random((len(defects), 16, 16), dtype=np.float32) * 0.6
+    defect_types = ["good"] * normals + ["hole", "thread"] * 6
+    maps = generator.random((len(defect_types), 16, 16), dtype=np.float32) * 0.6
     masks = np.zeros(maps.shape, bool)
     masks[normals:, 4:8, 5:9] = True
     maps[masks] += 0.35
-    labels, scores = np.arange(len(defects)) >= normals, maps.mean(axis=(1, 2), dtype=np.float64)
+    labels, scores = (
+        np.arange(len(defect_types)) >= normals,
+        maps.mean(axis=(1, 2), dtype=np.float64),
+    )
     threshold = conformal_threshold(generator.normal(scores.min(), 0.01, validation), 0.05)
     evaluation = evaluate(
         maps,
         masks,
         scores,
         labels,
-        defects,
+        defect_types,
+        EvaluateSettings(bootstrap=20),
         image_threshold=threshold,
         pixel_threshold=threshold,
-        bootstrap=20,
     )
     table = pd.DataFrame(
         {
-            "image": [f"{k}.png" for k in range(len(defects))],
+            "image": [f"{k}.png" for k in range(len(defect_types))],
             "label": np.where(labels, "defective", "normal"),
-            "defect": defects,
+            "defect_type": defect_types,
             "score": scores,
         }
     )

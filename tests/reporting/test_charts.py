@@ -19,10 +19,12 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 def named_path(drawing: str, name: str) -> np.ndarray:
     """Vertices of the path with this title, shape (n, 2)."""
-    for path in ElementTree.fromstring(drawing).iter(f"{SVG}path"):
-        title = path.find(f"{SVG}title")
+    for group in ElementTree.fromstring(drawing).iter(f"{SVG}g"):
+        title, path = group.find(f"{SVG}title"), group.find(f"{SVG}path")
         if title is not None and title.text == name:
-            return np.array([pair.split() for pair in re.findall(r"[\d.]+ [\d.]+", path.attrib["d"])], dtype=float)
+            assert path is not None
+            pairs = re.findall(r"[\d.]+ [\d.]+", path.attrib["d"])
+            return np.array([pair.split() for pair in pairs], dtype=float)
     raise AssertionError(f"no path is called {name}")
 
 
@@ -39,7 +41,14 @@ def test_curve_runs_from_corner_to_corner(curve: pd.DataFrame) -> None:
     vertices = named_path(draw_curves("roc", {"brick": curve}, title="ROC"), "brick")
     left, right, top, bottom = 48, 340, 10, 258
     assert vertices == pytest.approx(
-        np.array([[left, bottom], [left, bottom - 0.6 * (bottom - top)], [(left + right) / 2, top], [right, top]])
+        np.array(
+            [
+                [left, bottom],
+                [left, bottom - 0.6 * (bottom - top)],
+                [(left + right) / 2, top],
+                [right, top],
+            ]
+        )
     )
 
 
@@ -61,13 +70,17 @@ def test_thinning_moves_a_curve_by_no_visible_amount(steps: list[tuple[float, fl
     starts, ends = kept[:-1, None], kept[1:, None]
     span = ((ends - starts) ** 2).sum(-1)
     along = np.clip(((exact - starts) * (ends - starts)).sum(-1) / np.maximum(span, 1e-12), 0, 1)
-    nearest = np.hypot(*np.moveaxis(starts + along[..., None] * (ends - starts) - exact, -1, 0)).min(axis=0)
+    nearest = np.hypot(
+        *np.moveaxis(starts + along[..., None] * (ends - starts) - exact, -1, 0)
+    ).min(axis=0)
     assert nearest.max() < 0.25
 
 
 def test_thinning_leaves_few_points() -> None:
     across = np.linspace(0, 1, 10_000)
-    drawing = draw_curves("roc", {"x": pd.DataFrame({"fpr": across, "tpr": across**0.1})}, title="ROC")
+    drawing = draw_curves(
+        "roc", {"x": pd.DataFrame({"fpr": across, "tpr": across**0.1})}, title="ROC"
+    )
     assert len(drawing) < 6_000
 
 
@@ -76,19 +89,39 @@ def test_a_category_keeps_its_color_where_another_has_no_curve(curve: pd.DataFra
     second = draw_curves("roc", {"a": curve.iloc[:0], "b": curve}, title="ROC")
     assert "a" in texts(both)
     assert "a" not in texts(second)
-    assert re.findall(r"stroke:(var\(--series-2[^;]*)", both) == re.findall(r"stroke:(var\(--series-2[^;]*)", second)
+    assert re.findall(r"stroke:(var\(--series-2[^;]*)", both) == re.findall(
+        r"stroke:(var\(--series-2[^;]*)", second
+    )
 
 
 def test_many_categories_stay_apart_and_inside(curve: pd.DataFrame) -> None:
     names = [f"mvtec_category_{k}" for k in range(24)]
     drawing = draw_curves("roc", dict.fromkeys(names, curve), title="ROC")
-    styles = re.findall(r'style="([^"]*)"><title>', drawing)
+    styles = re.findall(r'style="([^"]*)" /><title>', drawing)
     assert len(set(styles)) == 24
     assert set(names) < set(texts(drawing))
     root = ElementTree.fromstring(drawing)
     width, height = map(float, root.attrib["viewBox"].split()[2:])
-    labels = [(float(text.attrib["x"]), float(text.attrib["y"])) for text in root.iter(f"{SVG}text")]
+    labels = [
+        (float(text.attrib["x"]), float(text.attrib["y"])) for text in root.iter(f"{SVG}text")
+    ]
     assert all(0 < x < width and 0 < y < height for x, y in labels)
+
+
+def test_drawings_follow_the_theme_and_have_no_identifiers(
+    curve: pd.DataFrame, history: pd.DataFrame
+) -> None:
+    scores = pd.DataFrame({"label": ["normal", "defective"], "score": [0.1, 0.9]})
+    for drawing in (
+        draw_curves("roc", {"a": curve}, title="t"),
+        draw_losses(history, title="t"),
+        draw_scores(scores, threshold=0.5, title="t"),
+    ):
+        root = ElementTree.fromstring(drawing)
+        names = {name for element in root.iter() for name in element.attrib}
+        assert names <= {"role", "aria-label", "viewBox", "style", "d", "x", "y", "transform"}
+        colors = re.findall(r"(?:fill|stroke):([^;\"]+)", drawing)
+        assert all(color == "none" or color.startswith("var(--") for color in colors)
 
 
 def test_hostile_names_stay_text(curve: pd.DataFrame) -> None:
@@ -113,11 +146,15 @@ def test_losses_fall_on_the_drawing_as_they_do_in_the_history(history: pd.DataFr
 def test_losses_of_a_long_training_stay_small() -> None:
     step = np.arange(1, 20_001)
     noise = np.random.default_rng(0).random(20_000)
-    history = pd.DataFrame({"step": step, "loss": 1 + noise, "reconstruction": noise, "refinement": noise / 2})
+    history = pd.DataFrame(
+        {"step": step, "loss": 1 + noise, "reconstruction": noise, "refinement": noise / 2}
+    )
     assert len(draw_losses(history, title="losses")) < 40_000
 
 
-@pytest.mark.parametrize("values", [[], [0.0, 0.0], [np.nan, np.inf], [1.0], [1.0, -1.0, 2.0], [1e-9, 1e9]])
+@pytest.mark.parametrize(
+    "values", [[], [0.0, 0.0], [np.nan, np.inf], [1.0], [1.0, -1.0, 2.0], [1e-9, 1e9]]
+)
 def test_losses_of_any_values_can_be_drawn(values: list[float]) -> None:
     history = pd.DataFrame({"step": np.arange(len(values)), "loss": np.array(values, float)})
     drawing = draw_losses(history, title="losses")
@@ -126,11 +163,15 @@ def test_losses_of_any_values_can_be_drawn(values: list[float]) -> None:
     assert "inf" not in drawing
 
 
-def test_histogram_shows_shares_of_each_class() -> None:
-    scores = pd.DataFrame({"label": ["normal"] * 10 + ["defective"] * 2, "score": [0.1] * 10 + [0.8, 0.9]})
+def test_histogram_shows_fractions_of_each_class() -> None:
+    scores = pd.DataFrame(
+        {"label": ["normal"] * 10 + ["defective"] * 2, "score": [0.1] * 10 + [0.8, 0.9]}
+    )
     drawing = draw_scores(scores, threshold=0.5, title="scores")
     normal, defective = named_path(drawing, "normal"), named_path(drawing, "defective")
-    assert (218 - normal[:, 1]).max() == pytest.approx(2 * (218 - defective[:, 1]).max(), abs=0.3)  # 100 % and 50 %
+    assert (218 - normal[:, 1]).max() == pytest.approx(
+        2 * (218 - defective[:, 1]).max(), abs=0.3
+    )  # 100 % and 50 %
     line = named_path(drawing, "threshold 0.5")[:, 0]
     assert normal[:, 0].max() < line[0] < defective[:, 0].min()
     assert {"normal (10)", "defective (2)", "threshold 0.5"} < set(texts(drawing))
@@ -152,7 +193,9 @@ def test_histogram_of_any_scores_can_be_drawn(values: list[float]) -> None:
 
 
 def test_drawings_repeat_to_the_byte(curve: pd.DataFrame, history: pd.DataFrame) -> None:
-    assert draw_curves("roc", {"a": curve}, title="t") == draw_curves("roc", {"a": curve.copy()}, title="t")
+    assert draw_curves("roc", {"a": curve}, title="t") == draw_curves(
+        "roc", {"a": curve.copy()}, title="t"
+    )
     assert draw_losses(history, title="t") == draw_losses(history.copy(), title="t")
 
 

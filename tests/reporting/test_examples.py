@@ -39,7 +39,7 @@ def scores() -> pd.DataFrame:
     return table(
         image=[f"d{k}.png" for k in range(9)] + [f"n{k}.png" for k in range(5)],
         label=["defective"] * 9 + ["normal"] * 5,
-        defect=["scratch"] * 9 + ["good"] * 5,
+        defect_type=["scratch"] * 9 + ["good"] * 5,
         score=[*defective, *normal],
         is_anomalous=[*(defective > 0.25), *(normal > 0.5)],
     )
@@ -120,17 +120,33 @@ def test_examples_name_a_missing_column() -> None:
     [
         ("defective", True, "found"),
         ("defective", False, "missed"),
-        ("normal", "True", "false alarm"),
+        ("normal", "True", "false positive"),
         ("normal", "False", "passed"),
     ],
 )
 def test_caption_says_what_became_of_the_image(label: str, verdict: object, word: str) -> None:
-    row = pd.Series({"image": "a/b/x.png", "label": label, "defect": "hole", "score": 0.25, "is_anomalous": verdict})
+    row = pd.Series(
+        {
+            "image": "a/b/x.png",
+            "label": label,
+            "defect_type": "hole",
+            "score": 0.25,
+            "is_anomalous": verdict,
+        }
+    )
     assert caption_example(row) == f"x.png · hole · score 0.250 · {word}"
 
 
 def test_caption_leaves_out_what_is_unknown() -> None:
-    row = pd.Series({"image": "x.png", "label": "defective", "score": 0.25, "is_anomalous": np.nan, "pixel_ap": 0.5})
+    row = pd.Series(
+        {
+            "image": "x.png",
+            "label": "defective",
+            "score": 0.25,
+            "is_anomalous": np.nan,
+            "pixel_ap": 0.5,
+        }
+    )
     assert caption_example(row) == "x.png · defective · score 0.250 · pixel AP 0.50"
 
 
@@ -139,15 +155,19 @@ def test_examples_are_drawn_written_and_read(scores: pd.DataFrame, tmp_path: Pat
 
     def load(name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         asked.append(name)
-        return np.zeros((32, 32, 3), np.uint8), np.zeros((32, 32), bool), np.zeros((32, 32), np.float32)
+        return (
+            np.zeros((32, 32, 3), np.uint8),
+            np.zeros((32, 32), bool),
+            np.zeros((32, 32), np.float32),
+        )
 
     drawn = list(draw_examples(scores, count=2, load=load, threshold=0.5))
     _write(pack_examples(drawn), tmp_path)
     read = read_examples(tmp_path)
     assert asked == ["d8.png", "d7.png", "d4.png", "n2.png", "d0.png", "n0.png"]
     assert [(o.kind, o.caption) for o in read] == [(o.kind, o.caption) for o in drawn]
-    assert [o.image.read_bytes() for o in read] == [o.image for o in drawn]
-    assert all(Image.open(o.image).format == "WEBP" for o in read)
+    assert [o.image for o in read] == [o.image for o in drawn]
+    assert all(Image.open(io.BytesIO(o.image)).format == "WEBP" for o in read)
 
 
 def test_no_examples_are_written_and_read_too(tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage
 
+from matplotlib import colormaps
+
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.reporting.overlays import (
     FOUND_COLOR,
-    HEAT_TABLE,
     TRUTH_COLOR,
     color_map,
     draw_overlay,
@@ -24,6 +25,7 @@ from almrr_pipeline.reporting.overlays import (
 )
 
 PANEL_WIDTH = 4 * 272 + 5 * 6
+HEAT = color_map(np.linspace(0.0, 1.0, 256)[None])[0]
 
 
 @pytest.fixture
@@ -49,27 +51,27 @@ def colored(image: np.ndarray, color: tuple[int, int, int]) -> np.ndarray:
 
 
 def test_heat_lightness_rises_evenly() -> None:
-    linear = np.where(
-        HEAT_TABLE / 255 <= 0.04045, HEAT_TABLE / 255 / 12.92, ((HEAT_TABLE / 255 + 0.055) / 1.055) ** 2.4
-    )
+    rgb = HEAT / 255
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     luminance = linear @ [0.2126, 0.7152, 0.0722]
-    lightness = np.where(luminance > 0.008856, 116 * np.cbrt(luminance) - 16, 903.3 * luminance)  # CIE L*
+    lightness = np.where(
+        luminance > 0.008856, 116 * np.cbrt(luminance) - 16, 903.3 * luminance
+    )  # CIE L*
     steps = np.diff(lightness[:: len(lightness) // 16])
     assert (steps > 0).all()
     assert steps.max() < 3 * steps.min()
 
 
 def test_heat_table_is_inferno() -> None:
-    colormaps = pytest.importorskip("matplotlib").colormaps
     expected = np.asarray(colormaps["inferno"].colors) * 255
-    assert np.abs(HEAT_TABLE - expected).max() <= 1.5
+    assert np.abs(HEAT - expected).max() <= 1.0
 
 
 def test_color_map_has_a_fixed_scale_and_clips() -> None:
     colors = color_map(np.array([[-3.0, 0.0, 1.0, 7.0, np.nan]]))
-    assert (colors[0, [0, 1, 4]] == HEAT_TABLE[0]).all()
-    assert (colors[0, [2, 3]] == HEAT_TABLE[255]).all()
-    assert (color_map(np.full((2, 2), 0.2)) != HEAT_TABLE[255]).any()
+    assert (colors[0, [0, 1, 4]] == HEAT[0]).all()
+    assert (colors[0, [2, 3]] == HEAT[255]).all()
+    assert (color_map(np.full((2, 2), 0.2)) != HEAT[255]).any()
 
 
 @given(
@@ -78,7 +80,9 @@ def test_color_map_has_a_fixed_scale_and_clips() -> None:
     width=st.integers(1, 3),
 )
 @settings(max_examples=40, deadline=None)
-def test_outline_surrounds_the_region(corner: tuple[int, int], extent: tuple[int, int], width: int) -> None:
+def test_outline_surrounds_the_region(
+    corner: tuple[int, int], extent: tuple[int, int], width: int
+) -> None:
     region = np.zeros((40, 40), bool)
     region[corner[0] : corner[0] + extent[0], corner[1] : corner[1] + extent[1]] = True
     line = outline(region, width=width)
@@ -95,7 +99,9 @@ def test_outline_of_nothing_is_nothing() -> None:
 @pytest.mark.parametrize(("rows", "columns"), [(272, 272), (100, 40), (700, 1024), (3, 900)])
 def test_panel_has_four_tiles_whatever_the_shape(rows: int, columns: int) -> None:
     image = np.zeros((rows, columns, 3), np.uint8)
-    panel = draw_panel(image, np.zeros((rows, columns), bool), np.zeros((64, 64), np.float32), threshold=0.5)
+    panel = draw_panel(
+        image, np.zeros((rows, columns), bool), np.zeros((64, 64), np.float32), threshold=0.5
+    )
     height = max(1, round(rows * 272 / max(rows, columns)))
     assert panel.dtype == np.uint8
     assert panel.shape == (height + 2 * 6 + 26, PANEL_WIDTH, 3)
@@ -113,7 +119,9 @@ def test_panel_shows_image_truth_heat_and_outlines(image: np.ndarray, square: np
     assert not (truth & ~outline(square, width=1)).any()
 
 
-def test_panel_draws_the_ground_truth_alone_without_a_threshold(image: np.ndarray, square: np.ndarray) -> None:
+def test_panel_draws_the_ground_truth_alone_without_a_threshold(
+    image: np.ndarray, square: np.ndarray
+) -> None:
     panel = tile(draw_panel(image, square, square.astype(np.float32), threshold=None), 3)
     assert (colored(panel, TRUTH_COLOR) == outline(square, width=1)).all()
     assert not colored(panel, FOUND_COLOR).any()
@@ -137,7 +145,9 @@ def test_panel_brings_map_and_mask_to_the_image(image: np.ndarray) -> None:
 
 
 def test_panel_centers_an_image_that_is_taller_than_wide() -> None:
-    panel = draw_panel(np.full((272, 72, 3), 255, np.uint8), None, np.zeros((8, 8), np.float32), threshold=None)
+    panel = draw_panel(
+        np.full((272, 72, 3), 255, np.uint8), None, np.zeros((8, 8), np.float32), threshold=None
+    )
     white = np.flatnonzero((tile(panel, 0) == 255).all(axis=(0, 2)))
     assert (white.min(), white.max()) == (100, 171)
 
@@ -154,22 +164,30 @@ def test_drawing_refuses_shapes_it_cannot_draw(image: np.ndarray) -> None:
     with pytest.raises(AlmrrError, match=r"\(272, 272\)"):
         draw_panel(image[..., 0], None, np.zeros((8, 8), np.float32), threshold=None)
     with pytest.raises(AlmrrError, match="map"):
-        draw_overlay(image, np.zeros((1, 8, 8), np.float32), threshold=None, score=0.0, is_anomalous=None)
+        draw_overlay(
+            image, np.zeros((1, 8, 8), np.float32), threshold=None, score=0.0, is_anomalous=None
+        )
 
 
 def test_overlay_keeps_the_image_where_nothing_is_anomalous() -> None:
     image = np.random.default_rng(0).integers(0, 255, (400, 500, 3), dtype=np.uint8)
-    overlay = draw_overlay(image, np.zeros((32, 32), np.float32), threshold=0.5, score=0.1, is_anomalous=False)
+    overlay = draw_overlay(
+        image, np.zeros((32, 32), np.float32), threshold=0.5, score=0.1, is_anomalous=False
+    )
     assert (overlay[:400] == image).all()
     assert overlay.shape[0] > 400
     assert overlay.shape[1] == 500
 
 
 def test_overlay_outlines_and_warms_the_defect(image: np.ndarray, square: np.ndarray) -> None:
-    overlay = draw_overlay(image, square.astype(np.float32), threshold=0.5, score=0.9, is_anomalous=True)
+    overlay = draw_overlay(
+        image, square.astype(np.float32), threshold=0.5, score=0.9, is_anomalous=True
+    )
     drawn = overlay[: 272 * 2 : 2, ::2]
     assert colored(drawn, FOUND_COLOR).any()
-    expected = 0.4 * 128 + 0.6 * HEAT_TABLE[255].astype(float)  # heat at its strongest lets 40 % of the image through
+    expected = 0.4 * 128 + 0.6 * HEAT[255].astype(
+        float
+    )  # heat at its strongest lets 40 % of the image through
     assert np.abs(drawn[105:145, 65:135] - expected).max() <= 0.5
 
 
@@ -184,12 +202,18 @@ def test_overlay_states_its_three_verdicts_differently(image: np.ndarray) -> Non
 
 def test_overlay_enlarges_a_narrow_image() -> None:
     overlay = draw_overlay(
-        np.zeros((50, 100, 3), np.uint8), np.zeros((8, 8), np.float32), threshold=0.5, score=1.0, is_anomalous=True
+        np.zeros((50, 100, 3), np.uint8),
+        np.zeros((8, 8), np.float32),
+        threshold=0.5,
+        score=1.0,
+        is_anomalous=True,
     )
     assert overlay.shape[1] == 400
 
 
-def test_encoding_keeps_size_and_colors_and_repeats_itself(image: np.ndarray, square: np.ndarray) -> None:
+def test_encoding_keeps_size_and_colors_and_repeats_itself(
+    image: np.ndarray, square: np.ndarray
+) -> None:
     panel = draw_panel(image, square, square.astype(np.float32), threshold=0.5)
     encoded = encode_image(panel)
     decoded = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB")).astype(int)

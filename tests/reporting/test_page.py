@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from almrr_pipeline.config import Parameters, parse_parameters
-from almrr_pipeline.evaluation.summary import summarize_seeds
-from almrr_pipeline.reporting.examples import Overlay
+from almrr_pipeline.evaluation.summary import summarize
+from almrr_pipeline.reporting.examples import Overlay, pack_examples, read_examples
 from almrr_pipeline.reporting.page import Report, render_report
 
 VOID = {"meta", "link", "img", "br"}
@@ -73,11 +73,18 @@ def test_every_element_is_closed(page: Page) -> None:
 
 def test_nothing_is_fetched_and_nothing_runs(report: Report) -> None:
     text = render_report(report)
-    assert "http" not in text.replace('xmlns="http://www.w3.org/2000/svg"', "").replace("http-equiv", "")
+    assert "http" not in text.replace('xmlns="http://www.w3.org/2000/svg"', "").replace(
+        "http-equiv", ""
+    )
     assert "<script" not in text
     assert "@import" not in text
     page = Page(text)
-    addresses = [v for _, a in page.elements for k, v in a.items() if k in {"src", "href", "srcset", "action"}]
+    addresses = [
+        v
+        for _, a in page.elements
+        for k, v in a.items()
+        if k in {"src", "href", "srcset", "action"}
+    ]
     assert addresses
     assert all(address is not None and address.startswith(("data:", "#")) for address in addresses)
     policy = next(a["content"] for a in page.all("meta") if "http-equiv" in a)
@@ -110,9 +117,10 @@ def test_hostile_words_stay_words(report: Report) -> None:
     category = replace(
         report.categories[0],
         category=HOSTILE,
-        source=HOSTILE,
+        license=HOSTILE,
         overlays=[replace(report.categories[0].overlays[0], caption=HOSTILE)],
-        metrics=report.categories[0].metrics | {"defects": {HOSTILE: {}}, "undefined": {"image_ap": HOSTILE}},
+        metrics=report.categories[0].metrics
+        | {"defect_types": {HOSTILE: {}}, "undefined": {"image_ap": HOSTILE}},
     )
     values = report.parameters.model_dump(mode="json")
     values |= {"suite": HOSTILE, "categories": [HOSTILE], "report": {"title": HOSTILE}}
@@ -138,10 +146,18 @@ def test_undefined_metrics_are_dashes_with_a_reason(page: Page) -> None:
 
 def test_numbers_of_record_are_on_the_page(report: Report, page: Page) -> None:
     metrics = report.categories[0].metrics
-    for name in ("image_auroc", "image_ap", "image_f1max", "pixel_auroc", "pixel_ap", "pixel_f1max", "aupro_30"):
+    for name in (
+        "image_auroc",
+        "image_ap",
+        "image_f1max",
+        "pixel_auroc",
+        "pixel_ap",
+        "pixel_f1max",
+        "aupro_30",
+    ):
         low, high = metrics["intervals"][name]
         assert f"{metrics[name]:.3f} {low:.3f} to {high:.3f}" in page.text
-    mean = report.summary["pixel_ap"]["mean"]
+    mean = report.summary["mean"]["pixel_ap"]
     assert f"{mean:.3f} mean of 2 of 2 categories" in page.text
 
 
@@ -149,7 +165,7 @@ def test_thresholds_and_their_guarantee_are_on_the_page(report: Report, page: Pa
     threshold = report.categories[0].metrics["thresholds"]["image"]
     assert threshold["guarantee"] in page.text
     assert f"{threshold['false_alarms']['count']} of {threshold['false_alarms']['of']}" in page.text
-    assert "no normal image was held out" in page.text
+    assert report.categories[1].metrics["thresholds"]["image"]["undefined"] in page.text
 
 
 def test_counts_of_every_part_are_on_the_page(page: Page) -> None:
@@ -160,40 +176,49 @@ def test_counts_of_every_part_are_on_the_page(page: Page) -> None:
 def test_one_category_opens_with_its_own_intervals(report: Report) -> None:
     page = Page(render_report(alone(report)))
     low, high = report.categories[0].metrics["intervals"]["pixel_ap"]
-    assert f"pixel AP {report.categories[0].metrics['pixel_ap']:.3f} {low:.3f} to {high:.3f}" in page.text
+    assert (
+        f"pixel AP {report.categories[0].metrics['pixel_ap']:.3f} {low:.3f} to {high:.3f}"
+        in page.text
+    )
     assert "mean of" not in page.text
 
 
 def test_protocol_follows_the_parameters(report: Report, page: Page) -> None:
     assert "The result is that of the last step." in page.text
-    assert "come from 10 % of the normal training images" in page.text
+    assert "come from validation images: 10 % of the normal training images" in page.text
     assert "resized to 256 \N{MULTIPLICATION SIGN} 256 pixels" in page.text
     assert "1000 resamplings" in page.text
     changed = with_parameters(
         report,
         train={"selection": "validation"},
-        data={"calibration": 0.0, "tiling": {"enabled": True, "scale": 0.5}},
+        data={"validation_fraction": 0.0, "tiling": {"enabled": True, "scale": 0.5}},
         evaluate={"bootstrap": 0},
     )
     assert "did best on validation images" in changed.text
     assert "last step" not in changed.text
-    assert "data.calibration is 0" in changed.text
+    assert "data.validation_fraction is 0" in changed.text
     assert "scaled by 0.5 and cut into overlapping tiles" in changed.text
     assert "resamplings" not in changed.text
 
 
-def test_protocol_says_where_a_data_set_has_validation_images_of_its_own(report: Report, page: Page) -> None:
+def test_protocol_names_where_a_dataset_has_validation_images_of_its_own(
+    report: Report, page: Page
+) -> None:
     assert "own validation images" not in page.text
     every = [replace(category, has_validation=True) for category in report.categories]
     text = Page(render_report(replace(report, categories=every))).text
     assert text.count("own validation images") == 1
     assert "of the normal training images" not in text
     some = Page(render_report(replace(report, categories=[every[0], *report.categories[1:]]))).text
-    assert "own validation images" in some.partition(f"{every[0].category} has values of its own:")[2]
+    assert (
+        "own validation images" in some.partition(f"{every[0].category} has values of its own:")[2]
+    )
     assert "of the normal training images" in some
 
 
-def test_a_category_with_values_of_its_own_has_a_protocol_of_its_own(report: Report, page: Page) -> None:
+def test_a_category_with_values_of_its_own_has_a_protocol_of_its_own(
+    report: Report, page: Page
+) -> None:
     name = report.categories[0].category
     assert "has values of its own" not in page.text
     changed = with_parameters(report, overrides={name: {"data": {"image_size": [128, 192]}}})
@@ -230,7 +255,7 @@ def test_secrets_and_folders_stay_off_the_page(report: Report) -> None:
         report,
         data={
             "mirror": "https://user:password@example.org/data?token=abc",
-            "source": {"folder_tiles": "/home/somebody/tiles.zip"},
+            "paths": {"folder_tiles": "/home/somebody/tiles.zip"},
         },
         backbone={"weights": "/home/somebody/weights.pth"},
     ).text
@@ -243,14 +268,10 @@ def test_sections_without_content_are_left_out(report: Report) -> None:
     assert "Over seeds" not in page.text
     assert "Chosen on the test set" not in page.text
     assert page.text.count("Found most clearly") == 1
-    empty = report.categories[1].roc.iloc[:0]
+    of_pixels = {name: report.categories[1].curves[name].iloc[:0] for name in ("roc", "pr", "pro")}
     bare = replace(
         report.categories[1],
-        roc=empty,
-        pr=report.categories[1].pr.iloc[:0],
-        pro=report.categories[1].pro.iloc[:0],
-        image_roc=None,
-        image_pr=None,
+        curves=of_pixels,
         history=pd.DataFrame({"step": [], "loss": []}),
     )
     text = Page(render_report(replace(report, categories=[bare]))).text
@@ -259,11 +280,40 @@ def test_sections_without_content_are_left_out(report: Report) -> None:
 
 
 def test_seeds_and_oracle_are_shown_where_given(report: Report) -> None:
-    seeds = summarize_seeds({"mt_seed0": {"pixel_ap": 0.5}, "mt_seed1": {"pixel_ap": 0.7}})
-    category = replace(report.categories[0], metrics=report.categories[0].metrics | {"oracle_pixel_iou": 0.5})
-    page = Page(render_report(replace(report, seeds=seeds, categories=[category])))
+    summary = summarize({"mt": {0: {"pixel_ap": 0.5}, 1: {"pixel_ap": 0.7}}})
+    category = replace(
+        report.categories[0], metrics=report.categories[0].metrics | {"oracle_pixel_iou": 0.5}
+    )
+    page = Page(render_report(replace(report, summary=summary, categories=[category])))
     assert "± 0.141" in page.text
     assert "upper bounds, not results" in page.text
+
+
+def test_runs_of_several_seeds_are_labelled_by_them(report: Report) -> None:
+    first = report.categories[0]
+    runs = [first, replace(first, seed=1), report.categories[1]]
+    summary = summarize(
+        {"sample_brick": {0: first.metrics, 1: first.metrics}, "nanotwice": {0: runs[2].metrics}}
+    )
+    page = Page(render_report(replace(report, categories=runs, summary=summary)))
+    assert {"sample_brick, seed 0", "sample_brick, seed 1", "nanotwice"} <= {
+        word.strip() for word in page.words
+    }
+    assert "nanotwice, seed" not in page.text
+    assert "Over seeds" in page.text
+    assert "one for each of 2 categories" in page.text
+    assert page.text.count("sample_brick 171 19 12 12 12") == 1
+    names = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(names) == len(set(names))
+
+
+def test_one_category_of_several_seeds_opens_with_the_mean_over_them(report: Report) -> None:
+    first = report.categories[0]
+    summary = summarize({"sample_brick": {0: first.metrics, 1: first.metrics}})
+    page = Page(
+        render_report(replace(report, categories=[first, replace(first, seed=1)], summary=summary))
+    )
+    assert f"pixel AP {first.metrics['pixel_ap']:.3f} mean of 2 seeds" in page.text
 
 
 def test_figures_hold_all_categories(report: Report) -> None:
@@ -273,9 +323,11 @@ def test_figures_hold_all_categories(report: Report) -> None:
 
 
 def test_the_overlap_curve_fills_its_frame(report: Report) -> None:
-    assert report.categories[0].pro["fpr"].max() == pytest.approx(0.3)
-    drawing = next(part for part in render_report(report).split("<figure") if "Overlap with" in part)
-    ends = re.findall(r'([\d.]+) [\d.]+" style="[^"]*"><title>', drawing)
+    assert report.categories[0].curves["pro"]["fpr"].max() == pytest.approx(0.3)
+    drawing = next(
+        part for part in render_report(report).split("<figure") if "Overlap with" in part
+    )
+    ends = re.findall(r'L([\d.]+) [\d.]+" style="[^"]*" /><title>', drawing)
     assert ends == ["340", "340"]
 
 
@@ -303,9 +355,11 @@ def test_web_images_are_embedded_as_they_are(report: Report) -> None:
     assert embedded(report, image, "WEBP") == ("data:image/webp", stream.getvalue())
 
 
-def test_an_image_may_lie_on_disk(report: Report, tmp_path: Any) -> None:
-    path = tmp_path / "panel.png"
-    Image.fromarray(np.full((10, 30, 3), 200, np.uint8)).save(path)
-    text = render_report(alone(report, overlays=[Overlay("typical", "on disk", path)]))
+def test_images_that_were_on_disk_do_not_name_their_folder(report: Report, tmp_path: Any) -> None:
+    stream = io.BytesIO()
+    Image.fromarray(np.full((10, 30, 3), 200, np.uint8)).save(stream, "PNG")
+    for name, content in pack_examples([Overlay("typical", "on disk", stream.getvalue())]).items():
+        (tmp_path / name).write_bytes(content)
+    text = render_report(alone(report, overlays=read_examples(tmp_path)))
     assert "on disk" in text
     assert str(tmp_path) not in text

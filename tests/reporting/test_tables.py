@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 
-from almrr_pipeline.evaluation.summary import summarize, summarize_seeds
+from almrr_pipeline.evaluation.summary import summarize
 from almrr_pipeline.reporting.tables import (
     DASH,
     Table,
     describe_metric,
     format_count,
-    format_share,
+    format_fraction,
     list_metrics,
     tabulate_counts,
-    tabulate_defects,
+    tabulate_defect_types,
     tabulate_oracle,
     tabulate_results,
     tabulate_seeds,
@@ -25,25 +25,46 @@ from almrr_pipeline.reporting.tables import (
 
 @pytest.fixture
 def metrics() -> dict[str, dict[str, Any]]:
-    first = {"image_auroc": 0.9, "pixel_ap": 0.5004, "aupro_30": 0.8, "pixel_defective_share": 0.0123}
+    first = {
+        "image_auroc": 0.9,
+        "pixel_ap": 0.5004,
+        "aupro_30": 0.8,
+        "pixel_defective_fraction": 0.0123,
+    }
     first |= {"intervals": {"pixel_ap": [0.4, 0.6]}, "undefined": {}}
-    second = {"image_auroc": None, "pixel_ap": 0.7, "aupro_30": 0.6, "pixel_defective_share": 0.2}
+    second = {
+        "image_auroc": None,
+        "pixel_ap": 0.7,
+        "aupro_30": 0.6,
+        "pixel_defective_fraction": 0.2,
+    }
     second |= {"intervals": {}, "undefined": {"image_auroc": "no normal test image"}}
     return {"brick": first, "nano": second}
 
 
+def by_seed(metrics: dict[str, Any]) -> dict[str, dict[int, Any]]:
+    """The metrics as those of one seed per category."""
+    return {category: {0: values} for category, values in metrics.items()}
+
+
 def column(table: Table, text: str, group: str) -> list[Any]:
     """Cells below the head with these words."""
-    place = next(k for k, head in enumerate(table.heads) if (head.text, head.group) == (text, group))
+    place = next(
+        k for k, head in enumerate(table.heads) if (head.text, head.group) == (text, group)
+    )
     return [row.cells[place] for row in table.rows]
 
 
 def test_results_have_a_row_a_category_and_their_mean(metrics: dict[str, Any]) -> None:
-    table = tabulate_results(metrics, summarize(metrics), links={"brick": "category-1"})
+    table = tabulate_results(metrics, summarize(by_seed(metrics)), links={"brick": "category-1"})
     assert [row.head for row in table.rows] == ["brick", "nano", "mean"]
     assert [cell.text for cell in column(table, "AP", "pixels")] == ["0.500", "0.700", "0.600"]
-    assert [cell.text for cell in column(table, "AUPRO 30 %", "regions")] == ["0.800", "0.600", "0.700"]
-    assert [cell.text for cell in column(table, "defective", "pixels")] == ["1.2 %", "20 %", ""]
+    assert [cell.text for cell in column(table, "AUPRO 30 %", "regions")] == [
+        "0.800",
+        "0.600",
+        "0.700",
+    ]
+    assert [cell.text for cell in column(table, "anomalous", "pixels")] == ["1.2 %", "20 %", ""]
     assert all(len(row.cells) == len(table.heads) for row in table.rows)
     assert table.rows[0].link == "category-1"
 
@@ -55,7 +76,7 @@ def test_intervals_stand_in_small_print(metrics: dict[str, Any]) -> None:
 
 
 def test_an_undefined_metric_is_a_dash_with_its_reason(metrics: dict[str, Any]) -> None:
-    table = tabulate_results(metrics, summarize(metrics), links={})
+    table = tabulate_results(metrics, summarize(by_seed(metrics)), links={})
     cell = column(table, "AUROC", "images")[1]
     assert cell.text == DASH
     assert table.notes[ord(cell.note) - ord("a")] == "no normal test image"
@@ -63,20 +84,22 @@ def test_an_undefined_metric_is_a_dash_with_its_reason(metrics: dict[str, Any]) 
     assert column(table, "AP", "pixels")[2].small == ""
 
 
-def test_a_metric_that_nobody_computed_says_so(metrics: dict[str, Any]) -> None:
+def test_a_metric_that_nobody_computed_is_marked_as_such(metrics: dict[str, Any]) -> None:
     table = tabulate_results(metrics, {}, links={})
     assert table.notes[ord(column(table, "F1-max", "pixels")[0].note) - ord("a")] == "not computed"
 
 
 def test_the_highest_of_each_column_is_marked(metrics: dict[str, Any]) -> None:
-    table = tabulate_results(metrics, summarize(metrics), links={})
+    table = tabulate_results(metrics, summarize(by_seed(metrics)), links={})
     assert [cell.best for cell in column(table, "AP", "pixels")] == [False, True, False]
     alone = tabulate_results({"brick": metrics["brick"]}, {}, links={})
     assert not any(cell.best for row in alone.rows for cell in row.cells)
 
 
 def test_one_category_has_no_mean(metrics: dict[str, Any]) -> None:
-    assert [row.head for row in tabulate_results({"brick": metrics["brick"]}, {}, links={}).rows] == ["brick"]
+    assert [
+        row.head for row in tabulate_results({"brick": metrics["brick"]}, {}, links={}).rows
+    ] == ["brick"]
 
 
 def test_footnotes_go_on_after_z() -> None:
@@ -88,19 +111,23 @@ def test_footnotes_go_on_after_z() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "text"), [("aupro_30", "AUPRO 30 %"), ("aupro_05", "AUPRO 5 %"), ("aupro_12_5", "AUPRO 12.5 %")]
+    ("name", "text"),
+    [("aupro_30", "AUPRO 30 %"), ("aupro_05", "AUPRO 5 %"), ("aupro_12_5", "AUPRO 12.5 %")],
 )
 def test_region_metrics_are_named_by_their_limit(name: str, text: str) -> None:
     assert describe_metric(name).text == text
     assert list_metrics([{name: 0.1, "aupro": 1, "counts": {}}])[-1] == name
 
 
-def test_kinds_of_defect_come_with_their_number(full: tuple[Any, Any]) -> None:
+def test_defect_types_come_with_their_number(full: tuple[Any, Any]) -> None:
     metrics = full[0].metrics
-    table = tabulate_defects(metrics)
+    table = tabulate_defect_types(metrics)
     assert [row.head for row in table.rows] == ["hole", "thread"]
     assert [row.cells[0].text for row in table.rows] == ["6", "6"]
-    assert column(table, "AP", "pixels")[0].text == f"{metrics['defects']['hole']['pixel_ap']:.3f}"
+    assert (
+        column(table, "AP", "pixels")[0].text
+        == f"{metrics['defect_types']['hole']['pixel_ap']:.3f}"
+    )
 
 
 def test_thresholds_state_guarantee_and_what_happened(full: tuple[Any, Any]) -> None:
@@ -115,32 +142,43 @@ def test_thresholds_state_guarantee_and_what_happened(full: tuple[Any, Any]) -> 
     assert image["guarantee"] in table.notes
 
 
-def test_a_threshold_that_could_not_be_set_says_why(bare: tuple[Any, Any]) -> None:
+def test_a_threshold_that_could_not_be_set_has_a_reason(bare: tuple[Any, Any]) -> None:
     table = tabulate_thresholds({"nano": bare[0].metrics})
     assert [row.cells[1].text for row in table.rows] == [DASH, DASH]
     assert table.notes == [bare[0].metrics["thresholds"]["image"]["undefined"]]
     assert all(len(row.cells) == len(table.heads) for row in table.rows)
 
 
-def test_counts_say_which_masks_are_missing() -> None:
-    counts = {"normal_images": 1191, "defective_images": 392, "regions": 500, "defective_images_with_empty_mask": 4}
+def test_counts_name_the_missing_masks() -> None:
+    counts = {
+        "normal_images": 1191,
+        "defective_images": 392,
+        "regions": 500,
+        "defective_images_with_empty_mask": 4,
+    }
     table = tabulate_counts({"mt": (684, None)}, {"mt": {"counts": counts}})
     narrow = "\N{NARROW NO-BREAK SPACE}"
-    assert [cell.text for cell in table.rows[0].cells] == ["684", DASH, f"1{narrow}191", "392", "500"]
+    assert [cell.text for cell in table.rows[0].cells] == [
+        "684",
+        DASH,
+        f"1{narrow}191",
+        "392",
+        "500",
+    ]
     assert table.rows[0].cells[3].note == "a"
     assert table.notes == ["of these, 4 with an empty mask"]
 
 
 def test_seeds_show_mean_and_std_of_repeated_runs_alone() -> None:
-    runs = {"mt_seed0": {"pixel_ap": 0.5}, "mt_seed1": {"pixel_ap": 0.7}, "brick": {"pixel_ap": 0.9}}
-    table = tabulate_seeds(summarize_seeds(runs))
+    runs = {"mt": {0: {"pixel_ap": 0.5}, 1: {"pixel_ap": 0.7}}, "brick": {0: {"pixel_ap": 0.9}}}
+    table = tabulate_seeds(summarize(runs))
     assert [row.head for row in table.rows] == ["mt"]
     assert table.rows[0].cells[0].text == "2"
     cell = column(table, "AP", "pixels")[0]
     assert (cell.text, cell.small) == ("0.600", "± 0.141")
 
 
-def test_oracle_columns_exist_only_if_asked_for(metrics: dict[str, Any]) -> None:
+def test_oracle_columns_exist_only_if_requested(metrics: dict[str, Any]) -> None:
     assert tabulate_oracle(metrics).rows == []
     metrics["brick"]["oracle_pixel_iou"] = 0.4567
     table = tabulate_oracle(metrics)
@@ -150,10 +188,17 @@ def test_oracle_columns_exist_only_if_asked_for(metrics: dict[str, Any]) -> None
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(None, DASH), (0.0, "0 %"), (0.00456, "0.46 %"), (0.05, "5 %"), (0.999, "100 %"), (1.0, "100 %")],
+    [
+        (None, DASH),
+        (0.0, "0 %"),
+        (0.00456, "0.46 %"),
+        (0.05, "5 %"),
+        (0.999, "100 %"),
+        (1.0, "100 %"),
+    ],
 )
-def test_shares_are_short(value: float | None, text: str) -> None:
-    assert format_share(value) == text
+def test_fractions_are_short(value: float | None, text: str) -> None:
+    assert format_fraction(value) == text
 
 
 def test_an_unknown_count_is_a_dash() -> None:

@@ -1,1 +1,1 @@
-"""Results as images and as one page: overlays, plots, the report."""
+"""Results as overlays, charts and one page, the report."""

@@ -1,89 +1,79 @@
-"""Curves as small inline SVG: readable on light and on dark pages, equal bytes for equal numbers.
+"""Charts of the report as inline SVG, drawn by matplotlib.
 
-Colors come from the page's CSS variables (--series-1 and so on, --ink, --grid) with fallbacks for a plain white page,
-so that one drawing serves both themes. A drawing holds no identifiers, no scripts, no time stamps.
+Colors are CSS variables of the page with fallbacks for a white one, and text takes the page's font,
+so that one drawing serves light and dark themes. Equal numbers give equal bytes: a drawing has no
+identifiers, no script and no time stamp.
 """
 
 from __future__ import annotations
 
-import math
+import io
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from html import escape
 from typing import Literal
+from xml.etree import ElementTree
 
+import matplotlib
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator
 
+from almrr_pipeline.common.arrays import Floats
 from almrr_pipeline.common.errors import AlmrrError
 
-Floats = npt.NDArray[np.float64]
 CurveKind = Literal["roc", "pr", "pro"]
-
-# Okabe and Ito's palette, the yellow darkened: it stays apart for every kind of color vision.
-_SERIES = ("#0072b2", "#d55e00", "#009e73", "#b4478e", "#a07800", "#3d8fc4", "#6b5bd2", "#5f6b6d")
-_DASHES = ("", "6 3", "2 2.5", "8 3 2 3")
-_WIDTH, _HEIGHT = 360.0, 300.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 48.0, 20.0, 10.0, 42.0
-_LEGEND_ROW = 17.0
-_BINS = 32
-_COLUMNS = 240
-"""Loss curves are summed up in at most so many columns."""
-_TOLERANCE = 0.15
-"""A curve's vertices may move by this much, in pixels, when points are left out."""
-
-
-@dataclass(frozen=True)
-class Axis:
-    """One axis of a plot: its range in data units, its words, and where its ticks are."""
-
-    low: float
-    high: float
-    label: str
-    ticks: tuple[float, ...]
-    log: bool = False
-
-    def place(self, values: npt.ArrayLike) -> Floats:
-        """Bring data to [0, 1] along the axis; what lies outside ends at the nearer end."""
-        data = np.asarray(values, dtype=np.float64)
-        low, high = self.low, self.high
-        if self.log:
-            data, low, high = np.log10(np.maximum(data, self.low)), math.log10(self.low), math.log10(self.high)
-        return np.clip((data - low) / (high - low), 0.0, 1.0)
-
-
-@dataclass(frozen=True)
-class Frame:
-    """Where a plot's data lie on the drawing."""
-
-    x: Axis
-    y: Axis
-    width: float = _WIDTH
-    height: float = _HEIGHT
-
-    def place(self, x: npt.ArrayLike, y: npt.ArrayLike) -> Floats:
-        """Data to drawing coordinates, shape (n, 2), y downwards."""
-        across = _LEFT + self.x.place(x) * (self.width - _LEFT - _RIGHT)
-        down = self.height - _BOTTOM - self.y.place(y) * (self.height - _TOP - _BOTTOM)
-        return np.stack([across, down], axis=-1)
-
-
 _CURVES: Mapping[CurveKind, tuple[str, str, str, str]] = {
     "roc": ("fpr", "tpr", "false positive rate", "true positive rate"),
     "pr": ("recall", "precision", "recall", "precision"),
     "pro": ("fpr", "pro", "false positive rate", "per-region overlap"),
 }
 
+# Okabe and Ito's palette, the yellow darkened: it stays apart for every kind of color vision.
+_SERIES = (
+    "#0072b2", "#d55e00", "#009e73", "#b4478e", "#a07800", "#3d8fc4", "#6b5bd2", "#5f6b6d",
+)  # fmt: skip
+_DASHES = ("-", (0, (6, 3)), (0, (2, 2.5)), (0, (8, 3, 2, 3)))  # one for each round of the palette
+_INK, _MUTED, _GRID = "#1e232b", "#667080", "#d9dce2"
+_VARIABLES = {_INK: "--ink", _MUTED: "--muted", _GRID: "--grid"} | {
+    color: f"--series-{number}" for number, color in enumerate(_SERIES, start=1)
+}
+_STYLE = {
+    "svg.fonttype": "none",  # text stays text, in the page's font
+    "svg.hashsalt": "almrr",  # random by default
+    "path.simplify_threshold": 0.15,  # pixels that a curve may move by when vertices are left out
+    "text.parse_math": False,
+    "text.color": _MUTED,
+    "font.size": 11,
+    "axes.labelcolor": _MUTED,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": _GRID,
+    "xtick.labelcolor": _MUTED,
+    "ytick.labelcolor": _MUTED,
+    "xtick.bottom": False,
+    "ytick.left": False,
+    "lines.linewidth": 1.8,
+    "lines.scale_dashes": False,
+}
+_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 20, 10, 42  # margins around the axes, in pixels
+_LEGEND_ROW = 15.4  # pixels, of matplotlib's legends in this font size
+_CHARACTER = 6.6  # mean width of a character of the legend, in pixels
+_COLUMNS = 240  # groups of steps that a loss curve is summed up in: about two pixels each
+_BINS = 32  # of the histogram of scores
 
-def draw_curves(kind: CurveKind, curves: Mapping[str, pd.DataFrame], *, title: str, limit: float | None = None) -> str:
-    """Draw one curve a category in a common frame, with a legend below.
+
+def draw_curves(
+    kind: CurveKind, curves: Mapping[str, pd.DataFrame], *, title: str, limit: float | None = None
+) -> str:
+    """Draw the curves of all categories in one frame, with a legend below.
 
     Args:
-        kind: roc (columns fpr, tpr), pr (recall, precision) or pro (fpr, pro); all in [0, 1].
-        curves: category to its points, in the curve's order. A category without points is left out; the others keep
-            their colors, so that a category looks the same in every figure.
-        title: what the drawing shows, for those who cannot see it.
+        kind: roc (columns fpr, tpr), pr (recall, precision) or pro (fpr, pro), all in [0, 1].
+        curves: points by label, in the curve's order. What has no points is left out; the others
+            keep their colors, so that a category looks the same in every figure.
+        title: what the drawing shows, for screen readers.
         limit: right end of the false positive rate; 1 if None.
 
     Returns:
@@ -94,28 +84,28 @@ def draw_curves(kind: CurveKind, curves: Mapping[str, pd.DataFrame], *, title: s
     """
     x_name, y_name, x_label, y_label = _CURVES[kind]
     right = 1.0 if limit is None else limit
-    frame = Frame(Axis(0.0, right, x_label, _round_ticks(right)), Axis(0.0, 1.0, y_label, _round_ticks(1.0)))
-    parts, legend = _draw_frame(frame), []
-    if kind == "roc":
-        parts.append(_draw_line(frame.place([0.0, right], [0.0, right]), "var(--grid,#d5d8de)", width=1.0, dash="3 3"))
-    for place, (name, points) in enumerate(curves.items()):
-        _need_columns(points, (x_name, y_name), f"The {kind} curve of {name}")
-        if points.empty:
-            continue
-        vertices = _simplify(frame.place(points[x_name], points[y_name]))
-        parts.append(_draw_line(vertices, _series(place), dash=_dash(place), name=name))
-        legend.append((name, _series(place), _dash(place)))
-    return _wrap(parts, frame, title, legend)
+    with matplotlib.rc_context(_STYLE):
+        axes = _frame((0.0, right), (0.0, 1.0), x_label, y_label)
+        if kind == "roc":  # of guessing
+            axes.plot([0.0, right], [0.0, right], color=_GRID, linewidth=1.0, linestyle=(0, (3, 3)))
+        for place, (name, points) in enumerate(curves.items()):
+            if len(points):
+                _need_columns(points, (x_name, y_name), f"The {kind} curve of {name}")
+                dash = _DASHES[place // len(_SERIES) % len(_DASHES)]
+                line = np.clip(points[x_name], 0.0, right), np.clip(points[y_name], 0.0, 1.0)
+                axes.plot(*line, color=_color(place), linestyle=dash, label=name, gid=_titled(name))
+        return _to_svg(axes, title, width=360, height=300)
 
 
 def draw_losses(history: pd.DataFrame, *, title: str) -> str:
-    """Draw the losses over the steps on a logarithmic scale: the mean in each column of the drawing and its range.
+    """Draw the losses over the steps on a logarithmic scale: the running mean and its range.
 
-    The learning rate runs as a thin line of its own scale, its largest value at the top, which the legend names.
+    The learning rate is a thin line on its own scale; its largest value, which the legend names, is
+    at the top.
 
     Args:
         history: columns step, loss, and where they exist reconstruction, refinement, learning_rate.
-        title: what the drawing shows, for those who cannot see it.
+        title: what the drawing shows, for screen readers.
 
     Returns:
         An SVG element; an empty frame where there is no positive loss.
@@ -125,29 +115,39 @@ def draw_losses(history: pd.DataFrame, *, title: str) -> str:
     """
     _need_columns(history, ("step", "loss"), "The training history")
     names = [name for name in ("loss", "reconstruction", "refinement") if name in history]
-    values = history[names].to_numpy(dtype=np.float64)
-    positive = values[np.isfinite(values) & (values > 0)]
-    low, high = (float(positive.min()), float(positive.max())) if positive.size else (0.1, 1.0)
-    last = float(history["step"].max()) if len(history) else 1.0
-    frame = Frame(Axis(0.0, max(last, 1.0), "step", _round_ticks(max(last, 1.0))), _log_axis(low, high), width=480.0)
-    parts, legend = _draw_frame(frame), []
-    if "learning_rate" in history and history["learning_rate"].max() > 0:
-        parts.append(_draw_rate(frame, history))
-        legend.append((f"learning rate, up to {history['learning_rate'].max():.2g}", "var(--muted,#6d7480)", "2 2.5"))
-    for place, name in enumerate(names):
-        parts += _draw_banded(frame, history["step"].to_numpy(np.float64), values[:, place], _series(place), name)
-    return _wrap(parts, frame, title, [(n, _series(k), "") for k, n in enumerate(names)] + legend)
+    values, steps = history[names].to_numpy(np.float64), history["step"].to_numpy(np.float64)
+    drawn = np.isfinite(values) & (values > 0)  # what has a logarithm
+    last, limits = max(1.0, steps.max(initial=1.0)), _log_limits(values[drawn])
+    with matplotlib.rc_context(_STYLE):
+        axes = _frame((0.0, last), limits, "step", "loss", log=True)
+        for place, name in enumerate(names):
+            usable = drawn[:, place]
+            value = np.clip(values[usable, place], *limits)
+            _plot_band(axes, steps[usable], value, last, _color(place), name)
+        rate = history.get("learning_rate", pd.Series(dtype=float)).to_numpy(np.float64)
+        if (top := np.nanmax(rate, initial=0.0)) > 0:
+            axes.plot(
+                steps,
+                rate / top,
+                transform=axes.get_xaxis_transform(),  # y from 0 to 1 over the axes' height
+                color=_MUTED,
+                linewidth=1.0,
+                linestyle=_DASHES[2],
+                label=f"learning rate, up to {top:.2g}",
+                gid=_titled("learning rate"),
+            )
+        return _to_svg(axes, title, width=480, height=300)
 
 
 def draw_scores(scores: pd.DataFrame, *, threshold: float | None, title: str) -> str:
-    """Draw how the scores of normal and of defective images are spread, with the image threshold.
+    """Draw histograms of the scores of normal and of defective images, and the image threshold.
 
-    Bars are shares of their own class, so that classes of different size can be compared.
+    Bars are fractions of their own class, so that classes of different size can be compared.
 
     Args:
         scores: columns label (normal | defective) and score.
         threshold: image threshold; None draws no line.
-        title: what the drawing shows, for those who cannot see it.
+        title: what the drawing shows, for screen readers.
 
     Returns:
         An SVG element.
@@ -156,191 +156,164 @@ def draw_scores(scores: pd.DataFrame, *, threshold: float | None, title: str) ->
         AlmrrError: a column is missing.
     """
     _need_columns(scores, ("label", "score"), "The table of scores")
-    values = scores["score"].to_numpy(dtype=np.float64)
-    low, high = _score_range(values, threshold)
-    edges = np.linspace(low, high, _BINS + 1)
-    counts = {label: int((scores["label"] == label).sum()) for label in ("normal", "defective")}
-    shares = {label: _histogram(values[(scores["label"] == label).to_numpy()], edges) for label in counts}
-    top = max(float(share.max()) for share in shares.values()) or 1.0
-    frame = Frame(
-        Axis(low, high, "anomaly score", _round_ticks(high, low)),
-        Axis(0.0, top * 105, "share of its class, %", _round_ticks(top * 105)),
-        width=480.0,
-        height=260.0,
-    )
-    parts, legend = _draw_frame(frame), []
-    for place, (label, share) in enumerate(shares.items()):
-        if counts[label]:
-            parts.append(_draw_steps(frame, edges, 100 * share, _series(place), label))
-            legend.append((f"{label} ({counts[label]})", _series(place), ""))
-    if threshold is not None:
-        line = frame.place([threshold, threshold], [0.0, frame.y.high])
-        parts.append(_draw_line(line, "var(--ink,#22262e)", width=1.2, dash="5 3", name=f"threshold {threshold:.4g}"))
-        legend.append((f"threshold {threshold:.3g}", "var(--ink,#22262e)", "5 3"))
-    return _wrap(parts, frame, title, legend)
+    finite = scores[np.isfinite(scores["score"].astype(float))]
+    ends = [*finite["score"], *([] if threshold is None else [threshold])] or [0.0, 1.0]
+    margin = 0.02 * (max(ends) - min(ends)) or 0.5
+    edges = np.linspace(min(ends) - margin, max(ends) + margin, _BINS + 1)
+    percent = {}
+    for label in ("normal", "defective"):
+        counts, _ = np.histogram(finite.loc[finite["label"] == label, "score"], edges)
+        percent[label] = 100 * counts / max(1, counts.sum())
+    top = 1.05 * (max(bars.max() for bars in percent.values()) or 100.0)
+    with matplotlib.rc_context(_STYLE):
+        axes = _frame(
+            (edges[0], edges[-1]), (0.0, top), "anomaly score", "fraction of its class, %"
+        )
+        for place, (label, bars) in enumerate(percent.items()):
+            if bars.any():
+                axes.stairs(
+                    np.where(bars > 0, bars, np.nan),  # empty bins have no outline
+                    edges,
+                    fill=True,
+                    facecolor=(_color(place), 0.28),
+                    edgecolor=_color(place),
+                    linewidth=1.2,
+                    label=f"{label} ({(scores['label'] == label).sum()})",
+                    gid=_titled(label),
+                )
+        if threshold is not None:
+            axes.axvline(
+                threshold,
+                color=_INK,
+                linewidth=1.2,
+                linestyle=(0, (5, 3)),
+                label=f"threshold {threshold:.3g}",
+                gid=_titled(f"threshold {threshold:.4g}"),
+            )
+        return _to_svg(axes, title, width=480, height=260)
 
 
 def _need_columns(table: pd.DataFrame, names: Sequence[str], what: str) -> None:
     missing = [name for name in names if name not in table]
     if missing:
-        raise AlmrrError(f"{what} lacks the column(s) {', '.join(missing)}; run the stage that writes it again.")
+        raise AlmrrError(
+            f"{what} lacks the column(s) {', '.join(missing)}; run the stage that writes it again."
+        )
 
 
-def _series(place: int) -> str:
-    number = place % len(_SERIES)
-    return f"var(--series-{number + 1},{_SERIES[number]})"
+def _color(place: int) -> str:
+    return _SERIES[place % len(_SERIES)]
 
 
-def _dash(place: int) -> str:
-    return _DASHES[place // len(_SERIES) % len(_DASHES)]
+def _titled(name: str) -> str:
+    """Identifier of a matplotlib artist that `_to_svg` turns into a tooltip."""
+    return f"title:{name}"
 
 
-def _number(value: float) -> str:
-    """A coordinate with one decimal, as short as it goes."""
-    text = f"{value:.1f}"
-    return text.removesuffix(".0") if text != "-0.0" else "0"
+def _log_limits(values: Floats) -> tuple[float, float]:
+    """Ends of a logarithmic axis: 1, 2 or 5 times a power of ten on both sides of the values."""
+    steps = np.outer(10.0 ** np.arange(-12, 13), (1, 2, 5)).ravel()
+    low, high = (values.min(), values.max()) if values.size else (0.1, 0.9)
+    first, last = np.searchsorted(steps, [low, high], side="right")
+    return float(steps[max(first - 1, 0)]), float(steps[min(max(last, 1), len(steps) - 1)])
 
 
-def _round_ticks(high: float, low: float = 0.0) -> tuple[float, ...]:
-    """Four to eight multiples of 1, 2 or 5 times a power of ten between two values."""
-    rough = (high - low) / 5
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.8)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return tuple(step * k for k in range(first, last + 1))
+def _frame(
+    x: tuple[float, float], y: tuple[float, float], x_label: str, y_label: str, *, log: bool = False
+) -> Axes:
+    axes = Figure(frameon=False).add_axes((0, 0, 1, 1), frameon=False)
+    if log:
+        axes.set_yscale("log")
+        subs = (1.0, 2.0, 5.0) if y[1] / y[0] < 1e3 else (1.0,)
+        axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=8))
+        axes.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter("{x:.6g}")
+    axes.yaxis.set_major_formatter("{x:.6g}")
+    axes.set(xlim=x, ylim=y, xlabel=x_label, ylabel=y_label)
+    return axes
 
 
-def _log_axis(low: float, high: float) -> Axis:
-    """A logarithmic axis for a loss that ends at 1, 2 or 5 times a power of ten on both sides."""
-    steps = [factor * 10.0**power for power in range(-12, 13) for factor in (1, 2, 5)]
-    bottom = max((step for step in steps if step <= low), default=steps[0])
-    top = min((step for step in steps if step >= high and step > bottom), default=steps[-1])
-    inside = [step for step in steps if bottom <= step <= top]
-    shown = inside if len(inside) <= 7 else [step for step in inside if math.log10(step) == round(math.log10(step))]
-    return Axis(bottom, top, "loss", tuple(shown), log=True)
-
-
-def _score_range(values: Floats, threshold: float | None) -> tuple[float, float]:
-    ends = np.append(values[np.isfinite(values)], [] if threshold is None else [threshold])
-    low, high = (float(ends.min()), float(ends.max())) if ends.size else (0.0, 1.0)
-    margin = 0.02 * (high - low) or 0.5
-    return low - margin, high + margin
-
-
-def _histogram(values: Floats, edges: Floats) -> Floats:
-    counts, _ = np.histogram(values[np.isfinite(values)], edges)
-    return np.asarray(counts / max(1, counts.sum()))
-
-
-def _simplify(vertices: Floats) -> Floats:
-    """Leave out what the eye cannot see: vertices within a fraction of a pixel of the line through those kept.
-
-    Ramer (1972), Douglas and Peucker (1973), with a stack in place of recursion; shape (n, 2) in and (m, 2) out.
-    """
-    if len(vertices) < 3:
-        return vertices
-    kept = np.zeros(len(vertices), dtype=bool)
-    kept[[0, -1]] = True
-    pending = [(0, len(vertices) - 1)]
-    while pending:
-        first, last = pending.pop()
-        if last - first < 2:
-            continue
-        chord, inner = vertices[last] - vertices[first], vertices[first + 1 : last] - vertices[first]
-        along = np.clip(inner @ chord / max(float(chord @ chord), 1e-12), 0.0, 1.0)
-        distance = np.hypot(*(inner - along[:, None] * chord).T)
-        farthest = int(distance.argmax())
-        if distance[farthest] > _TOLERANCE:
-            middle = first + 1 + farthest
-            kept[middle] = True
-            pending += [(first, middle), (middle, last)]
-    return vertices[kept]
-
-
-def _path(vertices: Floats) -> str:
-    return "M" + "L".join(f"{_number(x)} {_number(y)}" for x, y in vertices) if len(vertices) else ""
-
-
-def _draw_line(vertices: Floats, color: str, *, width: float = 1.8, dash: str = "", name: str = "") -> str:
-    dashes = f";stroke-dasharray:{dash}" if dash else ""
-    title = f"<title>{escape(name)}</title>" if name else ""
-    style = f"fill:none;stroke:{color};stroke-width:{width};stroke-linejoin:round{dashes}"
-    return f'<path d="{_path(vertices)}" style="{style}">{title}</path>'
-
-
-def _draw_rate(frame: Frame, history: pd.DataFrame) -> str:
-    rates = history["learning_rate"].to_numpy(dtype=np.float64)
-    scale = Frame(frame.x, Axis(0.0, float(rates.max()), "", ()), frame.width, frame.height)
-    line = _simplify(scale.place(history["step"], rates))
-    return _draw_line(line, "var(--muted,#6d7480)", width=1.0, dash="2 2.5", name="learning rate")
-
-
-def _draw_banded(frame: Frame, steps: Floats, values: Floats, color: str, name: str) -> list[str]:
-    """A noisy curve as its mean and range per column; values that a logarithm does not take are left out."""
-    usable = np.isfinite(values) & (values > 0)
-    if not usable.any():
-        return []
-    column = np.minimum(np.floor(frame.x.place(steps[usable]) * _COLUMNS), _COLUMNS - 1)
-    groups = pd.DataFrame({"step": steps[usable], "value": values[usable]}).groupby(column)
+def _plot_band(
+    axes: Axes, steps: Floats, values: Floats, last: float, color: str, name: str
+) -> None:
+    """Plot a noisy curve as its mean and its range in each group of neighboring steps."""
+    groups = pd.DataFrame({"step": steps, "value": values}).groupby(steps * _COLUMNS // last)
     step, value = groups["step"].mean(), groups["value"].agg(["min", "max", "mean"])
-    upper, lower = frame.place(step, value["max"]), frame.place(step, value["min"])
-    band = _path(np.concatenate([_simplify(upper), _simplify(lower)[::-1]])) + "Z"
-    line = _draw_line(_simplify(frame.place(step, value["mean"])), color, width=1.6, name=name)
-    return [f'<path d="{band}" style="fill:{color};fill-opacity:.16"/>', line]
+    around = np.append(step, step[::-1]), np.append(value["max"], value["min"][::-1])
+    axes.fill(*around, facecolor=color, alpha=0.16, linewidth=0)
+    axes.plot(step, value["mean"], color=color, linewidth=1.6, label=name, gid=_titled(name))
 
 
-def _draw_steps(frame: Frame, edges: Floats, shares: Floats, color: str, name: str) -> str:
-    """A histogram as stepped areas, one for each run of bins that are not empty."""
-    filled = np.flatnonzero(np.diff(np.concatenate([[False], shares > 0, [False]])))  # where runs begin and end
-    area = ""
-    for first, end in filled.reshape(-1, 2):
-        across = np.repeat(edges[first : end + 1], 2)
-        up = np.concatenate([[0.0], np.repeat(shares[first:end], 2), [0.0]])
-        area += _path(_simplify(frame.place(across, up))) + "Z"
-    style = f"fill:{color};fill-opacity:.28;stroke:{color};stroke-width:1.2"
-    return f'<path d="{area}" style="{style}"><title>{escape(name)}</title></path>'
-
-
-def _draw_frame(frame: Frame) -> list[str]:
-    """Grid lines, tick labels and the axes' names."""
-    left, bottom = _LEFT, frame.height - _BOTTOM
-    parts = []
-    for tick in frame.y.ticks:
-        y = frame.place(frame.x.low, tick)[1]
-        parts.append(_draw_line(np.array([[left, y], [frame.width - _RIGHT, y]]), "var(--grid,#d5d8de)", width=0.8))
-        parts.append(_draw_text(left - 6, y + 3.5, f"{tick:.3g}", anchor="end"))
-    for tick in frame.x.ticks:
-        x = frame.place(tick, frame.y.low)[0]
-        parts.append(_draw_line(np.array([[x, bottom], [x, bottom + 4]]), "var(--grid,#d5d8de)", width=0.8))
-        parts.append(_draw_text(x, bottom + 16, f"{tick:.6g}", anchor="middle"))
-    parts.append(_draw_text((left + frame.width - _RIGHT) / 2, frame.height - 8, frame.x.label, anchor="middle"))
-    parts.append(_draw_text(12, (_TOP + bottom) / 2, frame.y.label, anchor="middle", turned=True))
-    return parts
-
-
-def _draw_text(x: float, y: float, text: str, *, anchor: str, turned: bool = False) -> str:
-    turn = f' transform="rotate(-90 {_number(x)} {_number(y)})"' if turned else ""
-    return f'<text x="{_number(x)}" y="{_number(y)}" text-anchor="{anchor}"{turn}>{escape(text)}</text>'
-
-
-def _wrap(parts: Sequence[str], frame: Frame, title: str, legend: Sequence[tuple[str, str, str]]) -> str:
-    """Put drawing and legend into one SVG element."""
-    rows, height = _draw_legend(frame, legend)
-    style = "font:11px system-ui,sans-serif;fill:var(--muted,#6d7480)"
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" role="img" viewBox="0 0 {_number(frame.width)} {_number(height)}" '
-        f'aria-label="{escape(title)}" style="{style}">{"".join([*parts, *rows])}</svg>'
+def _to_svg(axes: Axes, title: str, *, width: int, height: int) -> str:
+    """Put the axes and a legend below them at their places, and return the SVG element."""
+    handles, labels = axes.get_legend_handles_labels()
+    columns = int((width - _LEFT) // (38 + _CHARACTER * max(map(len, labels), default=1)))
+    rows = -(-len(labels) // max(columns, 1))
+    total = round(height + (rows + 0.4) * _LEGEND_ROW) if rows else height
+    across, up = width - _LEFT - _RIGHT, height - _TOP - _BOTTOM
+    place = (_LEFT / width, 1 - (_TOP + up) / total, across / width, up / total)
+    axes.set_position(place)
+    axes.xaxis.set_label_coords(0.5, -22 / up)
+    axes.yaxis.set_label_coords(-34 / across, 0.5)
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.set_size_inches(width / 72, total / 72)  # SVG has 72 pixels per inch
+    figure.legend(
+        handles,
+        labels,
+        loc="upper left",
+        bbox_to_anchor=(place[0], 1 - height / total),
+        ncols=max(columns, 1),
+        frameon=False,
+        borderpad=0,
+        borderaxespad=0,
+        columnspacing=1.1,
     )
+    stream = io.BytesIO()
+    unnamed = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(stream, format="svg", metadata=unnamed)
+    root = ElementTree.fromstring(stream.getvalue())
+    for element in list(root.iter()):
+        _make_inline(element)
+    root.attrib = {
+        "xmlns": "http://www.w3.org/2000/svg",
+        "role": "img",
+        "aria-label": title,
+        "viewBox": f"0 0 {width} {total}",
+        "style": f"font:11px system-ui,sans-serif;fill:var(--muted,{_MUTED});stroke-linejoin:round",
+    }
+    return ElementTree.tostring(root, encoding="unicode")
 
 
-def _draw_legend(frame: Frame, legend: Sequence[tuple[str, str, str]]) -> tuple[list[str], float]:
-    """Entries flow in rows below the plot; returns the elements and the height they need in all."""
-    rows, x, y = [], _LEFT, frame.height + 8
-    for name, color, dash in legend:
-        width = 26 + 5.9 * len(name) + 12
-        if x > _LEFT and x + width > frame.width:
-            x, y = _LEFT, y + _LEGEND_ROW
-        rows.append(_draw_line(np.array([[x, y], [x + 20, y]]), color, width=2.2, dash=dash))
-        rows.append(_draw_text(x + 26, y + 3.5, name, anchor="start"))
-        x += width
-    return rows, y + 10 if legend else frame.height
+def _make_inline(element: ElementTree.Element) -> None:
+    """Bring an element of matplotlib's SVG into the page's terms: short, themed, no identifiers."""
+    element.tag = element.tag.rpartition("}")[2]
+    for child in element.findall("{*}defs"):
+        element.remove(child)
+    attributes = element.attrib
+    element.tail = None
+    if element.tag == "text":
+        attributes["style"] = re.sub(r"(font|fill)[^;]*;? ?", "", attributes["style"])  # the root's
+        if attributes["transform"].startswith("rotate(-0 "):
+            del attributes["transform"]
+    else:
+        element.text = None
+    attributes.pop("clip-path", None)  # data are within the limits
+    name = attributes.pop("id", "")
+    if name.startswith(_titled("")):
+        ElementTree.SubElement(element, "title").text = name.removeprefix(_titled(""))
+    for key in attributes.keys() & {"d", "x", "y", "transform"}:
+        short = re.sub(r"-?\d+\.\d+", lambda found: f"{float(found[0]):.1f}", attributes[key])
+        attributes[key] = re.sub(r"\.0\b|(?<=[MLz]) | +(?=[MLz ]|$)", "", short)
+    if "style" in attributes:
+        themed = re.sub(r"#[0-9a-f]{6}", _themed, attributes["style"])
+        attributes["style"] = re.sub(r"([:;,]) ", r"\1", themed)
+
+
+def _themed(color: re.Match[str]) -> str:
+    """Color as the page's variable, which follows its theme; others as they are."""
+    name = _VARIABLES.get(color[0])
+    return f"var({name},{color[0]})" if name else color[0]

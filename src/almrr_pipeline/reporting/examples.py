@@ -1,4 +1,4 @@
-"""Which images of a test set are shown, and how they lie on disk between drawing and page."""
+"""Choice of the test images that the report shows, and their files."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-import numpy as np
 import pandas as pd
 
+from almrr_pipeline.common.arrays import AnomalyMap, ImageArray, MaskArray
 from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.evaluation.maps import AnomalyMap
-from almrr_pipeline.common.images import ImageArray, MaskArray
 from almrr_pipeline.reporting.overlays import draw_panel, encode_image
 
 ExampleKind = Literal["best", "typical", "worst"]
@@ -24,62 +22,65 @@ _INDEX = "examples.csv"
 
 @dataclass(frozen=True)
 class Overlay:
-    """A drawn example: what it stands for, the line below it, and the image, a file's path or its content."""
+    """A drawn example: its kind, its caption, and the content of the image file."""
 
     kind: ExampleKind
     caption: str
-    image: Path | bytes
+    image: bytes
 
 
 def choose_examples(scores: pd.DataFrame, count: int) -> dict[ExampleKind, pd.DataFrame]:
-    """Choose the images that show what the model does well, usually, and badly.
+    """Choose the images that the model does best, typically, and worst on.
 
-    How clearly a defect was found is its share of defective images with a lower score, averaged with the same share
-    for `pixel_ap` where that is known.
+    How clearly a defect was found is its percentile rank among defective images by score, averaged
+    with that by `pixel_ap` where this is known.
 
     - best: defective images found most clearly.
-    - worst: missed defects, least clear first, and false alarms, highest score first, in turn; where there are fewer
-      errors than places, the images that came nearest to one.
-    - typical: defective images around the median, and one normal image of median score if there is room for two.
+    - worst: missed defects, least clear first, and false positives, highest score first, in turn;
+      where there are fewer errors than places, the images that came nearest to one.
+    - typical: defective images around the median, and one normal image of median score if there is
+      room for two.
 
-    No image is chosen twice; of few images, each kind has its share. Equal images are taken in the order of their
-    names, whatever the order of the rows.
+    No image is chosen twice; of few images, each kind gets at most a third. Ties are broken by the
+    images' names, so the order of the rows does not matter.
 
     Args:
-        scores: a row an image: image, label (normal | defective), score; is_anomalous and pixel_ap may be missing or
-            empty. Other columns are kept.
+        scores: a row per image: image, label (normal | defective), score; is_anomalous and pixel_ap
+            may be missing or empty. Other columns are kept.
         count: images of each kind.
 
     Returns:
-        Kind to the chosen rows, in the order in which they are to be shown.
+        The chosen rows by kind, in the order in which they are to be shown.
 
     Raises:
         AlmrrError: a column is missing.
     """
-    missing = {"image", "label", "score"} - set(scores.columns)
+    missing = sorted({"image", "label", "score"} - set(scores.columns))
     if missing:
-        raise AlmrrError(f"The scores lack the column(s) {', '.join(sorted(missing))}; evaluate the category again.")
+        raise AlmrrError(
+            f"The scores lack the column(s) {', '.join(missing)}; evaluate the category again."
+        )
     ranked = _rank_images(scores)
-    best = ranked[ranked.defective & ~ranked.wrong].sort_values("clarity", ascending=False, kind="stable")
-    best = best.head(min(count, _share(int(ranked.defective.sum()))))
-    rest = ranked.drop(index=best.index)
-    worst = _take_worst(rest, min(count, _share(len(ranked))))
+    best = ranked[ranked.defective & ~ranked.wrong]
+    best = best.sort_values("clarity", ascending=False, kind="stable")
+    best = best.head(min(count, _third(int(ranked.defective.sum()))))
+    worst = _take_worst(ranked.drop(index=best.index), min(count, _third(len(ranked))))
     typical = _take_typical(ranked, best.index.union(worst.index), count)
     chosen: dict[ExampleKind, pd.DataFrame] = {"best": best, "typical": typical, "worst": worst}
     return {kind: rows[list(scores.columns)] for kind, rows in chosen.items()}
 
 
 def caption_example(row: pd.Series) -> str:
-    """Say in one line what an image is and what became of it: file name, defect, score, verdict."""
-    defective, verdict = row["label"] == "defective", _read_verdict(row.get("is_anomalous"))
-    outcomes = {(True, True): "found", (True, False): "missed", (False, True): "false alarm", (False, False): "passed"}
-    parts = [str(row["image"]).rsplit("/", 1)[-1], str(row.get("defect", row["label"])), f"score {row['score']:.3f}"]
+    """Return the caption of an image: file name, defect type, score, outcome, pixel AP."""
+    verdict = _read_verdict(row.get("is_anomalous"))
+    outcomes = {True: ("false positive", "found"), False: ("passed", "missed")}
+    words = [str(row["image"]).rsplit("/", 1)[-1], str(row.get("defect_type", row["label"]))]
+    words.append(f"score {row['score']:.3f}")
     if verdict is not None:
-        parts.append(outcomes[defective, verdict])
-    localized = row.get("pixel_ap")
-    if localized is not None and not pd.isna(localized):
-        parts.append(f"pixel AP {localized:.2f}")
-    return " · ".join(parts)
+        words.append(outcomes[verdict][row["label"] == "defective"])
+    if not pd.isna(row.get("pixel_ap")):
+        words.append(f"pixel AP {row['pixel_ap']:.2f}")
+    return " · ".join(words)
 
 
 def draw_examples(
@@ -94,65 +95,64 @@ def draw_examples(
         threshold: pixel threshold of the outlines; None draws none.
 
     Yields:
-        Overlays with WebP content: best, typical, worst.
+        Overlays as WebP: best, typical, worst.
     """
     for kind, rows in choose_examples(scores, count).items():
         for _, row in rows.iterrows():
-            image, mask, anomaly_map = load(row["image"])
-            panel = draw_panel(image, mask, anomaly_map, threshold=threshold)
+            panel = draw_panel(*load(row["image"]), threshold=threshold)
             yield Overlay(kind, caption_example(row), encode_image(panel))
 
 
 def pack_examples(overlays: Iterable[Overlay]) -> dict[str, bytes]:
-    """Content of the files of a folder of drawn examples by name: an image each, and the index `read_examples` reads."""
+    """Return files by name: an image per overlay, and the index that `read_examples` reads."""
     files: dict[str, bytes] = {}
     rows = []
     for number, overlay in enumerate(overlays, start=1):
         name = f"{number:02d}_{overlay.kind}.webp"
-        files[name] = overlay.image if isinstance(overlay.image, bytes) else overlay.image.read_bytes()
+        files[name] = overlay.image
         rows.append({"file": name, "kind": overlay.kind, "caption": overlay.caption})
     index = pd.DataFrame(rows, columns=["file", "kind", "caption"])
     return files | {_INDEX: index.to_csv(index=False, lineterminator="\n").encode()}
 
 
 def read_examples(folder: Path) -> list[Overlay]:
-    """List what `pack_examples` packed; the images stay on disk until they are shown.
+    """Read a folder with the files of `pack_examples`.
 
     Raises:
         AlmrrError: the index is missing or names an unknown kind.
     """
     if not (folder / _INDEX).is_file():
-        raise AlmrrError(f"{folder} holds no {_INDEX}; evaluate the category again.")
-    index = pd.read_csv(folder / _INDEX, keep_default_na=False)
-    unknown = set(index["kind"]) - set(get_args(ExampleKind))
+        raise AlmrrError(f"There is no {_INDEX} in {folder}; evaluate the category again.")
+    index = pd.read_csv(folder / _INDEX, keep_default_na=False, dtype=str)
+    unknown = ", ".join(sorted(set(index["kind"]) - set(get_args(ExampleKind))))
     if unknown:
         raise AlmrrError(
-            f"{folder / _INDEX} names the kind(s) {', '.join(sorted(unknown))}; evaluate the category again."
+            f"{folder / _INDEX} has the unknown kind(s) {unknown}; evaluate the category again."
         )
-    rows = zip(index["kind"], index["caption"].astype(str), index["file"].astype(str), strict=True)
-    return [Overlay(kind, caption, folder / file) for kind, caption, file in rows]
+    rows = zip(index["kind"], index["caption"], index["file"], strict=True)
+    return [Overlay(kind, caption, (folder / file).read_bytes()) for kind, caption, file in rows]
 
 
 def _read_verdict(value: object) -> bool | None:
-    """A cell of the column is_anomalous: True, False, or None where it is empty."""
-    if value is None or value is pd.NA or (isinstance(value, float) and np.isnan(value)) or value == "":
-        return None
-    return value == "True" if isinstance(value, str) else bool(value)
+    """A cell of the column is_anomalous, also of a CSV file; None where it is empty."""
+    if isinstance(value, str):
+        return value == "True" if value else None
+    return None if pd.isna(value) else bool(value)  # type: ignore[call-overload]
 
 
-def _share(images: int) -> int:
-    """A third of the images, rounded up: what one kind may take when there are few."""
+def _third(images: int) -> int:
+    """A third, rounded up: the most that one kind may take of few images."""
     return -(-images // 3)
 
 
 def _rank_images(scores: pd.DataFrame) -> pd.DataFrame:
-    """Sort by name and add how clearly each defect was found and whether the verdict was wrong."""
+    """Sort by name; add how clearly each defect was found and whether the verdict was wrong."""
     ranked = scores.sort_values("image", kind="stable").reset_index(drop=True)
     ranked["defective"] = ranked["label"] == "defective"
     columns = [name for name in ("score", "pixel_ap") if name in ranked]
-    shares = ranked.loc[ranked.defective, columns].astype(float).rank(pct=True, method="min")
-    ranked["clarity"] = shares.mean(axis=1)
-    verdicts = [_read_verdict(value) for value in ranked.get("is_anomalous", pd.Series([None] * len(ranked)))]
+    ranks = ranked.loc[ranked.defective, columns].astype(float).rank(pct=True, method="min")
+    ranked["clarity"] = ranks.mean(axis=1)
+    verdicts = map(_read_verdict, ranked.get("is_anomalous", [None] * len(ranked)))
     ranked["wrong"] = [
         verdict is not None and verdict != defective
         for verdict, defective in zip(verdicts, ranked.defective, strict=True)
@@ -164,9 +164,10 @@ def _take_worst(ranked: pd.DataFrame, count: int) -> pd.DataFrame:
     """Errors first, then the nearest to one; defective and normal images in turn within each."""
     defective = ranked[ranked.defective].sort_values("clarity", kind="stable")
     normal = ranked[~ranked.defective].sort_values("score", ascending=False, kind="stable")
-    order = pd.concat([side.assign(turn=side.groupby("wrong").cumcount()) for side in (defective, normal)])
+    sides = [side.assign(place=side.groupby("wrong").cumcount()) for side in (defective, normal)]
+    order = pd.concat(sides)
     order = order.assign(right=~order["wrong"], normal=~order["defective"])
-    return order.sort_values(["right", "turn", "normal"], kind="stable").head(count)
+    return order.sort_values(["right", "place", "normal"], kind="stable").head(count)
 
 
 def _take_typical(ranked: pd.DataFrame, taken: pd.Index, count: int) -> pd.DataFrame:
@@ -178,6 +179,7 @@ def _take_typical(ranked: pd.DataFrame, taken: pd.Index, count: int) -> pd.DataF
 
 
 def _nearest_median(rows: pd.DataFrame, column: str, taken: pd.Index, count: int) -> pd.DataFrame:
-    distance = (rows[column] - rows[column].median()).abs().round(9)  # so that a tie is one, rounding errors or not
+    distance = (rows[column] - rows[column].median()).abs()
+    distance = distance.round(9)  # a tie stays one despite rounding errors
     distance = distance.drop(index=taken, errors="ignore")
     return rows.loc[distance.sort_values(kind="stable").index[:count]]

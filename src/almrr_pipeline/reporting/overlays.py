@@ -1,39 +1,28 @@
 """Images of results: panels for the report, overlays for `almrr predict`.
 
-Drawn with numpy and Pillow alone: a panel takes some ten milliseconds, so that a whole test set can be drawn.
+Drawn with numpy and Pillow: a panel takes some ten milliseconds, so that a whole
+test set can be drawn.
 """
 
 from __future__ import annotations
 
 import io
 from functools import cache
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
+from almrr_pipeline.common.arrays import AnomalyMap, ImageArray, MaskArray
 from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.evaluation.maps import AnomalyMap
-from almrr_pipeline.common.images import ImageArray, MaskArray, resize_image, resize_mask
+from almrr_pipeline.common.images import resize_image, resize_mask
 
 Color = tuple[int, int, int]
 
-# Every fifth color of the map "inferno" by Stefan van der Walt and Nathaniel Smith (matplotlib, CC0): its lightness
-# rises evenly from black to pale yellow, so that equal steps of the anomaly map look equal, in gray print too.
-_INFERNO = """
-000004 02020c 050417 0a0722 10092d 160b39 1e0c45 260c51 2f0a5b 380962 400a67 490b6a 510e6c
-59106e 61136e 69166e 71196e 781c6d 801f6c 88226a 902568 982766 a02a63 a82e5f b0315b b73557
-bf3952 c63d4d cc4248 d34743 d94d3d df5337 e45a31 e9612b ed6925 f1711f f47918 f78212 f98b0b
-fa9407 fb9d07 fca60c fcb014 fbba1f fac42a f8cd37 f6d746 f4e156 f2ea69 f2f27d f5f992 fcffa4
-"""
-_ANCHORS = np.array([list(bytes.fromhex(color)) for color in _INFERNO.split()], dtype=np.float64)
-_LEVELS = 256
-
-# Yellow and blue-violet stay apart for every kind of color vision, and both from gray, brown and green textures.
+# Yellow and blue stay apart for every kind of color vision, and from most textures' colors.
 FOUND_COLOR: Color = (255, 212, 0)
-"""Outline of what lies above the threshold."""
+"""Outline of the pixels above the threshold."""
 TRUTH_COLOR: Color = (64, 196, 255)
 """Outline of the ground truth."""
 _SHADE: Color = (12, 14, 18)
@@ -44,51 +33,53 @@ _QUIET: Color = (138, 145, 158)
 _ALARM: Color = (255, 116, 92)
 _CLEAR: Color = (112, 214, 150)
 
-_TILE = 272
-"""Edge of the square box that a panel's tile is fitted into, in pixels."""
+_TILE = 272  # edge of the square box that a panel's tile is fitted into, in pixels
 _GAP = 6
 _FOOT = 26
 _FONT_SIZE = 13
-_SMALLEST_OVERLAY = 360
-"""An image narrower than this is enlarged in draw_overlay, so that its caption can be read."""
-_HEAT_OPACITY = 0.6
+_SMALLEST_OVERLAY = 360  # narrower images are enlarged in draw_overlay: the caption needs the width
+_HEAT_OPACITY = 0.6  # at its strongest the image still shines through
 
 
-def _interpolate_anchors() -> ImageArray:
-    levels = np.linspace(0, len(_ANCHORS) - 1, _LEVELS)
-    channels = [np.interp(levels, np.arange(len(_ANCHORS)), _ANCHORS[:, channel]) for channel in range(3)]
-    return np.rint(np.stack(channels, axis=1)).astype(np.uint8)
+@cache
+def _heat_table() -> ImageArray:
+    """Colors of the values 0, 1/255, ..., 1 of matplotlib's "inferno": uint8 RGB, shape (256, 3).
 
+    Its lightness rises evenly from black to pale yellow: equal steps look equal, in gray print too.
+    """
+    from matplotlib import colormaps  # slow to import, and not needed to predict without overlays
 
-HEAT_TABLE: ImageArray = _interpolate_anchors()
-"""Colors of the values 0, 1/255, ..., 1: uint8 RGB, shape (256, 3)."""
+    return np.asarray(colormaps["inferno"](np.arange(256), bytes=True)[:, :3])
 
 
 def color_map(anomaly_map: npt.NDArray[np.floating]) -> ImageArray:
     """Color an anomaly map on the fixed scale 0 (black) to 1 (pale yellow).
 
     Args:
-        anomaly_map: values in [0, 1], shape (H, W); values outside take the color of the nearer end, NaN that of 0.
+        anomaly_map: values in [0, 1], shape (H, W); values outside take the color of the nearer
+            end, NaN that of 0.
 
     Returns:
         uint8 RGB, shape (H, W, 3).
     """
     values = np.clip(np.nan_to_num(anomaly_map, nan=0.0), 0.0, 1.0)
-    return np.asarray(HEAT_TABLE[np.rint(values * (_LEVELS - 1)).astype(np.uint8)])
+    return np.asarray(_heat_table()[np.rint(values * 255).astype(np.uint8)])
 
 
 def draw_panel(
     image: ImageArray, mask: MaskArray | None, anomaly_map: AnomalyMap, *, threshold: float | None
 ) -> ImageArray:
-    """Draw one result side by side: image | ground truth | anomaly map | image with outlines.
+    """Draw one result as a row: image | ground truth | anomaly map | image with outlines.
 
-    The outlines run just outside what they enclose: what lies above the threshold in yellow, the ground truth in blue.
+    The outlines run just outside what they enclose: pixels above the threshold in yellow, the
+    ground truth in blue.
 
     Args:
         image: uint8 RGB, shape (H, W, 3).
-        mask: ground truth of the image, bool (H', W'), resized to the image; None where there is none.
+        mask: ground truth, bool (H', W'), resized to the image; None where there is none.
         anomaly_map: float32 in [0, 1], any shape, resized to the image.
-        threshold: pixel threshold, drawn on the scale of the heat map too; None draws the ground truth's outline alone.
+        threshold: of pixels, also marked on the heat map's scale; None outlines the ground truth
+            alone.
 
     Returns:
         uint8 RGB, 1118 pixels wide, at most 310 high.
@@ -100,7 +91,8 @@ def draw_panel(
     size = _fit(image.shape[:2], _TILE)
     image, heat = resize_image(image, size), _resize_map(anomaly_map, size)
     truth = None if mask is None else resize_mask(mask, size)
-    tiles = [image, _draw_truth(truth, size), color_map(heat), _draw_outlines(image, truth, heat, threshold)]
+    outlined = _draw_outlines(image, truth, heat, threshold)
+    tiles = [image, _draw_truth(truth, size), color_map(heat), outlined]
     canvas = Image.new("RGB", (4 * _TILE + 5 * _GAP, size[0] + 2 * _GAP + _FOOT), _BACKGROUND)
     for column, tile in enumerate(tiles):
         left = _GAP + column * (_TILE + _GAP)
@@ -111,9 +103,14 @@ def draw_panel(
 
 
 def draw_overlay(
-    image: ImageArray, anomaly_map: AnomalyMap, *, threshold: float | None, score: float, is_anomalous: bool | None
+    image: ImageArray,
+    anomaly_map: AnomalyMap,
+    *,
+    threshold: float | None,
+    score: float,
+    is_anomalous: bool | None,
 ) -> ImageArray:
-    """Draw the result for one image: heat where the map is high, an outline at the threshold, the verdict below.
+    """Draw the result of one image: heat, an outline at the threshold, and the verdict below.
 
     Args:
         image: uint8 RGB, shape (H, W, 3).
@@ -123,7 +120,8 @@ def draw_overlay(
         is_anomalous: the verdict; None where the model has no threshold.
 
     Returns:
-        uint8 RGB, of the image's size with a strip added below; narrow images are enlarged by a whole factor.
+        uint8 RGB of the image's size plus a strip below; narrow images are enlarged by a whole
+        factor.
 
     Raises:
         AlmrrError: an argument has the wrong number of axes.
@@ -134,36 +132,32 @@ def draw_overlay(
     image, heat = resize_image(image, size), _resize_map(anomaly_map, size)
     opacity = _HEAT_OPACITY * heat[..., None]
     warm = np.rint((1.0 - opacity) * image + opacity * color_map(heat)).astype(np.uint8)
-    return np.concatenate([_draw_outlines(warm, None, heat, threshold), _write_verdict(size[1], score, is_anomalous)])
+    outlined = _draw_outlines(warm, None, heat, threshold)
+    return np.concatenate([outlined, _write_verdict(size[1], score, is_anomalous)])
 
 
 def encode_image(image: ImageArray, *, quality: int = 82) -> bytes:
-    """Compress a drawn image as WebP, sharp at colored lines; uint8 RGB (H, W, 3) in, the file's bytes out."""
+    """Encode a drawn image, uint8 RGB (H, W, 3), as WebP with sharp colored lines."""
     stream = io.BytesIO()
     Image.fromarray(image).save(stream, "WEBP", quality=quality, method=6, use_sharp_yuv=True)
     return stream.getvalue()
 
 
 def outline(region: MaskArray, *, width: int) -> MaskArray:
-    """Mark the line, `width` pixels wide, that runs around a region just outside it; bool (H, W) in and out."""
+    """Mark the line of `width` pixels just around a region; bool (H, W) in and out."""
     if not region.any():
         return np.zeros_like(region)
     square = np.ones((3, 3), dtype=bool)
     return np.asarray(ndimage.binary_dilation(region, square, iterations=width) & ~region)
 
 
-class _Foot(NamedTuple):
-    """A tile's label: its column, its words and their color."""
-
-    column: int
-    text: str
-    color: Color
-
-
 def _check_shapes(image: ImageArray, mask: MaskArray | None, anomaly_map: AnomalyMap) -> None:
-    if image.ndim != 3 or image.shape[2] != 3 or anomaly_map.ndim != 2 or (mask is not None and mask.ndim != 2):
+    colored = image.ndim == 3 and image.shape[2] == 3
+    if not colored or anomaly_map.ndim != 2 or (mask is not None and mask.ndim != 2):
         shapes = f"{image.shape}, {None if mask is None else mask.shape}, {anomaly_map.shape}"
-        raise AlmrrError(f"An image (H, W, 3), a mask (H, W) and a map (H, W) are needed to draw, not {shapes}.")
+        raise AlmrrError(
+            f"To draw takes an image (H, W, 3), a mask (H, W) and a map (H, W), not {shapes}."
+        )
 
 
 def _fit(shape: tuple[int, ...], edge: int) -> tuple[int, int]:
@@ -204,17 +198,22 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 
-def _write_feet(draw: ImageDraw.ImageDraw, top: int, truth: MaskArray | None, threshold: float | None) -> None:
-    kind = "no ground truth" if truth is None else "ground truth" if truth.any() else "ground truth: no defect"
-    feet = [_Foot(0, "image", _QUIET), _Foot(1, kind, _QUIET)]
-    feet.append(_Foot(3, "no threshold" if threshold is None else f"above {threshold:.3g}", _QUIET))
-    for foot in feet:
-        draw.text((_GAP + foot.column * (_TILE + _GAP), top + 8), foot.text, foot.color, _font(_FONT_SIZE))
+def _write_feet(
+    draw: ImageDraw.ImageDraw, top: int, truth: MaskArray | None, threshold: float | None
+) -> None:
+    """Write the labels below the tiles, and the key of the outlines' colors at the right."""
+    empty = "" if truth is None or truth.any() else ": no defect"
+    of_mask = "no ground truth" if truth is None else f"ground truth{empty}"
+    of_outlines = "no threshold" if threshold is None else f"above {threshold:.3g}"
+    font = _font(_FONT_SIZE)
+    for column, text in ((0, "image"), (1, of_mask), (3, of_outlines)):
+        draw.text((_GAP + column * (_TILE + _GAP), top + 8), text, _QUIET, font)
     right = 4 * (_TILE + _GAP)
-    keys = [("found", FOUND_COLOR)] * (threshold is not None) + [("truth", TRUTH_COLOR)] * (truth is not None)
-    for word, color in keys:
-        right -= round(draw.textlength(word, _font(_FONT_SIZE)))
-        draw.text((right, top + 8), word, _TEXT, _font(_FONT_SIZE))
+    found, true = threshold is not None, truth is not None
+    keys = (("found", FOUND_COLOR, found), ("truth", TRUTH_COLOR, true))
+    for word, color in [(word, color) for word, color, is_drawn in keys if is_drawn]:
+        right -= round(draw.textlength(word, font))
+        draw.text((right, top + 8), word, _TEXT, font)
         draw.line((right - 16, top + 17, right - 5, top + 17), color, 2)
         right -= 28
 
@@ -224,8 +223,8 @@ def _draw_scale(canvas: Image.Image, *, left: int, top: int, threshold: float | 
     draw, font = ImageDraw.Draw(canvas), _font(_FONT_SIZE)
     draw.text((left, top + 8), "anomaly map", _QUIET, font)
     start, width, height = left + 106, _TILE - 106 - 14, 9
-    bar = np.broadcast_to(HEAT_TABLE[np.linspace(0, 255, width).astype(np.uint8)], (height, width, 3))
-    canvas.paste(Image.fromarray(np.ascontiguousarray(bar)), (start, top + 12))
+    bar = color_map(np.tile(np.linspace(0.0, 1.0, width), (height, 1)))
+    canvas.paste(Image.fromarray(bar), (start, top + 12))
     draw.text((start - 13, top + 8), "0", _QUIET, font)
     draw.text((start + width + 6, top + 8), "1", _QUIET, font)
     if threshold is not None:
@@ -239,8 +238,8 @@ def _write_verdict(width: int, score: float, is_anomalous: bool | None) -> Image
     words = {None: ("no threshold", _QUIET), True: ("defective", _ALARM), False: ("normal", _CLEAR)}
     word, color = words[is_anomalous]
     strip = Image.new("RGB", (width, 2 * size), _BACKGROUND)
-    draw, font, middle = ImageDraw.Draw(strip), _font(size), size
-    draw.ellipse((size // 2, middle - size // 3, size // 2 + 2 * (size // 3), middle + size // 3), color)
-    draw.text((size // 2 + size, middle), word, color, font, anchor="lm")
-    draw.text((width - size // 2, middle), f"score {score:.3f}", _TEXT, font, anchor="rm")
+    draw, font, left, radius = ImageDraw.Draw(strip), _font(size), size // 2, size // 3
+    draw.ellipse((left, size - radius, left + 2 * radius, size + radius), color)
+    draw.text((left + size, size), word, color, font, anchor="lm")
+    draw.text((width - left, size), f"score {score:.3f}", _TEXT, font, anchor="rm")
     return np.asarray(strip)

@@ -1,4 +1,4 @@
-"""The report: one page that stands on its own, with every number, image and style inside it."""
+"""The report: one HTML page that holds every number, image and style."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import base64
 import io
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
@@ -18,151 +18,134 @@ from markupsafe import Markup
 from PIL import Image
 
 from almrr_pipeline.config import Parameters
-from almrr_pipeline.reporting import plots, tables
+from almrr_pipeline.reporting import charts, tables
 from almrr_pipeline.reporting.examples import ExampleKind, Overlay
 from almrr_pipeline.reporting.overlays import encode_image
-from almrr_pipeline.kedro_support.redaction import shown_parameters
 
-_WEB_FORMATS = {"WEBP": "image/webp", "JPEG": "image/jpeg"}
-_WIDEST = 1280
+_WEB_FORMATS = {"WEBP": "image/webp", "JPEG": "image/jpeg"}  # embedded as they are
+_WIDEST = 1280  # pixels; a panel has 1118
 _KINDS: Mapping[ExampleKind, str] = {
     "best": "Found most clearly",
     "typical": "Typical",
-    "worst": "Missed, false alarms, and what came nearest to either",
+    "worst": "Missed, false positives, and what came nearest to either",
 }
 _HEADLINES = ("image_auroc", "pixel_auroc", "pixel_ap")
+_FIGURES: Sequence[tuple[str, str, charts.CurveKind]] = (
+    ("Precision and recall, pixels", "pr", "pr"),
+    ("Overlap with anomalous regions", "pro", "pro"),
+    ("ROC, pixels", "roc", "roc"),
+    ("Precision and recall, images", "image_pr", "pr"),
+    ("ROC, images", "image_roc", "roc"),
+)
 
 
 @dataclass(frozen=True)
 class CategoryReport:
-    """What is known of one category after its evaluation.
+    """Results of one category and seed.
 
     Attributes:
-        category: its id, such as sample_brick.
-        metrics: the content of its metrics.json.
+        category: id, such as sample_brick.
+        seed: of the training.
+        metrics: content of metrics.json.
         history: training history: step, loss, reconstruction, refinement, learning_rate.
-        scores: a row a test image: image, label, defect, score, is_anomalous.
-        roc: of pixels: fpr, tpr; no rows where undefined, as for all curves.
-        pr: of pixels: recall, precision.
-        pro: of regions: fpr, pro.
-        image_roc: of images: fpr, tpr; None leaves the figure out, as for all that follow.
-        image_pr: of images: recall, precision.
+        scores: a row per test image: image, label, defect_type, score, is_anomalous.
+        curves: by name: of pixels roc (fpr, tpr), pr (recall, precision) and pro (fpr, pro), of
+            images image_roc and image_pr; missing or without rows where undefined.
         overlays: drawn examples.
-        training_images: normal images that were trained on.
-        held_out_images: normal images held out for the thresholds.
-        has_validation: whether these are validation images of the data set's own.
-        source: where the images come from, under which license, and what to cite.
+        training_images: number of normal images that were trained on; None if unknown.
+        validation_images: number of normal images for the thresholds.
+        has_validation: whether these are the dataset's own validation images.
+        license: origin and license of the images, and what to cite.
     """
 
     category: str
+    seed: int
     metrics: tables.Metrics
     history: pd.DataFrame
     scores: pd.DataFrame
-    roc: pd.DataFrame
-    pr: pd.DataFrame
-    pro: pd.DataFrame
-    image_roc: pd.DataFrame | None = None
-    image_pr: pd.DataFrame | None = None
+    curves: Mapping[str, pd.DataFrame]
     overlays: Sequence[Overlay] = ()
     training_images: int | None = None
     validation_images: int | None = None
     has_validation: bool = False
-    source: str = ""
+    license: str = ""
 
 
 @dataclass(frozen=True)
 class Report:
-    """All that the page shows.
+    """Content of the page.
 
     Attributes:
-        parameters: the parameters of the run; title and suite are taken from here.
-        categories: in the order in which they are to be shown.
-        summary: means over the categories, as `evaluation.summary.summarize` gives them.
-        seeds: mean and std over seeds, as `evaluation.summary.summarize_seeds` gives them.
-        versions: package to version.
-        commit: git commit, as "HASH" or "HASH with changes"; None where there is no repository.
+        parameters: of the run; title and suite are taken from here.
+        categories: results of each category and seed, in the order of the page.
+        summary: means and stds as `evaluation.summary.summarize` returns them.
+        versions: by package.
+        commit: "HASH" or "HASH with changes"; None where there is no repository.
     """
 
     parameters: Parameters
     categories: Sequence[CategoryReport]
-    summary: tables.Spread
-    seeds: Mapping[str, tables.Spread] = field(default_factory=dict)
+    summary: tables.Metrics
     versions: Mapping[str, str] = field(default_factory=dict)
     commit: str | None = None
 
 
 def render_report(report: Report) -> str:
-    """Write the page: HTML5, no script, nothing fetched from anywhere, equal bytes for equal input."""
-    metrics = {category.category: category.metrics for category in report.categories}
-    links = {category.category: f"category-{place}" for place, category in enumerate(report.categories, start=1)}
-    training = {c.category: (c.training_images, c.validation_images) for c in report.categories}
+    """Render the page: HTML5, no script, nothing fetched, equal bytes for equal input."""
+    runs = {_label(run, report): run for run in report.categories}
+    links = {label: f"category-{place}" for place, label in enumerate(runs, start=1)}
+    metrics = {label: run.metrics for label, run in runs.items()}
+    first = {run.category: run for run in reversed(report.categories)}
+    categories = {
+        name: first[name] for name in dict.fromkeys(run.category for run in runs.values())
+    }
+    training = {name: (c.training_images, c.validation_images) for name, c in categories.items()}
+    commit = re.fullmatch(r"([0-9a-f]{7,64})(.*)", report.commit or "", re.DOTALL)
+    names = tables.list_metrics(list(metrics.values()))
     return (
         _environment()
         .get_template("report.html.j2")
         .render(
             title=report.parameters.report.title,
             parameters=report.parameters,
-            headlines=_pick_headlines(report),
+            headlines=_list_headlines(report),
             results=tables.tabulate_results(metrics, report.summary, links=links),
-            seeds=tables.tabulate_seeds(report.seeds),
+            seeds=tables.tabulate_seeds(report.summary),
             oracle=tables.tabulate_oracle(metrics),
-            counts=tables.tabulate_counts(training, metrics),
-            thresholds=tables.tabulate_thresholds(metrics),
-            curves=_draw_curves(report.categories),
-            categories=[
-                _view_category(category, links[category.category], report.parameters.for_category(category.category))
-                for category in report.categories
+            protocols=[
+                (name, report.parameters.for_category(name), category.has_validation)
+                for name, category in categories.items()
             ],
-            definitions=_define_metrics(list(metrics.values())),
+            counts=tables.tabulate_counts(
+                training, {name: category.metrics for name, category in categories.items()}
+            ),
+            thresholds=tables.tabulate_thresholds(metrics),
+            curves=_draw_curves(runs),
+            runs=[_show_run(label, run) | {"link": links[label]} for label, run in runs.items()],
+            definitions=[(_name_metric(n), tables.describe_metric(n).meaning) for n in names],
             dump=_dump_parameters(report.parameters),
             versions=report.versions,
-            commit=_read_commit(report.commit),
+            commit=commit and commit[1],
+            is_changed=bool(commit and commit[2]),
         )
     )
 
 
-@dataclass(frozen=True)
-class _Commit:
-    """What can be checked out, and whether the files differed from it."""
-
-    hash: str
-    is_changed: bool
-
-
-@dataclass(frozen=True)
-class _Headline:
-    """A number that opens the page, with what it is and over what it was taken."""
+class _Headline(NamedTuple):
+    """A number that opens the page or a category, with its name and small print."""
 
     name: str
     value: str
     small: str
 
 
-@dataclass(frozen=True)
-class _Example:
+class _Example(NamedTuple):
     """An overlay as the page embeds it."""
 
     address: str
     caption: str
     width: int
     height: int
-
-
-@dataclass(frozen=True)
-class _CategoryView:
-    """A category as the template shows it."""
-
-    name: str
-    link: str
-    parameters: Parameters
-    has_validation: bool
-    source: str
-    headlines: Sequence[_Headline]
-    steps: int
-    losses: Markup
-    scores: Markup
-    defects: tables.Table
-    examples: Sequence[tuple[ExampleKind, str, Sequence[_Example]]]
 
 
 @cache
@@ -176,42 +159,42 @@ def _environment() -> jinja2.Environment:
     )
 
 
-def _read_commit(described: str | None) -> _Commit | None:
-    """Take the hash out of "HASH" or "HASH with changes"; None for whatever does not begin with one."""
-    found = re.fullmatch(r"([0-9a-f]{7,64})(.*)", described or "", re.DOTALL)
-    return _Commit(found[1], is_changed=bool(found[2])) if found else None
+def _label(run: CategoryReport, report: Report) -> str:
+    seeds = {other.seed for other in report.categories if other.category == run.category}
+    return f"{run.category}, seed {run.seed}" if len(seeds) > 1 else run.category
 
 
-def _pick_headlines(report: Report) -> list[_Headline]:
-    """Means over the categories; of one category, its metrics with their intervals."""
+def _list_headlines(report: Report) -> list[_Headline]:
+    """Means over the categories; of one run, its metrics with their intervals."""
     if len(report.categories) == 1:
-        return _pick_category_headlines(report.categories[0].metrics)
+        return _list_run_headlines(report.categories[0].metrics)
+    count = len({run.category for run in report.categories})
     headlines = []
-    for name in _headline_names([category.metrics for category in report.categories]):
-        mean = report.summary.get(name, {})
-        small = f"mean of {mean['categories']} of {mean['of']} categories" if mean else "not computed"
-        headlines.append(_Headline(_name_metric(name), tables.format_metric(mean.get("mean")), small))
+    for name in _headline_names([run.metrics for run in report.categories]):
+        value, few = tables.average_metric(report.summary, name)
+        small = f"mean of {few or f'{count} of {count}'} categories"
+        if count == 1:
+            small = f"mean of {len(report.categories)} seeds"
+        headlines.append(_Headline(_name_metric(name), value, small))
     return headlines
 
 
-def _pick_category_headlines(metrics: tables.Metrics) -> list[_Headline]:
+def _list_run_headlines(metrics: tables.Metrics) -> list[_Headline]:
     return [
-        _Headline(_name_metric(name), tables.format_metric(metrics.get(name)), _say_interval(metrics, name))
+        _Headline(
+            _name_metric(name),
+            tables.format_metric(metrics.get(name)),
+            tables.format_interval(metrics, name) or metrics.get("undefined", {}).get(name, ""),
+        )
         for name in _headline_names([metrics])
     ]
 
 
 def _headline_names(metrics: Sequence[tables.Metrics]) -> list[str]:
-    """The metrics that open the page, and the first of the region metrics that there is."""
-    regions = [name for name in tables.list_metrics(metrics) if tables.describe_metric(name).group == "regions"]
+    """Names of the opening metrics, and of the first region metric if there is one."""
+    names = tables.list_metrics(metrics)
+    regions = [name for name in names if tables.describe_metric(name).group == "regions"]
     return [*_HEADLINES, *regions[:1]]
-
-
-def _say_interval(metrics: tables.Metrics, name: str) -> str:
-    interval = metrics.get("intervals", {}).get(name)
-    if interval is not None:
-        return f"{interval[0]:.3f} to {interval[1]:.3f}"
-    return str(metrics.get("undefined", {}).get(name, ""))
 
 
 def _name_metric(name: str) -> str:
@@ -219,52 +202,42 @@ def _name_metric(name: str) -> str:
     return head.text if head.group == "regions" else f"{head.group.removesuffix('s')} {head.text}"
 
 
-def _define_metrics(metrics: Sequence[tables.Metrics]) -> list[tuple[str, str]]:
-    return [(_name_metric(name), tables.describe_metric(name).meaning) for name in tables.list_metrics(metrics)]
-
-
-def _draw_curves(categories: Sequence[CategoryReport]) -> list[tuple[str, Markup]]:
-    """One figure a kind of curve, with all categories in it; those that nobody has are left out."""
-    limit = max((float(c.pro["fpr"].max()) for c in categories if len(c.pro)), default=1.0)
-    figures: list[tuple[str, plots.CurveKind, Callable[[CategoryReport], pd.DataFrame | None], float | None]] = [
-        ("Precision and recall, pixels", "pr", lambda c: c.pr, None),
-        ("Overlap with defective regions", "pro", lambda c: c.pro, limit),
-        ("ROC, pixels", "roc", lambda c: c.roc, None),
-        ("Precision and recall, images", "pr", lambda c: c.image_pr, None),
-        ("ROC, images", "roc", lambda c: c.image_roc, None),
-    ]
+def _draw_curves(runs: Mapping[str, CategoryReport]) -> list[tuple[str, Markup]]:
+    """Draw one figure per kind of curve, with all runs in it; those without any are left out."""
     drawn = []
-    for title, kind, pick, end in figures:
-        found = {c.category: points for c in categories if (points := pick(c)) is not None}
-        if any(len(points) for points in found.values()):
-            drawn.append((title, Markup(plots.draw_curves(kind, found, title=title, limit=end))))
+    for title, name, kind in _FIGURES:
+        curves = {label: run.curves.get(name, pd.DataFrame()) for label, run in runs.items()}
+        ends = [float(points.iloc[:, 0].max()) for points in curves.values() if len(points)]
+        if any(len(points) for points in curves.values()):
+            limit = max(ends) if kind == "pro" else None
+            chart = charts.draw_curves(kind, curves, title=title, limit=limit)
+            drawn.append((title, Markup(chart)))
     return drawn
 
 
-def _view_category(category: CategoryReport, link: str, own: Parameters) -> _CategoryView:
-    threshold = category.metrics.get("thresholds", {}).get("image", {}).get("value")
-    name = category.category
-    return _CategoryView(
-        name=name,
-        link=link,
-        parameters=own,
-        has_validation=category.has_validation,
-        source=category.source,
-        headlines=_pick_category_headlines(category.metrics),
-        steps=int(category.history["step"].max()) if len(category.history) else 0,
-        losses=Markup(plots.draw_losses(category.history, title=f"Training losses of {name}")),
-        scores=Markup(plots.draw_scores(category.scores, threshold=threshold, title=f"Image scores of {name}")),
-        defects=tables.tabulate_defects(category.metrics),
-        examples=[
-            (kind, words, [_embed(overlay) for overlay in category.overlays if overlay.kind == kind])
-            for kind, words in _KINDS.items()
+def _show_run(label: str, run: CategoryReport) -> dict[str, Any]:
+    """Values of a run's section as the template takes them."""
+    threshold = run.metrics.get("thresholds", {}).get("image", {}).get("value")
+    losses = charts.draw_losses(run.history, title=f"Training losses of {label}")
+    scores = charts.draw_scores(run.scores, threshold=threshold, title=f"Image scores of {label}")
+    return {
+        "name": label,
+        "license": run.license,
+        "headlines": _list_run_headlines(run.metrics),
+        "steps": int(run.history["step"].max()) if len(run.history) else 0,
+        "losses": Markup(losses),
+        "scores": Markup(scores),
+        "defect_types": tables.tabulate_defect_types(run.metrics),
+        "examples": [
+            (heading, [_embed(overlay) for overlay in run.overlays if overlay.kind == kind])
+            for kind, heading in _KINDS.items()
         ],
-    )
+    }
 
 
 def _embed(overlay: Overlay) -> _Example:
-    """Turn an image into a data address; what is wide or not made for the web is compressed again."""
-    content = overlay.image if isinstance(overlay.image, bytes) else overlay.image.read_bytes()
+    """Turn an image into a data address; too wide ones and other formats are encoded again."""
+    content = overlay.image
     with Image.open(io.BytesIO(content)) as image:
         format_, (width, height) = image.format or "", image.size
         if format_ not in _WEB_FORMATS or width > _WIDEST:
@@ -277,12 +250,12 @@ def _embed(overlay: Overlay) -> _Example:
 
 
 def _dump_parameters(parameters: Parameters) -> list[tuple[str, str]]:
-    """Sections of the parameters, the general ones first, a line a value; what may be secret is left out."""
-    values = shown_parameters(parameters)
-    general = {name: value for name, value in values.items() if not isinstance(value, dict)}
-    sections = {"general": general} | {name: value for name, value in values.items() if isinstance(value, dict)}
-    return [(name, _dump_lines(section)) for name, section in sections.items() if section]
-
-
-def _dump_lines(section: Mapping[str, Any]) -> str:
-    return "\n".join(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in section.items())
+    """Sections of the redacted parameters, general ones first, a line per value."""
+    values = parameters.redacted()
+    sections = {"general": {k: v for k, v in values.items() if not isinstance(v, dict)}}
+    sections |= {name: value for name, value in values.items() if isinstance(value, dict)}
+    return [
+        (name, "\n".join(f"{k}: {json.dumps(v, ensure_ascii=False)}" for k, v in section.items()))
+        for name, section in sections.items()
+        if section
+    ]
