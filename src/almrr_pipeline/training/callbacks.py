@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -93,12 +93,9 @@ class History:
         steps = self._settings.steps
         logger.info("Training on %s from step %d to %d.", self._fabric.device, done, steps)
         with track(steps, unit="steps", description="training", done=done) as advance:
-            yield lambda: advance(1, **{"loss": f"{row['loss']:.4f}" for row in self.rows[-1:]})
-        row = self.rows[-1]
-        logger.info(
-            "Trained %d steps: loss %.4f (reconstruction %.4f, refinement %.4f).",
-            *(row[name] for name in ("step", "loss", "reconstruction", "refinement")),
-        )
+            yield lambda: advance(1, **self._shown())
+        line = "Trained %d steps: loss %.4f (reconstruction %.4f, refinement %.4f)."
+        logger.info(line, *(self.rows[-1][name] for name in COLUMNS[:4]))
 
     def frame(self) -> pd.DataFrame:
         """The history, a row per window."""
@@ -117,10 +114,14 @@ class History:
         self._window = [torch.tensor(values) for values in state_dict["window"]]
         self._extra = state_dict["extra"]
 
+    def _shown(self) -> dict[str, str]:
+        return {"loss": f"{self.rows[-1]['loss']:.4f}"} if self.rows else {}
+
     def _close_window(self, step: int, learning_rate: float) -> None:
         means = torch.tensor(_to_host(self._window), dtype=torch.float64).mean(0)
         if self._fabric.world_size > 1:
-            means = self._fabric.all_reduce(means.float(), reduce_op="mean").cpu()
+            reduced = self._fabric.all_reduce(means.float(), reduce_op="mean")
+            means = cast(Tensor, reduced).cpu()
         losses = dict(zip(LOGGED, means.tolist(), strict=True))
         row = {name: losses[name] for name in COLUMNS if name in losses}
         self.rows.append({"step": step, **row, "learning_rate": learning_rate, **self._extra})
@@ -158,10 +159,10 @@ def check_finite(values: Mapping[str, float], *, step: int, settings: TrainSetti
 
 
 class ValidationSelection:
-    """Keeps the weights with the best pixel average precision on the validation images.
+    """Keeps the weights with the best pixel average precision, where `selection` is validation.
 
-    Does nothing where `selection` is not validation. The images are normal images with simulated anomalies; no test image takes part. Only the main
-    process validates; with several processes the others wait, and end with the last weights.
+    It is measured on validation images with simulated anomalies; no test image takes part. Only the
+    main process validates; with several processes the others wait, and end with the last weights.
 
     Raises:
         AlmrrError: the synthetic set has no anomalous pixel for validation.
@@ -181,9 +182,7 @@ class ValidationSelection:
         self._settings = settings
         self._fabric = fabric
         self._history = history
-        self._best = -1.0
-        self._best_step = 0
-        self._weights: dict[str, Tensor] = {}
+        self._best: dict[str, Any] = {"value": -1.0, "step": 0, "weights": {}}
 
     def validate(self, step: int, model: ALMRR) -> None:
         """Validate, if it is due after `step` steps, and keep the weights if they are the best."""
@@ -193,41 +192,37 @@ class ValidationSelection:
         if self._fabric.is_global_zero:
             value = self._measure(model)
             self._history.add(METRIC, value)
-            if value > self._best:
-                self._best, self._best_step = value, step
+            if value > self._best["value"]:
                 state = model.state_dict().items()
-                self._weights = {name: tensor.detach().cpu().clone() for name, tensor in state}
+                weights = {name: tensor.detach().cpu().clone() for name, tensor in state}
+                self._best = {"value": value, "step": step, "weights": weights}
         self._fabric.barrier("validation")
 
     def restore_best(self, model: ALMRR) -> None:
         """Load the best weights into the model."""
-        if self._weights:
-            model.load_state_dict(self._weights)
-            logger.info(
-                "Selected the weights of step %d: validation pixel AP %.4f.",
-                self._best_step,
-                self._best,
-            )
+        if self._best["weights"]:
+            model.load_state_dict(self._best["weights"])
+            line = "Selected the weights of step %d: validation pixel AP %.4f."
+            logger.info(line, self._best["step"], self._best["value"])
 
     def state_dict(self) -> dict[str, Any]:
         """The best so far."""
-        return {"best": self._best, "best_step": self._best_step, "weights": self._weights}
+        return self._best
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the best so far."""
-        self._best, self._best_step = state_dict["best"], state_dict["best_step"]
-        self._weights = state_dict["weights"]
+        self._best = state_dict
 
     @torch.no_grad()
     def _measure(self, model: ALMRR) -> float:
         """Pixel average precision on the validation images."""
         scores = []
-        size = self._settings.batch_size
+        augmented, size = self._synthetic_set.validation_augmented, self._settings.batch_size
         model.eval()
         try:
-            for start in range(0, len(self._synthetic_set.validation_augmented), size):
-                augmented = self._synthetic_set.validation_augmented[start : start + size]
-                images = torch.from_numpy(np.ascontiguousarray(augmented)).to(self._fabric.device)
+            for start in range(0, len(augmented), size):
+                images = torch.from_numpy(np.array(augmented[start : start + size]))
+                images = images.to(self._fabric.device)
                 with self._fabric.autocast():
                     maps = model(to_images(images, channels_last=False))
                 scores.append(maps.float().cpu().numpy().ravel())

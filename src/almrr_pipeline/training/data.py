@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -33,8 +33,6 @@ RESIDENT_FRACTION = 0.4
 """A synthetic set may take this fraction of a GPU's free memory; the rest is for training."""
 LOADER_PROCESSES = 4
 """Loader processes that feed a GPU from disk when `workers` is 0."""
-STATISTICS_BATCH = 8
-"""Normal images per forward pass when feature statistics are taken."""
 
 
 class Batch(TypedDict):
@@ -58,14 +56,9 @@ class SampleOrder:
     Samples are drawn epoch by epoch, each epoch a new permutation. A batch may reach over the end
     of an epoch, so that every batch is full, also where there are fewer samples than a batch holds.
 
-    Attributes:
-        count: samples in the synthetic set.
-        batch_size: samples per step, over all processes; a multiple of `world_size`.
-        seed: of permutations and symmetries.
-        rank: of this process, in [0, world_size).
-        world_size: processes that share each batch.
-        flips: flip images at random.
-        rot90: rotate images by multiples of 90 degrees at random, where they are square.
+    `count` is the number of samples in the synthetic set. `batch_size` is the samples of a step over
+    all `world_size` processes, a multiple of their number; `rank` is this process. `flips` and
+    `rot90` are drawn at random; rot90 has no effect on images that are not square.
     """
 
     count: int
@@ -110,11 +103,8 @@ def to_images(images: Tensor, *, channels_last: bool) -> Tensor:
 class SyntheticBatches(Dataset[Batch]):
     """The batches of all steps, indexed by step.
 
-    Args:
-        synthetic_set: memory-mapped or in memory.
-        order: samples of each step, and their flips and rotations.
-        device: copy the synthetic set to this device once and gather there; None gathers from
-            where it is, to the CPU.
+    With a device, the synthetic set is copied there once and gathered there; else it is gathered
+    from the memory map to the CPU.
     """
 
     def __init__(
@@ -140,7 +130,7 @@ class SyntheticBatches(Dataset[Batch]):
         if drawn.any():
             symmetries = torch.from_numpy(drawn).to(self._device or "cpu")
             gathered = {k: apply_symmetries(images, symmetries) for k, images in gathered.items()}
-        return Batch(**gathered)  # type: ignore[typeddict-item]
+        return cast(Batch, gathered)
 
     def _gather(self, name: str, indices: Indices) -> Tensor:
         if self._device is None:
@@ -149,12 +139,16 @@ class SyntheticBatches(Dataset[Batch]):
 
     def __getstate__(self) -> dict[str, Any]:
         """For spawned loader processes: a memory map is sent as its file's name."""
-        described = {name: _describe(array) for name, array in self._mapped.items()}
-        return {**self.__dict__, "_mapped": described}
+        mapped: dict[str, Any] = dict(self._mapped)
+        for name, array in mapped.items():
+            if isinstance(array, np.memmap) and array.filename is not None:
+                mapped[name] = (array.filename, array.dtype, "r", array.offset, array.shape)
+        return {**self.__dict__, "_mapped": mapped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._mapped = {name: _reopen(described) for name, described in state["_mapped"].items()}
+        for name, array in state["_mapped"].items():
+            self._mapped[name] = np.memmap(*array) if isinstance(array, tuple) else array
 
 
 def _copy(array: npt.NDArray[Any], device: torch.device) -> Tensor:
@@ -167,26 +161,8 @@ def _copy(array: npt.NDArray[Any], device: torch.device) -> Tensor:
     return copied
 
 
-def _describe(array: npt.NDArray[Any]) -> Any:  # noqa: ANN401 - a tuple for np.memmap, or the array
-    if not isinstance(array, np.memmap) or array.filename is None:
-        return array
-    return array.filename, array.dtype, array.shape, array.offset  # type: ignore[attr-defined]
-
-
-def _reopen(described: Any) -> npt.NDArray[Any]:  # noqa: ANN401 - what _describe returns
-    if not isinstance(described, tuple):
-        return described  # type: ignore[no-any-return]
-    filename, dtype, shape, offset = described
-    return np.memmap(filename, dtype=dtype, shape=shape, offset=offset, mode="r")
-
-
 def check_synthetic_set(synthetic_set: SyntheticSet, *, image_size: tuple[int, int]) -> None:
-    """Refuse a synthetic set that cannot be trained on, before any work.
-
-    Raises:
-        AlmrrError: the synthetic set is empty, its arrays do not belong together, or its images
-            have another size.
-    """
+    """Raise an AlmrrError if a synthetic set is empty, inconsistent or not of the image size."""
     normals, masks = synthetic_set.normals, synthetic_set.masks
     index, count = synthetic_set.normal_index, len(synthetic_set.augmented)
     if count == 0 or len(normals) == 0:
@@ -215,13 +191,11 @@ def choose_residence(synthetic_set: SyntheticSet, device: torch.device) -> torch
     if device.type != "cuda":
         return None
     arrays = (synthetic_set.normals, synthetic_set.augmented, synthetic_set.masks)
-    size = sum(array.nbytes for array in arrays)
-    free, _ = torch.cuda.mem_get_info(device)
+    size, (free, _) = sum(array.nbytes for array in arrays), torch.cuda.mem_get_info(device)
     resident = size <= RESIDENT_FRACTION * free
     where = "copied to the GPU" if resident else "read from disk ahead of use"
-    logger.info(
-        "Synthetic set of %.2f GB, %.2f GB of GPU memory free: %s.", size / 1e9, free / 1e9, where
-    )
+    line = "Synthetic set of %.2f GB, %.2f GB of GPU memory free: %s."
+    logger.info(line, size / 1e9, free / 1e9, where)
     return device if resident else None
 
 
@@ -238,22 +212,18 @@ def choose_workers(workers: int, *, device: torch.device, resident: bool) -> int
 
 
 def sample_normals(synthetic_set: SyntheticSet, limit: int) -> Iterator[Tensor]:
-    """Up to `limit` normal images, evenly spread, in batches: float32 (b, 3, H, W) in [0, 1]."""
+    """Up to `limit` normal images, evenly spread, by eight: float32 (b, 3, H, W) in [0, 1]."""
     count = len(synthetic_set.normals)
     chosen = np.unique(np.linspace(0, count - 1, min(limit, count)).round().astype(np.int64))
-    for start in range(0, len(chosen), STATISTICS_BATCH):
-        images = synthetic_set.normals[chosen[start : start + STATISTICS_BATCH]]
+    for start in range(0, len(chosen), 8):
+        images = synthetic_set.normals[chosen[start : start + 8]]
         yield to_images(torch.from_numpy(np.ascontiguousarray(images)), channels_last=False)
 
 
 def build_loader(
     synthetic_set: SyntheticSet, settings: TrainSettings, fabric: Fabric, *, seed: int, first: int
 ) -> DataLoader[Batch]:
-    """This process's batches of the steps from `first` on.
-
-    They come from the GPU where the synthetic set fits there. Otherwise they are gathered from the
-    memory map, by loader processes that read ahead where that pays.
-    """
+    """This process's batches of the steps from `first` on, read ahead where that pays."""
     order = SampleOrder(
         len(synthetic_set.augmented),
         batch_size=settings.batch_size,

@@ -34,9 +34,6 @@ def training_environment(
     """Processes, precision, torch's settings and signals of a training; all restored afterwards.
 
     Inside, the model is in training mode; afterwards it is in evaluation mode on the CPU.
-
-    Raises:
-        AlmrrError: see `build_fabric`, `check_processes` and the `explain_...` contexts.
     """
     with (
         quiet_lightning(),
@@ -59,11 +56,7 @@ def training_environment(
 
 
 def build_fabric(settings: TrainSettings) -> Fabric:
-    """Fabric for the devices and the precision of the settings; it starts no process yet.
-
-    Raises:
-        AlmrrError: the devices do not exist.
-    """
+    """Fabric for the settings' devices, which starts no process yet; AlmrrError without them."""
     try:
         return Fabric(
             accelerator=settings.accelerator,
@@ -80,11 +73,9 @@ def build_fabric(settings: TrainSettings) -> Fabric:
 
 
 def check_processes(settings: TrainSettings, world_size: int, image_size: tuple[int, int]) -> None:
-    """Refuse what several processes cannot do, before they are started.
+    """Raise an AlmrrError if the batch size does not suit the number of processes.
 
-    Raises:
-        AlmrrError: this process has taken part in a distributed training before (its process group
-            outlives it), or the batch size does not suit the number of processes.
+    Also if this process has taken part in a distributed training before: its process group remains.
     """
     batch_size = settings.batch_size
     if world_size > 1 and torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -149,8 +140,8 @@ def isolated_randomness() -> Iterator[None]:
 def algorithms(*, deterministic: bool) -> Iterator[None]:
     """Choose torch's algorithms, and restore the choice afterwards.
 
-    Deterministic: operations with a deterministic form take it; one that has none on a GPU warns
-    and runs. Otherwise cuDNN tries its convolutions and keeps the fastest.
+    Deterministic: an operation without a deterministic form, which only GPUs have, warns and runs.
+    Otherwise cuDNN tries its convolutions and keeps the fastest.
     """
     with ExitStack() as stack:
         stack.callback(
@@ -191,11 +182,7 @@ def quiet_lightning() -> Iterator[None]:
 
 @contextmanager
 def explain_out_of_memory(settings: TrainSettings, world_size: int) -> Iterator[None]:
-    """Turn a device's "out of memory" into a sentence that names the batch size.
-
-    Raises:
-        AlmrrError: memory ran out inside the context.
-    """
+    """Raise an AlmrrError that names the batch size where a device's memory runs out."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -215,11 +202,7 @@ def explain_out_of_memory(settings: TrainSettings, world_size: int) -> Iterator[
 
 @contextmanager
 def explain_compile_errors() -> Iterator[None]:
-    """Turn a failure of torch.compile into a sentence.
-
-    Raises:
-        AlmrrError: the model could not be compiled inside the context.
-    """
+    """Raise an AlmrrError that names the setting where torch.compile fails."""
     from torch._dynamo.exc import TorchDynamoException  # slow to import
 
     try:

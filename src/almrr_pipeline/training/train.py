@@ -85,8 +85,9 @@ def fit(
     with training_environment(model, settings) as (fabric, stop):
         history = History(settings, fabric, on_metrics)
         selection = ValidationSelection(synthetic_set, settings, fabric, history)
-        forward = fabric.setup_module(TrainingStep(model, settings))
-        optimizer = fabric.setup_optimizers(build_optimizer(model, settings))
+        forward, optimizer = fabric.setup(
+            TrainingStep(model, settings), build_optimizer(model, settings)
+        )
         parts = {
             "model": model,
             "optimizer": optimizer,
