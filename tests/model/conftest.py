@@ -29,7 +29,7 @@ BuildModel = Callable[..., ALMRR]
 
 @pytest.fixture(scope="session")
 def build_model() -> BuildModel:
-    """Build a small model in evaluation mode with maps far from constant; keywords replace the small values."""
+    """Builds a small model in evaluation mode whose maps vary; keywords replace small values."""
     built: dict[str, ALMRR] = {}
 
     def build(
@@ -66,7 +66,7 @@ def draw_images(count: int, size: tuple[int, int]) -> Tensor:
 
 @torch.no_grad()
 def make_lively(model: ALMRR) -> None:
-    """Leave every part as after a training: statistics that fit the data, no weight at rest, a map from 0 to 1."""
+    """Give a model what training would: fitting statistics, no zero weights, maps from 0 to 1."""
     images = draw_images(4, model.image_size)
     norms = [module for module in model.frm.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:

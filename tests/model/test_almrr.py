@@ -102,7 +102,7 @@ def test_the_backbone_takes_no_part_in_training(build_model) -> None:
     assert all(parameter.grad is not None for parameter in trained)
 
 
-def test_standardised_features_have_mean_0_and_std_1(build_model) -> None:
+def test_standardized_features_have_mean_0_and_std_1(build_model) -> None:
     model = build_model(standardize=True)
     batches = [
         torch.rand(count, 3, *SIZE) * scale for count, scale in ((2, 1.0), (1, 0.3), (3, 0.7))
@@ -133,7 +133,7 @@ def test_a_channel_silent_on_normal_images_is_not_blown_up(build_model) -> None:
     assert float(std[dead]) == pytest.approx(0.01 * float(std.mean()), rel=0.02)
 
 
-def test_standardising_is_refused_where_it_has_no_sense(build_model) -> None:
+def test_standardizing_is_refused_where_it_has_no_sense(build_model) -> None:
     with pytest.raises(AlmrrError, match="does not standardize"):
         build_model().fit_standardization([torch.rand(1, 3, *SIZE)])
     with pytest.raises(AlmrrError, match="no normal image"):
@@ -161,9 +161,7 @@ def test_the_projection_is_one_for_both_and_trained(build_model) -> None:
 
 
 def test_the_summary_must_be_one_that_exists(build_model) -> None:
-    with pytest.raises(
-        ValidationError, match="mean has one channel; set refinement_channels: 1"
-    ):
+    with pytest.raises(ValidationError, match="mean has one channel; set refinement_channels: 1"):
         build_model(refinement_input="mean", refinement_channels=2)
     with pytest.raises(
         ValidationError, match=r"refinement_input\n.*'mean' or 'projection'.*'median'"

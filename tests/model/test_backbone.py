@@ -37,7 +37,7 @@ def backbone() -> Backbone:
         ("test_resnet", "bottleneck", (32, 48, 192)),
     ],
 )
-def test_maps_lie_at_strides_4_8_16(
+def test_maps_are_at_strides_4_8_16(
     name: str, location: str, channels: tuple[int, int, int]
 ) -> None:
     backbone = build(name, None, feature_location=location)  # type: ignore[arg-type]
@@ -57,7 +57,7 @@ def test_expansion_features_follow_an_activation() -> None:
     assert all(float(x.min()) == 0.0 for x in maps)
 
 
-def test_images_are_normalised_as_the_network_was_trained(backbone: Backbone) -> None:
+def test_images_are_normalized_as_the_network_was_trained(backbone: Backbone) -> None:
     images = torch.rand(1, 3, 128, 128)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     normalized = torch.stack([(images[0, c] - mean[c]) / std[c] for c in range(3)])[None]
@@ -108,7 +108,7 @@ def test_weights_come_from_a_file_with_more_in_it(tmp_path: Path, suffix: str) -
     assert backbone.network.get_parameter("conv1.0.weight").dtype == torch.float32
 
 
-def test_the_callers_weights_file_of_the_older_kind_loads(shared: Path) -> None:
+def test_weights_with_the_older_stride_load(shared: Path) -> None:
     backbone = build("resnet50.tv_in1k", shared / CAFFE_WEIGHTS, stride_in_1x1=True)
     block = backbone.network.get_submodule("layer2.0")
     assert (block.conv1.stride, block.conv2.stride) == ((2, 2), (1, 1))

@@ -100,7 +100,7 @@ def test_branches_look_one_way() -> None:
 
 
 def test_paper_widths_have_the_papers_parameters() -> None:
-    """Vim's v2 counted by hand at dim 192, d 384, n 16, rank 12: two branches, shared projections, norms."""
+    """Vim's v2 counted by hand at dim 192, d 384, n 16, rank 12."""
     branch = 384 * 4 + 384 + 384 * 44 + 12 * 384 + 384 + 384 * 16 + 384
     block = 192 * 768 + 2 * branch + 384 * 192 + 192
     encoder = MambaEncoder(ModelSettings(dim=192, depth=8))

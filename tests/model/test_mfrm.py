@@ -36,7 +36,7 @@ NARROW = ModelSettings(dim=3, decoder=(4, 5), latent=6)
 def transposed_convolution(
     x: Array, weight: Array, bias: Array, stride: int, padding: int
 ) -> Array:
-    """Every input cell adds its value times the kernel to the output; then a border of `padding` is cut off."""
+    """Each cell adds its value times the kernel to the output; then `padding` is cut off."""
     _, rows, columns = x.shape
     full = np.zeros((weight.shape[1], (rows - 1) * stride + 3, (columns - 1) * stride + 3))
     for i in range(rows):
@@ -48,7 +48,7 @@ def transposed_convolution(
     return cut + bias[:, None, None]
 
 
-def normalise_and_rectify(x: Array) -> Array:
+def normalize_and_rectify(x: Array) -> Array:
     out = np.zeros_like(x)
     for c in range(len(x)):
         out[c] = (x[c] - x[c].mean()) / math.sqrt(x[c].var() + 1e-5)
@@ -76,7 +76,7 @@ def decode(decoder: Decoder, x: Array) -> Array:
         (decoder.stage3, 2, 1),
     ):
         weight, bias = (p.detach().double().numpy() for p in (stage[0].weight, stage[0].bias))
-        x = normalise_and_rectify(transposed_convolution(x, weight, bias, stride, padding))
+        x = normalize_and_rectify(transposed_convolution(x, weight, bias, stride, padding))
     return np.tanh(resize(x, decoder.size))
 
 

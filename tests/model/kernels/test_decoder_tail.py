@@ -1,4 +1,4 @@
-"""The fused end of the decoder, and the convolution in four phases before it, against torch's own operations."""
+"""The decoder's fused end, and the convolution in four phases before it, against torch's own."""
 
 from __future__ import annotations
 
@@ -50,9 +50,10 @@ def test_the_fused_end_equals_torchs_operations(
 
 @pytest.mark.parametrize("value", [*np.linspace(0.01, 7.8, 40), 7.89, 7.9, 7.91, 8.5, 12.0, 20.0])
 def test_tanh_is_exact_to_float_rounding_everywhere(value: float) -> None:
-    """One bright cell of 21 x 21 has the mean's distance 440 and the variance 440; the epsilon brings it to any value.
+    """One bright cell of 21 x 21, normalized to any value by the choice of epsilon.
 
-    Without an epsilon it would normalize to sqrt(440), almost 21, far beyond the 7.9 where tanh is cut off.
+    Its distance from the mean is 440 and the variance 440: without an epsilon it would become
+    sqrt(440), almost 21, far above the 7.9 where tanh is cut off.
     """
     phases = [[torch.zeros(1, 1, 11 - i, 11 - j) for j in (0, 1)] for i in (0, 1)]
     phases[0][0][0, 0, 0, 0] = 441.0

@@ -1,4 +1,4 @@
-"""Every scan backend against a loop that says the recurrence one number at a time."""
+"""Every scan backend against a loop that computes the recurrence one number at a time."""
 
 # ruff: noqa: N803, E741 - names are those of the formulas
 from __future__ import annotations
@@ -14,13 +14,14 @@ import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
 
 from almrr_pipeline.common.errors import AlmrrError
+from almrr_pipeline.config import ScanBackend
 from almrr_pipeline.model.kernels import scan
 from almrr_pipeline.model.kernels.scan import (
     causal_conv,
@@ -79,7 +80,7 @@ class Case:
 
 
 def draw_case(shape: tuple[int, int, int, int], seed: int = 0, **flags: bool) -> Case:
-    """Tensors of the sizes that occur in a network: step sizes of 0.001 to 1, decays from next to none to total."""
+    """Tensors as in a network: step sizes of 0.001 to 1, decays from almost none to total."""
     (b, l, d, n), generator = shape, torch.Generator().manual_seed(seed)
 
     def normal(*size: int) -> Tensor:
@@ -129,7 +130,7 @@ def scan_naively(
 def assert_all_close(
     got: dict[str, Tensor], expected: dict[str, Tensor], *, relative: float
 ) -> None:
-    """Largest difference over the largest value, name by name: sums of many terms have no smaller unit."""
+    """Largest difference over the largest value by name, the unit of sums of many terms."""
     assert got.keys() == expected.keys()
     for name, value in expected.items():
         assert got[name].shape == value.shape, name
@@ -301,9 +302,9 @@ def convolve_naively(x: Tensor, weight: Tensor, bias: Tensor, *, reverse: bool) 
     for t in range(length):
         y = bias.expand(x.shape[0], -1)
         for k in range(taps):
-            source = t + (taps - 1 - k) if reverse else t - (taps - 1 - k)
-            if 0 <= source < length:
-                y = y + weight[:, k] * x[:, source]
+            neighbor = t + (taps - 1 - k) if reverse else t - (taps - 1 - k)
+            if 0 <= neighbor < length:
+                y = y + weight[:, k] * x[:, neighbor]
         outputs.append(y / (1 + torch.exp(-y)))
     return torch.stack(outputs, 1)
 
@@ -340,7 +341,7 @@ def test_convolution_equals_the_naive_loop(
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_triton_in_the_interpreter() -> None:
-    """Triton reads TRITON_INTERPRET when it is imported: the tests above once more, in a process of their own."""
+    """The tests above in a separate process: Triton reads TRITON_INTERPRET when it is imported."""
     pytest.importorskip("triton")
     command = [
         sys.executable,
@@ -363,7 +364,7 @@ def test_triton_in_the_interpreter() -> None:
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_triton_kernels_compile_for_a_gpu_without_spilling(dtype: str) -> None:
-    """Down to Hopper's machine code, which needs no GPU; what would spill registers would also use a stack."""
+    """Down to Hopper's machine code, which needs no GPU; spilled registers would use a stack."""
     pytest.importorskip("triton")
     from almrr_pipeline.model.kernels.scan import triton_backend
 
@@ -399,6 +400,10 @@ def compile_kernel(kernel: Any, dtype: str, constants: dict[str, Any]) -> Any:
         )
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1})
+
+
+def test_every_backend_of_the_parameters_is_implemented() -> None:
+    assert {*get_args(ScanBackend), "parallel"} == {*scan._IMPLEMENTATIONS, "auto"}
 
 
 def test_unknown_backends_are_refused_by_name() -> None:
@@ -476,11 +481,12 @@ def test_kernels_compile_where_no_cache_can_be_written(monkeypatch: pytest.Monke
 def test_mamba_ssm_is_handed_its_own_layout(
     reverse: bool, forgetful: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stand-in with the signature, layout and dtypes of mamba-ssm's selective_scan_fn, which cannot be built here."""
+    """A stand-in with signature, layout and dtypes of mamba-ssm's selective_scan_fn."""
 
     def selective_scan_fn(
-        u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, z: Tensor | None = None,
-        delta_bias: Tensor | None = None, delta_softplus: bool = False, return_last_state: bool = False,
+        u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor,
+        D: Tensor | None = None, z: Tensor | None = None, delta_bias: Tensor | None = None,
+        delta_softplus: bool = False, return_last_state: bool = False,
     ) -> Tensor:  # fmt: skip
         assert {u.dtype, delta.dtype, B.dtype, C.dtype, z.dtype} == {torch.bfloat16}
         assert {A.dtype, D.dtype, delta_bias.dtype} == {torch.float32}
