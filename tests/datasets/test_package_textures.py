@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def test_every_image_gives_at_least_one_square_anomaly_source(folder: Path) -> None:
+def test_every_image_gives_at_least_one_square_texture(folder: Path) -> None:
     written = sorted(folder.iterdir())
     assert {path.stem.rsplit("_", 1)[0] for path in written} == {Path(name).stem for name in IMAGES}
     assert 80 < len(written) < 200

@@ -91,10 +91,7 @@ def count_items(items: Iterable[Item]) -> Counts:
 def check_counts(
     items: Sequence[Item], expected: Counts | None, *, name: str, strict: bool
 ) -> str | None:
-    """Compare the numbers of images with the published ones.
-
-    Returns:
-        The difference as a sentence, or None if there is none.
+    """Return the difference from the published numbers of images as a sentence, or None.
 
     Raises:
         AlmrrError: there is no training image, or the numbers differ and `strict` is set.

@@ -72,12 +72,7 @@ def check_request(categories: Iterable[str], *, request: FetchRequest) -> None:
 
 
 def fetch_category(category: str, *, target: Path, request: FetchRequest) -> None:
-    """Fetch a category and open every image of it, so that nothing broken is used later.
-
-    Args:
-        category: one of `known_categories`, or folder_NAME.
-        target: an existing empty folder, which the caller moves into place or removes.
-        request: where to look.
+    """Fetch a category into the empty folder `target`, and open every image of it.
 
     Raises:
         AlmrrError: nothing could be fetched, or an image or mask is missing or broken.
