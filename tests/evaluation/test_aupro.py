@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from almrr_pipeline.config import EvaluateSettings
-from almrr_pipeline.evaluation.aupro import aupro, name_aupro
 from almrr_pipeline.evaluation.curves import Curve, tabulate_pro
 from almrr_pipeline.evaluation.evaluate import evaluate
+from almrr_pipeline.evaluation.metrics import aupro, name_aupro
 from almrr_pipeline.evaluation.pixels import label_regions
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from almrr_pipeline.evaluation.aupro import aupro
 from almrr_pipeline.evaluation.bootstrap import (
     draw_weights,
     percentile_interval,
@@ -16,6 +15,7 @@ from almrr_pipeline.evaluation.bootstrap import (
     resample_pixels,
 )
 from almrr_pipeline.evaluation.curves import auroc, average_precision, f1_max
+from almrr_pipeline.evaluation.metrics import aupro
 from almrr_pipeline.evaluation.pixels import (
     ImageCounts,
     LabeledMaps,

@@ -13,7 +13,6 @@ from hypothesis.extra.numpy import arrays
 
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.config import EvaluateSettings
-from almrr_pipeline.evaluation import pixels
 from almrr_pipeline.evaluation.evaluate import evaluate
 from almrr_pipeline.evaluation.pixels import (
     AnomalousPixels,
@@ -61,20 +60,18 @@ def test_each_pixel_weighs_one_over_its_region() -> None:
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.lists(st.integers(0, 9), max_size=20), max_size=6), st.sets(st.integers(0, 9)))
-def test_normal_pixels_are_counted_alike_in_one_chunk_and_in_many(
-    parts: list[list[int]], levels: set[int]
+def test_normal_pixels_are_counted_exactly_over_many_images(
+    parts: list[list[int]], thresholds: set[int]
 ) -> None:
-    falling = np.array(sorted(levels, reverse=True), np.float32)
+    falling = np.array(sorted(thresholds, reverse=True), np.float32)
     everything = np.array([value for part in parts for value in part], np.float32)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pixels, "_CHUNK", 7)
-        counts = count_reaching(falling, [np.array(part, np.float32) for part in parts])
+    counts = count_reaching(falling, [np.array(part, np.float32) for part in parts])
     assert counts.total == len(everything)
-    assert counts.reaching.tolist() == [(everything >= level).sum() for level in falling]
-    assert counts.above.tolist() == [(everything > level).sum() for level in falling]
+    assert counts.reaching.tolist() == [(everything >= threshold).sum() for threshold in falling]
+    assert counts.above.tolist() == [(everything > threshold).sum() for threshold in falling]
 
 
-def test_edges_are_all_levels_where_these_are_few() -> None:
+def test_edges_are_all_scores_where_these_are_few() -> None:
     edges = choose_edges(anomalous_pixels(np.array([0.5, 0.25, 0.5])), threshold=None)
     up = np.nextafter(np.float32([0.5, 0.25]), np.float32(1))
     assert edges.tolist() == [up[0], 0.5, up[1], 0.25]
@@ -160,8 +157,7 @@ def trace_peak(count: int) -> int:
         tracemalloc.stop()
 
 
-def test_memory_does_not_grow_with_the_maps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pixels, "_CHUNK", 1 << 18)
+def test_memory_does_not_grow_with_the_maps() -> None:
     trace_peak(4)  # what is imported and cached at first use does not count
     few, many = trace_peak(20), trace_peak(120)
     assert many - few < 0.15 * 100 * 256 * 256 * 4

@@ -106,9 +106,9 @@ def test_the_guarantee_is_tight_without_ties() -> None:
 
 
 def test_a_score_at_the_threshold_is_no_alarm() -> None:
-    rates = rates_at([0.5, 0.6, 0.5, 0.7], [False, False, True, True], 0.5)
-    assert (rates.false_alarms.count, rates.false_alarms.of) == (1, 2)
-    assert (rates.detections.count, rates.detections.of) == (1, 2)
+    rates = rates_at(np.array([0.5, 0.6, 0.5, 0.7]), np.array([False, False, True, True]), 0.5)
+    assert (rates["false_alarms"].count, rates["false_alarms"].of) == (1, 2)
+    assert (rates["detections"].count, rates["detections"].of) == (1, 2)
 
 
 def test_proportion_carries_the_interval_of_clopper_and_pearson() -> None:
@@ -119,7 +119,7 @@ def test_proportion_carries_the_interval_of_clopper_and_pearson() -> None:
 
 
 def test_proportion_of_nothing_is_undefined() -> None:
-    share = rates_at([1.0], [True], 0.5).false_alarms
+    share = rates_at(np.array([1.0]), np.array([True]), 0.5)["false_alarms"]
     assert (share.rate, share.of, share.low) == (None, 0, None)
 
 

@@ -25,24 +25,17 @@ does not depend on its order of summation."""
 
 
 def draw_weights(labels: Bools, resamplings: int, generator: np.random.Generator) -> Indices:
-    """Draw images with replacement, normal and defective ones separately.
-
-    Args:
-        labels: True where defective, shape (n,).
-        resamplings: B, at least 1.
-        generator: random generator.
+    """Draw images with replacement, normal and defective ones (True in `labels`) separately.
 
     Returns:
-        How often each image was drawn, int64 (B, n); a row sums to the number of normal images over
-        the normal ones, and to that of the defective images over the defective ones.
+        How often each of n images was drawn in each of B resamplings, shape (B, n).
     """
     weights = np.zeros((resamplings, len(labels)), dtype=np.int64)
     for stratum in (~labels, labels):
         size = int(stratum.sum())
         if size:
-            weights[:, stratum] = generator.multinomial(
-                size, np.full(size, 1.0 / size), size=resamplings
-            )
+            chances = np.full(size, 1.0 / size)
+            weights[:, stratum] = generator.multinomial(size, chances, size=resamplings)
     return weights
 
 

@@ -14,21 +14,11 @@ from almrr_pipeline.common.arrays import AnomalyMap, Bools, Floats, MaskArray
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.config import EvaluateSettings
 from almrr_pipeline.evaluation import curves
+from almrr_pipeline.evaluation import pixels as px
 from almrr_pipeline.evaluation.bootstrap import draw_weights, resample_images, resample_pixels
 from almrr_pipeline.evaluation.curves import Curve
 from almrr_pipeline.evaluation.metrics import CurveMetrics, image_metrics, pixel_metrics
-from almrr_pipeline.evaluation.pixels import (
-    AnomalousPixels,
-    ImageCounts,
-    Indexed,
-    LabeledMaps,
-    NormalCounts,
-    choose_edges,
-    count_normal,
-    gather_anomalous,
-    just_above,
-    trace_pixels,
-)
+from almrr_pipeline.evaluation.pixels import Indexed, LabeledMaps
 from almrr_pipeline.evaluation.thresholds import Threshold, proportion, rates_at
 
 Metrics = dict[str, Any]
@@ -66,8 +56,7 @@ def evaluate(
 
     Args:
         maps: anomaly maps, float32 (H, W), larger is more anomalous; sizes may vary.
-        masks: ground truth, bool (H, W), of the maps' sizes; None for a normal image or where the
-            ground truth of a defective one is unknown; None as a whole without any ground truth.
+        masks: ground truth, as in `LabeledMaps`.
         scores: image scores, larger is more anomalous, shape (n,).
         labels: True where the image is defective, shape (n,).
         defect_types: defect type of each image, length n; used of defective ones only.
@@ -115,8 +104,8 @@ class _Pixels:
 
     labels: Bools
     known: Bools  # where the ground truth is known
-    anomalous: AnomalousPixels
-    counts: ImageCounts
+    anomalous: px.AnomalousPixels
+    counts: px.ImageCounts
     overall: CurveMetrics
     by_type: dict[str, CurveMetrics]
 
@@ -130,7 +119,7 @@ class _Pixels:
         """Fractions of the normal and of the anomalous pixels above the threshold."""
         if threshold is None:
             return {"normal_pixels_outlined": None, "defective_pixels_outlined": None}
-        lowest = just_above(threshold)
+        lowest = px.just_above(threshold)
         outlined, found = self.counts.reaching(lowest), self.anomalous.score >= lowest
         return {
             "normal_pixels_outlined": _divide(outlined.sum(), self.counts.normals.sum()),
@@ -165,9 +154,9 @@ def _checked(
     """Scores, labels, and the images of each defect type, after checks of lengths and scores."""
     ranked, labeled = np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=bool)
     lengths = {"maps": count, "scores": len(ranked), "labels": len(labeled)}
-    lengths |= {"defect_types": len(defect_types)} | (
-        {} if masks is None else {"masks": len(masks)}
-    )
+    lengths["defect_types"] = len(defect_types)
+    if masks is not None:
+        lengths["masks"] = len(masks)
     if len(set(lengths.values())) > 1:
         raise AlmrrError(
             f"The test set does not fit together: {lengths}; evaluate the manifest's test rows, "
@@ -190,18 +179,18 @@ def _measure_pixels(
     limits: Sequence[float],
 ) -> _Pixels:
     """Read the maps: anomalous pixels, then normal pixels of normal images and by defect type."""
-    anomalous, known = gather_anomalous(images)
+    anomalous, known = px.gather_anomalous(images)
     thresholds = anomalous.score[anomalous.last_of_score()]
-    counts = ImageCounts.empty(choose_edges(anomalous, threshold), len(known))
+    counts = px.ImageCounts.empty(px.choose_edges(anomalous, threshold), len(known))
 
-    def measure(defective: Bools, normal: NormalCounts) -> CurveMetrics:
-        curve = trace_pixels(anomalous.of_images(defective), thresholds, normal)
+    def measure(defective: Bools, normal: px.NormalCounts) -> CurveMetrics:
+        curve = px.trace_pixels(anomalous.of_images(defective), thresholds, normal)
         return pixel_metrics(curve, limits, absence=_explain_absence(defective, known))
 
-    of_normal = total = count_normal(images, ~images.labels, thresholds, counts)
+    of_normal = total = px.count_normal(images, ~images.labels, thresholds, counts)
     by_type = {}
     for name, chosen in of_type.items():
-        of_this = count_normal(images, chosen & known, thresholds, counts)
+        of_this = px.count_normal(images, chosen & known, thresholds, counts)
         total += of_this
         by_type[name] = measure(chosen, of_normal + of_this)
     for index in map(int, np.flatnonzero(~known)):
@@ -226,8 +215,8 @@ def _describe_threshold(threshold: Threshold | None, scores: Floats, labels: Boo
     """The threshold, its guarantee, and its rates on the test set."""
     if threshold is None:
         return {"value": None, "undefined": "no threshold was given"}
-    rates = {} if threshold.value is None else asdict(rates_at(scores, labels, threshold.value))
-    return {**asdict(threshold), **rates}
+    rates = {} if threshold.value is None else rates_at(scores, labels, threshold.value)
+    return asdict(threshold) | {name: asdict(rate) for name, rate in rates.items()}
 
 
 def _describe_defect_type(
@@ -254,11 +243,9 @@ def _estimate_intervals(
     if resamplings == 0:
         return {}
     weights = draw_weights(pixels.labels, resamplings, np.random.default_rng(seed))
-    resampled_pixels = resample_pixels(pixels.counts, pixels.anomalous, weights)
-    return {
-        **images.intervals(resample_images(scores, pixels.labels, weights)),
-        **pixels.overall.intervals(resampled_pixels),
-    }
+    of_pixels = resample_pixels(pixels.counts, pixels.anomalous, weights)
+    of_images = resample_images(scores, pixels.labels, weights)
+    return images.intervals(of_images) | pixels.overall.intervals(of_pixels)
 
 
 def _choose_on_test_set(images: Curve | None, pixels: Curve | None) -> Metrics:
@@ -266,12 +253,10 @@ def _choose_on_test_set(images: Curve | None, pixels: Curve | None) -> Metrics:
     names = ("image_threshold", "image_accuracy", "pixel_threshold", "pixel_iou")
     chosen: Metrics = {f"oracle_{name}": None for name in names}
     if images is not None:
-        correct = images.tp + images.negatives - images.fp
-        correct = np.append(correct, images.negatives)  # the last: no alarm at all
+        correct = max(images.negatives, (images.tp + images.negatives - images.fp).max())
+        total = images.positives + images.negatives
         chosen["oracle_image_threshold"] = curves.best_f1_threshold(images)
-        chosen["oracle_image_accuracy"] = float(
-            correct.max() / (images.positives + images.negatives)
-        )
+        chosen["oracle_image_accuracy"] = float(correct / total)
     if pixels is not None:
         best = float(curves.f1_max(pixels))
         chosen["oracle_pixel_threshold"] = curves.best_f1_threshold(pixels)

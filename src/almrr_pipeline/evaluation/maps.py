@@ -14,10 +14,9 @@ from almrr_pipeline.evaluation.curves import average_precision, trace_curve
 
 
 class AnomalyMaps:
-    """Sequence of anomaly maps in .npy files, one per image, as sizes may differ."""
+    """Sequence of anomaly maps in .npy files, one per image, read on access; sizes may differ."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        """Files in the order of the images; each is read on access."""
         self._paths = list(paths)
 
     @classmethod
@@ -43,15 +42,9 @@ class AnomalyMaps:
 
 
 class GroundTruth:
-    """Sequence of masks, each resized to its anomaly map; None for an image without a mask."""
+    """Sequence of masks, each resized to its anomaly map; None for an image without a mask file."""
 
     def __init__(self, masks: Sequence[Path | None], maps: AnomalyMaps) -> None:
-        """Pair masks with maps.
-
-        Args:
-            masks: a path per image; None for a normal image or an unknown ground truth.
-            maps: the anomaly maps of the same images, for their sizes.
-        """
         self._masks = list(masks)
         self._maps = maps
 

@@ -6,8 +6,8 @@ ends at 250 maps of 1024 x 1024; a test set of MVTec's size, 117 such maps, take
 
 Here maps are read one at a time: those of defective images twice, the others once. The first pass
 keeps the anomalous pixels, which are few. The second pass counts, at each of their distinct scores,
-the normal pixels that reach it, in sorted chunks. Memory grows with the anomalous pixels, about 150
-bytes each at the peak, and with the images, about 100 KiB each; the chunks take 0.3 GiB.
+the normal pixels that reach it. Memory grows with the anomalous pixels, about 150 bytes each at the
+peak, and with the images, about 100 KiB each.
 """
 
 from __future__ import annotations
@@ -28,15 +28,13 @@ from almrr_pipeline.evaluation.curves import Curve
 T_co = TypeVar("T_co", covariant=True)
 Scores = npt.NDArray[np.float32]
 
-_CHUNK = 1 << 25
-"""Normal pixels that are merged before they are counted; 128 MiB."""
 _EIGHT_NEIGHBORS = np.ones((3, 3), dtype=np.int64)
 _EDGES = 2048
 """Thresholds at which each image's pixels are counted for resampling; 100 KiB per image."""
 
 
 class Indexed(Protocol[T_co]):
-    """Anything with a length and items by position, which may be read from disk on access."""
+    """Sequence whose items may be read from disk on access."""
 
     def __len__(self) -> int: ...
 
@@ -59,12 +57,7 @@ class LabeledMaps:
     labels: Bools
 
     def read(self, index: int) -> tuple[AnomalyMap, MaskArray | None]:
-        """Anomaly map and mask, if any, of one image.
-
-        Raises:
-            AlmrrError: the map is not finite, its shape is not the mask's, or the mask of a normal
-                image has anomalous pixels.
-        """
+        """Anomaly map and mask, if any, of one image; AlmrrError if they are not as stated above."""
         values = np.asarray(self.maps[index], dtype=np.float32)
         name = f"The anomaly map of test image {index}"
         if values.ndim != 2 or values.size == 0:
@@ -125,22 +118,14 @@ class AnomalousPixels:
 
 
 def label_regions(mask: MaskArray) -> tuple[npt.NDArray[np.int32], int]:
-    """Number the 8-connected anomalous regions of a ground truth mask.
-
-    Returns:
-        int32 (H, W), 0 where normal and 1 to n in the regions; and n.
-    """
+    """8-connected anomalous regions of a mask: int32 (H, W), 0 where normal, 1 to n; and n."""
     labeled = np.zeros(mask.shape, dtype=np.int32)
     count = int(scipy.ndimage.label(mask, structure=_EIGHT_NEIGHBORS, output=labeled))
     return labeled, count
 
 
 def gather_anomalous(images: LabeledMaps) -> tuple[AnomalousPixels, Bools]:
-    """Read the images with anomalous pixels, and keep those pixels' scores and regions.
-
-    Returns:
-        The anomalous pixels; and for each image whether its ground truth is known, shape (n,).
-    """
+    """Anomalous pixels of all images, and where the ground truth is known, bool (n,)."""
     known = ~images.labels
     scores, regions = [np.zeros(0, np.float32)], [np.zeros(0, np.uint32)]
     areas, indices = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
@@ -181,29 +166,15 @@ class NormalCounts:
 
 
 def count_reaching(thresholds: Scores, runs: Iterable[Scores]) -> NormalCounts:
-    """Count the values of many sorted runs at strictly falling thresholds, shape (K,), exactly."""
-    rising = np.ascontiguousarray(thresholds[::-1])
-    below, up_to = np.zeros(len(rising), np.int64), np.zeros(len(rising), np.int64)
-    total = 0
-    for batch in _batched(runs):
-        chunk = np.concatenate(batch)
-        chunk.sort(kind="stable")  # timsort merges sorted runs three times as fast as a new sort
-        below += np.searchsorted(chunk, rising, side="left")
-        up_to += np.searchsorted(chunk, rising, side="right")
-        total += len(chunk)
-    return NormalCounts(total - below[::-1], total - up_to[::-1], total)
-
-
-def _batched(runs: Iterable[Scores]) -> Iterator[list[Scores]]:
-    """Batch runs of about _CHUNK values together."""
-    batch: list[Scores] = []
-    for run in runs:
-        batch.append(run)
-        if sum(map(len, batch)) >= _CHUNK:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+    """Count the values of many arrays at strictly falling thresholds, shape (K,), exactly."""
+    rising = np.append(np.float32(-np.inf), thresholds[::-1])
+    highest, tied = np.zeros((2, len(rising)), np.int64)
+    for values in runs:
+        index = np.searchsorted(rising, values, side="right") - 1  # highest threshold reached
+        highest += np.bincount(index, minlength=len(rising))
+        tied += np.bincount(index[rising[index] == values], minlength=len(rising))
+    reaching = np.cumsum(highest[::-1])  # the last, at -inf, is the number of all values
+    return NormalCounts(reaching[:-1], reaching[:-1] - tied[:0:-1], int(reaching[-1]))
 
 
 @dataclass
@@ -239,12 +210,8 @@ def choose_edges(anomalous: AnomalousPixels, threshold: float | None) -> Scores:
     is taken evenly by pixels and half by overlap: a step between edges holds at most 1/1023 of the
     anomalous pixels and of the overlap, unless more are tied.
 
-    Args:
-        anomalous: all anomalous pixels.
-        threshold: the decision threshold, which becomes an edge too; None if there is none.
-
     Returns:
-        float32, strictly falling, shape (E,), E at most 4097.
+        Strictly falling, shape (E,), E at most 4097; `just_above(threshold)` is one of them.
     """
     chosen = last = anomalous.last_of_score()
     if len(last) > _EDGES:
@@ -285,12 +252,9 @@ def count_normal(
 
 
 def trace_pixels(anomalous: AnomalousPixels, thresholds: Scores, normal: NormalCounts) -> Curve:
-    """Build the curve of anomalous pixels against normal ones.
+    """Build the curve of anomalous pixels, all or some, against normal pixels.
 
-    Args:
-        anomalous: all anomalous pixels, or those of some images.
-        thresholds: falling; every anomalous score is one of them.
-        normal: counts of the normal pixels at the thresholds.
+    The normal pixels are counted at falling thresholds, of which every anomalous score is one.
     """
     last = anomalous.last_of_score()
     score = anomalous.score[last]

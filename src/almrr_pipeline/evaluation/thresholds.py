@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.stats
 
-from almrr_pipeline.common.arrays import Bools
+from almrr_pipeline.common.arrays import Bools, Floats
 from almrr_pipeline.common.errors import AlmrrError
 
 
@@ -51,14 +51,6 @@ class Proportion:
     of: int
     low: float | None
     high: float | None
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Fractions of the normal (false alarms) and of the defective images above a threshold."""
-
-    false_alarms: Proportion
-    detections: Proportion
 
 
 def conformal_threshold(
@@ -128,10 +120,10 @@ def withdraw_guarantee(threshold: Threshold) -> Threshold:
     return replace(threshold, guaranteed_rate=None, guarantee=guarantee)
 
 
-def rates_at(scores: npt.ArrayLike, labels: npt.ArrayLike, threshold: float) -> Rates:
-    """Rates of the decision `score > threshold`; labels are True where defective, shapes (n,)."""
-    alarms, defective = np.asarray(scores) > threshold, np.asarray(labels, dtype=bool)
-    return Rates(proportion(alarms[~defective]), proportion(alarms[defective]))
+def rates_at(scores: Floats, labels: Bools, threshold: float) -> dict[str, Proportion]:
+    """Rates of `score > threshold`, false_alarms and detections; True labels are defective, (n,)."""
+    alarms = scores > threshold
+    return {"false_alarms": proportion(alarms[~labels]), "detections": proportion(alarms[labels])}
 
 
 def proportion(hits: Bools) -> Proportion:
