@@ -1,8 +1,8 @@
-"""Trains the tiny model in processes of its own: some die on the way, one for each of DEATHS; two share a training, and
-two more share one that ends early.
+"""Trains the tiny model in several processes.
 
-Not a test: run once by the fixture `processes`. Prints how each process ended (as subprocess counts: minus the signal's
-number, or the exit status), as JSON.
+Some die on the way, one for each of DEATHS; two take part in one distributed training, and two more
+in one that ends early. Not a test: run once by the fixture `processes`. Prints how each process
+ended (the exit status, or minus the signal's number) as JSON.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from almrr_pipeline.training.train import TrainingInterrupted
 
 
 def train_and_die(scratch: Path, *, row: int = 0, checkpoint: int = 0, by: str = "SIGKILL") -> None:
-    """Train until a row of the history is made, or until the middle of writing a checkpoint; then die by a signal."""
+    """Train until a row of the history, or the middle of writing a checkpoint; then die."""
 
     def die_at_the_row(step: int, values: Mapping[str, float]) -> None:
         if step == row:
@@ -80,7 +80,7 @@ def train_together(folder: Path, *, rank: int, port: int) -> None:
 
 
 def train_together_until_asked(folder: Path, *, rank: int, port: int) -> None:
-    """Train as one of two processes, of which the second alone is sent SIGTERM, in the middle of its second step."""
+    """Train as one of two processes; the second alone gets SIGTERM, in its second step."""
     appear_started_by_torchrun(rank=rank, port=port)
     model = build_model()
     steps = 0

@@ -178,7 +178,7 @@ def test_a_synthetic_set_on_the_device_gives_the_same_batches(
 
 
 def map_synthetic_set(synthetic_set: Any, folder: Path) -> None:
-    """Put a synthetic set's arrays on disk and open them as memory maps, as a real synthetic set is."""
+    """Put a synthetic set's arrays on disk and open them as memory maps."""
     for name in ("normals", "augmented", "masks"):
         np.save(folder / f"{name}.npy", getattr(synthetic_set, name))
         setattr(synthetic_set, name, np.load(folder / f"{name}.npy", mmap_mode="r"))

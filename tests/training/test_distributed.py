@@ -39,7 +39,7 @@ def test_the_main_process_alone_reports_and_goes_on(
 def test_the_history_is_that_of_one_process(
     ranks: list[dict[str, Any]], processes: tuple[Path, dict[str, int]], tmp_path: Path
 ) -> None:
-    """The reconstruction has no batch norm, so at the first step halves of a batch average to the whole."""
+    """Reconstruction has no batch norm: at the first step a batch's halves average to the whole."""
     alone = train(
         build_model(drop_path=0.0),
         build_synthetic_set(),
@@ -81,7 +81,7 @@ def test_a_second_shared_training_in_a_process_is_refused(tmp_path: Path) -> Non
     rendezvous = (tmp_path / "rendezvous").as_uri()
     torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=0, world_size=1)
     try:
-        with pytest.raises(AlmrrError, match=r"one category per process.*--namespaces"):
+        with pytest.raises(AlmrrError, match=r"one category and seed per process.*--namespaces"):
             train(
                 build_model(), build_synthetic_set(), scratch=tmp_path, **{**SETTINGS, "devices": 2}
             )

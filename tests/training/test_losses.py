@@ -10,7 +10,7 @@ from almrr_pipeline.training.losses import focal_loss, reconstruction_loss
 
 
 def restate_focal_loss(logits: torch.Tensor, mask: torch.Tensor, gamma: float) -> float:
-    """The definition, a pixel at a time, in double precision: -(1 - p_t)^gamma log p_t with p_t from a softmax."""
+    """-(1 - p_t)^gamma log p_t with p_t from a softmax, a pixel at a time, in double precision."""
     values = []
     for sample, truth in zip(logits.tolist(), mask.tolist(), strict=True):
         for row in range(len(truth)):

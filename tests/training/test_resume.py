@@ -1,4 +1,4 @@
-"""A training that was killed and run again ends where an uninterrupted one ends, to the bit."""
+"""A training that was killed and run again ends bit-identical to an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,14 @@ import pytest
 import torch
 from tiny_training import SETTINGS, build_model, build_synthetic_set, train
 
+from almrr_pipeline.training.runtime import deferred_sigterm
+from almrr_pipeline.training.train import TrainingInterrupted
+
 pytestmark = pytest.mark.xdist_group("processes")  # the fixture of that name runs once
 
 
 def differences(one: torch.nn.Module, other: torch.nn.Module) -> list[str]:
-    """Names of the values that are not equal to the bit."""
+    """Names of the values that are not bit-identical."""
     mine, theirs = one.state_dict(), other.state_dict()
     return [name for name in mine if not torch.equal(mine[name], theirs[name])]
 
@@ -148,3 +152,44 @@ def test_ctrl_c_is_passed_on_and_still_works_afterwards(tmp_path: Path, interrup
     with pytest.raises(KeyboardInterrupt):
         train(build_model(), build_synthetic_set(), scratch=tmp_path, on_metrics=press, **SETTINGS)
     assert signal.getsignal(signal.SIGINT) is interrupting
+
+
+@pytest.fixture
+def terminations() -> Iterator[list[int]]:
+    """The SIGTERMs that reach the caller's own handler."""
+    received: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    yield received
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_sigterm_ends_fit_by_an_exception_of_its_own(
+    tmp_path: Path, terminations: list[int]
+) -> None:
+    def terminate(step: int, _: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(TrainingInterrupted, match="after step 2"):
+        train(
+            build_model(), build_synthetic_set(), scratch=tmp_path, on_metrics=terminate, **SETTINGS
+        )
+    assert checkpoints_in(tmp_path) == ["step_000000002.ckpt"]
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert terminations == [signal.SIGTERM]  # the first one was for the training alone
+
+
+def test_sigterm_after_the_last_step_reaches_the_caller(terminations: list[int]) -> None:
+    with deferred_sigterm() as request:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert request.received
+        assert terminations == []
+    assert terminations == [signal.SIGTERM]
+
+
+def test_training_in_another_thread_than_the_main_one_works(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        history = pool.submit(
+            train, build_model(), build_synthetic_set(), scratch=tmp_path, **SETTINGS
+        ).result()
+    assert history is not None
+    assert history["step"].tolist() == [2, 4, 6, 8, 9]

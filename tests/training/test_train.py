@@ -111,6 +111,7 @@ def test_the_callers_state_is_left_alone(model: ALMRR, synthetic_set: Any, train
         torch.are_deterministic_algorithms_enabled(),
         torch.utils.deterministic.fill_uninitialized_memory,
         torch.backends.cudnn.benchmark,
+        torch.is_autocast_cache_enabled(),
         torch.is_grad_enabled(),
     )
     train(model, synthetic_set, deterministic=True)
@@ -121,6 +122,7 @@ def test_the_callers_state_is_left_alone(model: ALMRR, synthetic_set: Any, train
         torch.are_deterministic_algorithms_enabled(),
         torch.utils.deterministic.fill_uninitialized_memory,
         torch.backends.cudnn.benchmark,
+        torch.is_autocast_cache_enabled(),
         torch.is_grad_enabled(),
     )
 
@@ -135,8 +137,10 @@ def test_the_result_does_not_follow_the_callers_random_state(
     assert_equal_to_the_bit(weights_of(one), weights_of(other))
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_no_file_and_no_word_is_left(
     model: ALMRR,
+    precision: str,
     synthetic_set: Any,
     train: Train,
     tmp_path: Path,
@@ -145,7 +149,7 @@ def test_no_file_and_no_word_is_left(
     recwarn: Any,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    train(model, synthetic_set)
+    train(model, synthetic_set, precision=precision)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
     assert list((tmp_path / "scratch").iterdir()) == []
     assert capfd.readouterr() == ("", "")

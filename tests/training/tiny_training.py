@@ -1,4 +1,4 @@
-"""A tiny ALMRR and a tiny synthetic set: a training step takes a fraction of a second on one core."""
+"""A tiny ALMRR and a tiny synthetic set: a step takes a fraction of a second on one core."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ TOGETHER = {"batch_size": 4, "checkpoint_every": 1, "steps": 2, "log_every": 1, 
 
 @dataclass
 class ArraySyntheticSet:
-    """A synthetic set of arrays: gray noise with bright squares as anomalies, every second sample without one."""
+    """Arrays of gray noise; bright squares are the anomalies, in every other sample."""
 
     normals: np.ndarray
     augmented: np.ndarray

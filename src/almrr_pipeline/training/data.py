@@ -54,10 +54,10 @@ class SampleOrder:
     """Samples and augmentation of each step.
 
     Samples are drawn epoch by epoch, each epoch a new permutation. A batch may reach over the end
-    of an epoch, so that every batch is full, also where there are fewer samples than a batch holds.
+    of an epoch, so that every batch is full, also with fewer samples than a batch holds.
 
-    `count` is the number of samples in the synthetic set. `batch_size` is the samples of a step over
-    all `world_size` processes, a multiple of their number; `rank` is this process. `flips` and
+    `count` is the number of samples in the synthetic set. `batch_size` is that of a step, over all
+    `world_size` processes, and a multiple of their number; `rank` is this process. `flips` and
     `rot90` are drawn at random; rot90 has no effect on images that are not square.
     """
 

@@ -81,9 +81,9 @@ def check_processes(settings: TrainSettings, world_size: int, image_size: tuple[
     if world_size > 1 and torch.distributed.is_available() and torch.distributed.is_initialized():
         raise AlmrrError(
             "This process has taken part in a distributed training before and cannot start another "
-            f"one on {world_size} devices: train one category per process, with `kedro run "
-            "--pipelines train --namespaces CATEGORY` or `dvc repro train`, or set train.devices "
-            "to 1."
+            f"one on {world_size} devices: train one category and seed per process, with "
+            "`kedro run --pipelines train --namespaces CATEGORY.seed_N` or `dvc repro train`, or "
+            "set train.devices to 1."
         )
     if batch_size % world_size:
         raise AlmrrError(
