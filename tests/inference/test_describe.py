@@ -27,7 +27,7 @@ def test_description_says_what_the_model_is(model_folder: Path) -> None:
         "9 x 9",
         "0.5 (",
         "at most 5.00%",
-        "19 held-out",
+        "19 normal validation images",
     ):
         assert words in text
 
