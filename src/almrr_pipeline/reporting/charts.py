@@ -10,19 +10,22 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 from xml.etree import ElementTree
 
 import matplotlib
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from almrr_pipeline.common.arrays import Floats
 from almrr_pipeline.common.errors import AlmrrError
 
+Dash = str | tuple[float, Sequence[float]]
 CurveKind = Literal["roc", "pr", "pro"]
 _CURVES: Mapping[CurveKind, tuple[str, str, str, str]] = {
     "roc": ("fpr", "tpr", "false positive rate", "true positive rate"),
@@ -34,12 +37,17 @@ _CURVES: Mapping[CurveKind, tuple[str, str, str, str]] = {
 _SERIES = (
     "#0072b2", "#d55e00", "#009e73", "#b4478e", "#a07800", "#3d8fc4", "#6b5bd2", "#5f6b6d",
 )  # fmt: skip
-_DASHES = ("-", (0, (6, 3)), (0, (2, 2.5)), (0, (8, 3, 2, 3)))  # one for each round of the palette
+_DASHES: Sequence[Dash] = (
+    "-",
+    (0, (6, 3)),
+    (0, (2, 2.5)),
+    (0, (8, 3, 2, 3)),
+)  # one for each round of the palette
 _INK, _MUTED, _GRID = "#1e232b", "#667080", "#d9dce2"
 _VARIABLES = {_INK: "--ink", _MUTED: "--muted", _GRID: "--grid"} | {
     color: f"--series-{number}" for number, color in enumerate(_SERIES, start=1)
 }
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text, in the page's font
     "svg.hashsalt": "almrr",  # random by default
     "path.simplify_threshold": 0.15,  # pixels that a curve may move by when vertices are left out
@@ -54,7 +62,6 @@ _STYLE = {
     "ytick.labelcolor": _MUTED,
     "xtick.bottom": False,
     "ytick.left": False,
-    "lines.linewidth": 1.8,
     "lines.scale_dashes": False,
 }
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 20, 10, 42  # margins around the axes, in pixels
@@ -67,7 +74,7 @@ _BINS = 32  # of the histogram of scores
 def draw_curves(
     kind: CurveKind, curves: Mapping[str, pd.DataFrame], *, title: str, limit: float | None = None
 ) -> str:
-    """Draw the curves of all categories in one frame, with a legend below.
+    """Draw the curves of all categories in one frame, with a legend below, as an SVG element.
 
     Args:
         kind: roc (columns fpr, tpr), pr (recall, precision) or pro (fpr, pro), all in [0, 1].
@@ -75,9 +82,6 @@ def draw_curves(
             keep their colors, so that a category looks the same in every figure.
         title: what the drawing shows, for screen readers.
         limit: right end of the false positive rate; 1 if None.
-
-    Returns:
-        An SVG element.
 
     Raises:
         AlmrrError: a column is missing.
@@ -92,8 +96,8 @@ def draw_curves(
             if len(points):
                 _need_columns(points, (x_name, y_name), f"The {kind} curve of {name}")
                 dash = _DASHES[place // len(_SERIES) % len(_DASHES)]
-                line = np.clip(points[x_name], 0.0, right), np.clip(points[y_name], 0.0, 1.0)
-                axes.plot(*line, color=_color(place), linestyle=dash, label=name, gid=_titled(name))
+                x, y = np.clip(points[x_name], 0.0, right), np.clip(points[y_name], 0.0, 1.0)
+                _plot(axes, x, y, _color(place), name, dash=dash)
         return _to_svg(axes, title, width=360, height=300)
 
 
@@ -101,14 +105,11 @@ def draw_losses(history: pd.DataFrame, *, title: str) -> str:
     """Draw the losses over the steps on a logarithmic scale: the running mean and its range.
 
     The learning rate is a thin line on its own scale; its largest value, which the legend names, is
-    at the top.
+    at the top. Without a positive loss the frame is empty.
 
     Args:
         history: columns step, loss, and where they exist reconstruction, refinement, learning_rate.
         title: what the drawing shows, for screen readers.
-
-    Returns:
-        An SVG element; an empty frame where there is no positive loss.
 
     Raises:
         AlmrrError: a column is missing.
@@ -126,16 +127,9 @@ def draw_losses(history: pd.DataFrame, *, title: str) -> str:
             _plot_band(axes, steps[usable], value, last, _color(place), name)
         rate = history.get("learning_rate", pd.Series(dtype=float)).to_numpy(np.float64)
         if (top := np.nanmax(rate, initial=0.0)) > 0:
-            axes.plot(
-                steps,
-                rate / top,
-                transform=axes.get_xaxis_transform(),  # y from 0 to 1 over the axes' height
-                color=_MUTED,
-                linewidth=1.0,
-                linestyle=_DASHES[2],
-                label=f"learning rate, up to {top:.2g}",
-                gid=_titled("learning rate"),
-            )
+            label = f"learning rate, up to {top:.2g}"
+            line = _plot(axes, steps, rate / top, _MUTED, "learning rate", label, 1.0, _DASHES[2])
+            line.set_transform(axes.get_xaxis_transform())  # y from 0 to 1 over the axes' height
         return _to_svg(axes, title, width=480, height=300)
 
 
@@ -148,9 +142,6 @@ def draw_scores(scores: pd.DataFrame, *, threshold: float | None, title: str) ->
         scores: columns label (normal | defective) and score.
         threshold: image threshold; None draws no line.
         title: what the drawing shows, for screen readers.
-
-    Returns:
-        An SVG element.
 
     Raises:
         AlmrrError: a column is missing.
@@ -166,9 +157,8 @@ def draw_scores(scores: pd.DataFrame, *, threshold: float | None, title: str) ->
         percent[label] = 100 * counts / max(1, counts.sum())
     top = 1.05 * (max(bars.max() for bars in percent.values()) or 100.0)
     with matplotlib.rc_context(_STYLE):
-        axes = _frame(
-            (edges[0], edges[-1]), (0.0, top), "anomaly score", "fraction of its class, %"
-        )
+        limits = (edges[0], edges[-1]), (0.0, top)
+        axes = _frame(*limits, "anomaly score", "fraction of its class, %")
         for place, (label, bars) in enumerate(percent.items()):
             if bars.any():
                 axes.stairs(
@@ -182,14 +172,8 @@ def draw_scores(scores: pd.DataFrame, *, threshold: float | None, title: str) ->
                     gid=_titled(label),
                 )
         if threshold is not None:
-            axes.axvline(
-                threshold,
-                color=_INK,
-                linewidth=1.2,
-                linestyle=(0, (5, 3)),
-                label=f"threshold {threshold:.3g}",
-                gid=_titled(f"threshold {threshold:.4g}"),
-            )
+            name, label = f"threshold {threshold:.4g}", f"threshold {threshold:.3g}"
+            _plot(axes, [threshold] * 2, [0.0, top], _INK, name, label, 1.2, (0, (5, 3)))
         return _to_svg(axes, title, width=480, height=260)
 
 
@@ -222,18 +206,33 @@ def _frame(
     x: tuple[float, float], y: tuple[float, float], x_label: str, y_label: str, *, log: bool = False
 ) -> Axes:
     axes = Figure(frameon=False).add_axes((0, 0, 1, 1), frameon=False)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     if log:
-        axes.set_yscale("log")
         subs = (1.0, 2.0, 5.0) if y[1] / y[0] < 1e3 else (1.0,)
+        axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=8))
-        axes.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-    else:
-        axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-    axes.xaxis.set_major_formatter("{x:.6g}")
-    axes.yaxis.set_major_formatter("{x:.6g}")
+        axes.yaxis.set_minor_locator(NullLocator())
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:.6g}")
     axes.set(xlim=x, ylim=y, xlabel=x_label, ylabel=y_label)
     return axes
+
+
+def _plot(
+    axes: Axes,
+    x: npt.ArrayLike,
+    y: npt.ArrayLike,
+    color: str,
+    name: str,
+    label: str | None = None,
+    width: float = 1.8,
+    dash: Dash = "-",
+) -> Line2D:
+    """Plot a line with its name as tooltip, and as label of the legend if there is no other."""
+    [line] = axes.plot(x, y, color=color, linewidth=width, linestyle=dash, label=label or name)
+    line.set_gid(_titled(name))
+    return line
 
 
 def _plot_band(
@@ -244,7 +243,7 @@ def _plot_band(
     step, value = groups["step"].mean(), groups["value"].agg(["min", "max", "mean"])
     around = np.append(step, step[::-1]), np.append(value["max"], value["min"][::-1])
     axes.fill(*around, facecolor=color, alpha=0.16, linewidth=0)
-    axes.plot(step, value["mean"], color=color, linewidth=1.6, label=name, gid=_titled(name))
+    _plot(axes, step, value["mean"], color, name, width=1.6)
 
 
 def _to_svg(axes: Axes, title: str, *, width: int, height: int) -> str:
@@ -261,16 +260,15 @@ def _to_svg(axes: Axes, title: str, *, width: int, height: int) -> str:
     figure = axes.get_figure(root=True)
     assert figure is not None
     figure.set_size_inches(width / 72, total / 72)  # SVG has 72 pixels per inch
+    spacing: dict[str, Any] = {
+        "borderpad": 0,
+        "borderaxespad": 0,
+        "columnspacing": 1.1,
+        "frameon": False,
+    }
+    below = (place[0], 1 - height / total)
     figure.legend(
-        handles,
-        labels,
-        loc="upper left",
-        bbox_to_anchor=(place[0], 1 - height / total),
-        ncols=max(columns, 1),
-        frameon=False,
-        borderpad=0,
-        borderaxespad=0,
-        columnspacing=1.1,
+        handles, labels, loc="upper left", bbox_to_anchor=below, ncols=max(columns, 1), **spacing
     )
     stream = io.BytesIO()
     unnamed = dict.fromkeys(("Creator", "Date", "Format", "Type"))

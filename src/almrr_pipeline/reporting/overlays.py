@@ -53,14 +53,9 @@ def _heat_table() -> ImageArray:
 
 
 def color_map(anomaly_map: npt.NDArray[np.floating]) -> ImageArray:
-    """Color an anomaly map on the fixed scale 0 (black) to 1 (pale yellow).
+    """Color an anomaly map (H, W) on the fixed scale 0 (black) to 1 (pale yellow): uint8 RGB.
 
-    Args:
-        anomaly_map: values in [0, 1], shape (H, W); values outside take the color of the nearer
-            end, NaN that of 0.
-
-    Returns:
-        uint8 RGB, shape (H, W, 3).
+    Values outside take the color of the nearer end, NaN that of 0.
     """
     values = np.clip(np.nan_to_num(anomaly_map, nan=0.0), 0.0, 1.0)
     return np.asarray(_heat_table()[np.rint(values * 255).astype(np.uint8)])
@@ -209,9 +204,8 @@ def _write_feet(
     for column, text in ((0, "image"), (1, of_mask), (3, of_outlines)):
         draw.text((_GAP + column * (_TILE + _GAP), top + 8), text, _QUIET, font)
     right = 4 * (_TILE + _GAP)
-    found, true = threshold is not None, truth is not None
-    keys = (("found", FOUND_COLOR, found), ("truth", TRUTH_COLOR, true))
-    for word, color in [(word, color) for word, color, is_drawn in keys if is_drawn]:
+    keys = [("found", FOUND_COLOR)] * (threshold is not None)
+    for word, color in keys + [("truth", TRUTH_COLOR)] * (truth is not None):
         right -= round(draw.textlength(word, font))
         draw.text((right, top + 8), word, _TEXT, font)
         draw.line((right - 16, top + 17, right - 5, top + 17), color, 2)

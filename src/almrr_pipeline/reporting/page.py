@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -131,21 +131,8 @@ def render_report(report: Report) -> str:
     )
 
 
-class _Headline(NamedTuple):
-    """A number that opens the page or a category, with its name and small print."""
-
-    name: str
-    value: str
-    small: str
-
-
-class _Example(NamedTuple):
-    """An overlay as the page embeds it."""
-
-    address: str
-    caption: str
-    width: int
-    height: int
+_Headline = tuple[str, str, str]
+"""A number that opens the page or a category: name, value, small print."""
 
 
 @cache
@@ -175,13 +162,13 @@ def _list_headlines(report: Report) -> list[_Headline]:
         small = f"mean of {few or f'{count} of {count}'} categories"
         if count == 1:
             small = f"mean of {len(report.categories)} seeds"
-        headlines.append(_Headline(_name_metric(name), value, small))
+        headlines.append((_name_metric(name), value, small))
     return headlines
 
 
 def _list_run_headlines(metrics: tables.Metrics) -> list[_Headline]:
     return [
-        _Headline(
+        (
             _name_metric(name),
             tables.format_metric(metrics.get(name)),
             tables.format_interval(metrics, name) or metrics.get("undefined", {}).get(name, ""),
@@ -235,7 +222,7 @@ def _show_run(label: str, run: CategoryReport) -> dict[str, Any]:
     }
 
 
-def _embed(overlay: Overlay) -> _Example:
+def _embed(overlay: Overlay) -> dict[str, Any]:
     """Turn an image into a data address; too wide ones and other formats are encoded again."""
     content = overlay.image
     with Image.open(io.BytesIO(content)) as image:
@@ -246,7 +233,7 @@ def _embed(overlay: Overlay) -> _Example:
             smaller = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
             format_, content = "WEBP", encode_image(np.asarray(smaller))
     address = f"data:{_WEB_FORMATS[format_]};base64,{base64.b64encode(content).decode('ascii')}"
-    return _Example(address, overlay.caption, width, height)
+    return {"address": address, "caption": overlay.caption, "width": width, "height": height}
 
 
 def _dump_parameters(parameters: Parameters) -> list[tuple[str, str]]:

@@ -5,39 +5,22 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 Metrics = Mapping[str, Any]
 """Content of a metrics.json; docs/metrics.md describes each entry."""
 
 DASH = "\N{EN DASH}"
-_METRICS = {
-    "image_auroc": (
-        "images", "AUROC",
-        "Probability that a defective image scores higher than a normal one; 0.5 is guessing.",
-    ),
-    "image_ap": (
-        "images", "AP",
-        "Average precision when images are called defective in the order of their scores.",
-    ),
-    "image_f1max": (
-        "images", "F1-max",
-        "Best F1 of any threshold on the image score, chosen with the labels: an upper bound.",
-    ),
-    "pixel_auroc": (
-        "pixels", "AUROC",
-        "Probability that an anomalous pixel has a higher value than a normal one; 0.5 is guessing.",
-    ),
-    "pixel_ap": (
-        "pixels", "AP",
-        "Average precision over all pixels of all test images; guessing gives the fraction of "
-        "anomalous pixels.",
-    ),
-    "pixel_f1max": (
-        "pixels", "F1-max",
-        "Best F1 of any threshold on the anomaly map, chosen with the masks: an upper bound.",
-    ),
-}  # fmt: skip
+_MEANINGS = {
+    "image_auroc": "Probability that a defective image scores above a normal one; guessing: 0.5.",
+    "image_ap": "Average precision of the images in the order of their scores.",
+    "image_f1max": "Best F1 of any threshold on the image score, chosen with the labels: a bound.",
+    "pixel_auroc": "Probability that an anomalous pixel is above a normal one; guessing: 0.5.",
+    "pixel_ap": "Average precision of all test pixels; guessing: the fraction of anomalous pixels.",
+    "pixel_f1max": "Best F1 of any threshold on the anomaly map, chosen with the masks: a bound.",
+}
+_TEXTS = {"auroc": "AUROC", "ap": "AP", "f1max": "F1-max"}
 _AUPRO = re.compile(r"aupro_(\d+)(?:_(\d+))?")
 
 
@@ -91,44 +74,33 @@ class Table:
 
     def groups(self) -> list[tuple[str, int]]:
         """Return groups of neighboring columns with their widths, for the row above the heads."""
-        groups: list[tuple[str, int]] = []
-        for head in self.heads:
-            if groups and groups[-1][0] == head.group:
-                groups[-1] = (head.group, groups[-1][1] + 1)
-            else:
-                groups.append((head.group, 1))
-        return groups
+        by_group = groupby(self.heads, key=lambda head: head.group)
+        return [(group, len(list(heads))) for group, heads in by_group]
 
 
 def list_metrics(metrics: Sequence[Metrics]) -> list[str]:
     """Return the metrics that tables show, in their order: of images, of pixels, of regions."""
     regions = {name: None for values in metrics for name in values if _AUPRO.fullmatch(name)}
-    return [*_METRICS, *regions]
+    return [*_MEANINGS, *regions]
 
 
 def describe_metric(name: str) -> Head:
     """Return the head of a metric's column."""
     region = _AUPRO.fullmatch(name)
     if region is None:
-        group, text, meaning = _METRICS[name]
-        return Head(text, group, meaning)
+        group, _, text = name.partition("_")
+        return Head(_TEXTS[text], f"{group}s", _MEANINGS[name])
     percent = str(int(region[1])) + (f".{region[2]}" if region[2] else "")
-    meaning = (
-        "Mean covered fraction of an anomalous region, averaged over false positive rates from 0 "
-        f"to {percent} %."
-    )
-    return Head(f"AUPRO {percent} %", "regions", meaning)
+    meaning = "Mean covered fraction of an anomalous region, over false positive rates from 0 to "
+    return Head(f"AUPRO {percent} %", "regions", f"{meaning}{percent} %.")
 
 
 def tabulate_results(
     metrics: Mapping[str, Metrics], summary: Metrics, *, links: Mapping[str, str]
 ) -> Table:
-    """Tabulate the metrics, a row per label, and their mean over the categories.
+    """Tabulate the metrics by label ("category" or "category, seed N"), and their mean.
 
-    Args:
-        metrics: content of metrics.json by label ("category" or "category, seed N").
-        summary: as `evaluation.summary.summarize` returns it.
-        links: anchor on the page by label.
+    The summary is that of `evaluation.summary.summarize`; links are anchors on the page by label.
     """
     names = list_metrics(list(metrics.values()))
     heads = list(map(describe_metric, names))
@@ -187,12 +159,7 @@ def tabulate_seeds(summary: Metrics) -> Table:
 def tabulate_counts(
     training: Mapping[str, tuple[int | None, int | None]], metrics: Mapping[str, Metrics]
 ) -> Table:
-    """Tabulate the images of each split of each category.
-
-    Args:
-        training: numbers of normal training and validation images; None where unknown.
-        metrics: content of metrics.json by category.
-    """
+    """Tabulate each category's images: normal ones for (training, validation), and test images."""
     heads = [Head("training", "normal images"), Head("validation", "normal images")]
     heads += [Head(text, "test images") for text in ("normal", "defective", "regions")]
     table = Table("Images of each split", heads)
