@@ -179,9 +179,9 @@ def test_sigterm_ends_fit_by_an_exception_of_its_own(
 
 
 def test_sigterm_after_the_last_step_reaches_the_caller(terminations: list[int]) -> None:
-    with deferred_sigterm() as request:
+    with deferred_sigterm() as received:
         os.kill(os.getpid(), signal.SIGTERM)
-        assert request.received
+        assert received == [signal.SIGTERM]
         assert terminations == []
     assert terminations == [signal.SIGTERM]
 

@@ -59,11 +59,9 @@ class CheckpointFolder:
         self.key = key
 
     def save(self, step: int, parts: Mapping[str, Any]) -> Path:
-        """Write the checkpoint after `step` steps, and remove all but the newest `KEPT`.
+        """Write the parts' states after `step` steps, and remove all but the newest checkpoints.
 
-        Args:
-            step: number of steps done.
-            parts: model, optimizer ... by name, each with `state_dict` and `load_state_dict`.
+        Parts are a model, an optimizer ..., each with `state_dict` and `load_state_dict`.
         """
         content = {name: part.state_dict() for name, part in parts.items()}
         path = self.path / f"step_{step:09d}.ckpt"

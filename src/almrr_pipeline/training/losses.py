@@ -47,13 +47,5 @@ def focal_loss(logits: Tensor, mask: Tensor, gamma: float = 2.0) -> Tensor:
 
 
 def reconstruction_loss(reconstruction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error between F_hat and phi over all elements (the paper's reconstruction loss).
-
-    Args:
-        reconstruction: F_hat, features repaired from the augmented image, shape (B, C, h, w).
-        target: phi, features of the normal image, of the same shape.
-
-    Returns:
-        float32 scalar, at least 0.
-    """
+    """Mean squared error of F_hat against phi, both (B, C, h, w): float32 scalar, at least 0."""
     return F.mse_loss(reconstruction.float(), target.float())

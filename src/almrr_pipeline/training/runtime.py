@@ -30,7 +30,7 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 @contextmanager
 def training_environment(
     model: ALMRR, settings: TrainSettings
-) -> Iterator[tuple[Fabric, StopRequest]]:
+) -> Iterator[tuple[Fabric, list[int]]]:
     """Processes, precision, torch's settings and signals of a training; all restored afterwards.
 
     Inside, the model is in training mode; afterwards it is in evaluation mode on the CPU.
@@ -99,33 +99,23 @@ def check_processes(settings: TrainSettings, world_size: int, image_size: tuple[
         )
 
 
-class StopRequest:
-    """Whether SIGTERM has asked this process to end."""
-
-    received = False
-
-
 @contextmanager
-def deferred_sigterm() -> Iterator[StopRequest]:
-    """Note SIGTERM instead of ending, so that a training can write a checkpoint before it ends.
+def deferred_sigterm() -> Iterator[list[int]]:
+    """Put SIGTERM into a list instead of ending, so that a training can write a checkpoint first.
 
-    A request that comes when the training is done takes effect afterwards. In other threads than
-    the main one, which cannot handle signals, nothing changes.
+    One that comes when the training is done takes effect afterwards. In other threads than the main
+    one, which cannot handle signals, nothing changes.
     """
-    request = StopRequest()
+    received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield request
+        yield received
         return
-
-    def note(*_: object) -> None:
-        request.received = True
-
-    before = signal.signal(signal.SIGTERM, note) or signal.SIG_DFL
+    before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
     try:
-        yield request
+        yield received
     finally:
-        signal.signal(signal.SIGTERM, before)
-    if request.received:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+    if received:
         signal.raise_signal(signal.SIGTERM)
 
 

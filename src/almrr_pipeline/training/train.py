@@ -56,18 +56,15 @@ def fit(
 
     Args:
         model: with initial weights; MFRM and FRM are trained, the backbone is not.
-        synthetic_set: images of the model's image size, with simulated anomalies. There is no
-            argument by which a test image could take part.
+        synthetic_set: simulated anomalies at the model's image size. No test image can take part.
         settings: the `train` section.
-        scratch: folder for checkpoints of unfinished trainings; no output of DVC, and shared by all
-            nodes.
+        scratch: folder for checkpoints; no output of DVC, and shared by all nodes.
         fingerprint: of data and code (see `checkpoints.fingerprint`); together with the model's and
             the training's settings it selects the checkpoint to resume from.
         seed: of sample order, augmentation and drop path.
         on_metrics: called by the main process with the step and the values of each row as it is
             made; after resuming, first with the rows made before.
-        keep_checkpoints: leave the checkpoint after the last step for the caller to remove once the
-            weights are safe; otherwise the training's folder is removed.
+        keep_checkpoints: leave the last checkpoint for the caller to remove when the model is safe.
 
     Returns:
         The history, a row for every `log_every` steps: step, loss, reconstruction and refinement
@@ -75,9 +72,8 @@ def fit(
         in all processes of a distributed training but the main one: they are done.
 
     Raises:
-        AlmrrError: the synthetic set does not suit the model, a loss or gradient is not finite,
-            memory runs out, the devices do not exist, or this process has taken part in a
-            distributed training before; the message tells what to do.
+        AlmrrError: the synthetic set or the devices do not suit, a loss or gradient is not finite,
+            memory runs out, or this process has taken part in a distributed training before.
         TrainingInterrupted: after SIGTERM, in all processes.
     """
     check_synthetic_set(synthetic_set, image_size=model.image_size)
@@ -85,16 +81,10 @@ def fit(
     with training_environment(model, settings) as (fabric, stop):
         history = History(settings, fabric, on_metrics)
         selection = ValidationSelection(synthetic_set, settings, fabric, history)
-        forward, optimizer = fabric.setup(
-            TrainingStep(model, settings), build_optimizer(model, settings)
-        )
-        parts = {
-            "model": model,
-            "optimizer": optimizer,
-            "scaler": fabric.strategy.precision,
-            "history": history,
-            "selection": selection,
-        }
+        optimizer = build_optimizer(model, settings)
+        forward, optimizer = fabric.setup(TrainingStep(model, settings), optimizer)
+        parts = {"model": model, "optimizer": optimizer, "scaler": fabric.strategy.precision}
+        parts |= {"history": history, "selection": selection}
         newest = fabric.broadcast(folder.newest() if fabric.is_global_zero else None)
         first = folder.restore(newest, parts) if newest else 0
         if first == 0 and model.settings.standardize:
@@ -118,7 +108,7 @@ def fit(
                 history.record(step, torch.stack([*losses, norm]).detach(), rate)
                 advance()
                 # Processes end after the same step if any of them was asked to.
-                stopping = fabric.strategy.reduce_boolean_decision(stop.received, all=False)
+                stopping = fabric.strategy.reduce_boolean_decision(bool(stop), all=False)
                 if stopping or step % settings.checkpoint_every == 0 or step == settings.steps:
                     history.check(step)
                     if fabric.is_global_zero:
