@@ -1,4 +1,4 @@
-"""The numbers of record: against scikit-learn, per defect type, undefined ones, counts, thresholds, determinism."""
+"""metrics.json against answers by hand and scikit-learn: types, gaps, counts, thresholds."""
 
 from __future__ import annotations
 
@@ -48,6 +48,38 @@ class Counting:
     def __getitem__(self, index: int) -> np.ndarray:
         self.reads[index] += 1
         return self.items[index]
+
+
+def test_metrics_by_hand() -> None:
+    maps = [np.float32([[0.1, 0.5]]), np.float32([[0.9, 0.5, 0.2, 0.3]]), np.float32([[0.3]])]
+    masks = [None, np.array([[1, 1, 0, 0]], bool), None]  # the third image's truth is not known
+    found = evaluate(
+        maps,
+        masks,
+        [0.5, 0.9, 0.3],
+        [False, True, True],
+        ["good", "dent", "dent"],
+        EvaluateSettings(bootstrap=0),
+        image_threshold=None,
+        pixel_threshold=None,
+    ).metrics
+    # images: one of two defective ones scores above the normal one. Precision 1 at recall 1/2, 2/3
+    # at recall 1. F1 at the lowest score: 2 * 2 / (3 + 2)
+    assert found["image_auroc"] == 0.5
+    assert found["image_ap"] == 0.5 * 1 + 0.5 * (2 / 3)
+    assert found["image_f1max"] == 0.8
+    # pixels: 0.9 wins four pairs, 0.5 three and ties one, of 8. At 0.5: tp 2, fp 1
+    assert found["pixel_auroc"] == 7.5 / 8
+    assert found["pixel_ap"] == 0.5 * 1 + 0.5 * (2 / 3)
+    assert found["pixel_f1max"] == 0.8
+    # one region: overlap 1/2 at no false positive, then a line to 1 at 1/4; mean up to 0.3 and 0.05
+    assert found["aupro_30"] == pytest.approx((0.25 * 0.75 + 0.05) / 0.3, abs=1e-15)
+    assert found["aupro_05"] == pytest.approx(0.55, abs=1e-15)
+    assert found["pixel_defective_fraction"] == 2 / 6
+    assert found["counts"]["defective_images_without_mask"] == 1
+    assert {
+        name: found["defect_types"]["dent"][name] for name in IMAGE_METRICS + PIXEL_METRICS
+    } == {name: found[name] for name in IMAGE_METRICS + PIXEL_METRICS}
 
 
 @pytest.mark.parametrize("decimals", [1, 2, 8])

@@ -1,4 +1,4 @@
-"""Means over seeds and categories, and standard deviations over seeds; undefined metrics left out."""
+"""Means over seeds and categories, stds over seeds; undefined metrics left out."""
 
 from __future__ import annotations
 

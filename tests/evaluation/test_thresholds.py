@@ -1,4 +1,4 @@
-"""Conformal thresholds: their rank, their guarantee, and what they say where there are too few images."""
+"""Conformal thresholds: rank, guarantee, and what is reported with too few images."""
 
 from __future__ import annotations
 

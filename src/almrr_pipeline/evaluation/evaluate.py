@@ -66,15 +66,13 @@ def evaluate(
         seed: of the resampling.
 
     Raises:
-        AlmrrError: lengths or shapes differ, a value is not finite, or a normal image has
-            anomalous pixels.
+        AlmrrError: lengths or shapes differ, a value is not finite, a normal image is anomalous.
     """
     ranked, labeled, of_type = _checked(len(maps), masks, scores, labels, defect_types)
     image_value = None if image_threshold is None else image_threshold.value
-    pixel_value = None if pixel_threshold is None else pixel_threshold.value
-    labeled_maps = LabeledMaps(maps, masks, labeled)
     images = image_metrics(ranked, labeled)
-    pixels = _measure_pixels(labeled_maps, of_type, pixel_value, settings.aupro_limits)
+    labeled_maps = LabeledMaps(maps, masks, labeled)
+    pixels = _measure_pixels(labeled_maps, of_type, pixel_threshold, settings.aupro_limits)
     metrics: Metrics = {
         **images.values(),
         **pixels.overall.values(),
@@ -82,8 +80,7 @@ def evaluate(
         "counts": pixels.count(np.ones_like(labeled)),
         "thresholds": {
             "image": _describe_threshold(image_threshold, ranked, labeled),
-            "pixel": _describe_threshold(pixel_threshold, pixels.counts.peak, labeled)
-            | pixels.outlined_fractions(pixel_value),
+            "pixel": pixels.describe_threshold(pixel_threshold),
         },
         "intervals": _estimate_intervals(images, pixels, ranked, settings.bootstrap, seed),
         "defect_types": {
@@ -94,8 +91,8 @@ def evaluate(
     }
     if settings.oracle:
         metrics |= _choose_on_test_set(images.curve, pixels.overall.curve)
-    tables = _tabulate(images.curve, pixels.overall.curve, max(settings.aupro_limits))
-    return Evaluation(metrics, tables)
+    limit = max(settings.aupro_limits)
+    return Evaluation(metrics, _tabulate(images.curve, pixels.overall.curve, limit))
 
 
 @dataclass(frozen=True)
@@ -115,15 +112,16 @@ class _Pixels:
         known = self.labels[self.known].any()
         return _divide(positives, positives + negatives) if known else None
 
-    def outlined_fractions(self, threshold: float | None) -> dict[str, float | None]:
-        """Fractions of the normal and of the anomalous pixels above the threshold."""
-        if threshold is None:
-            return {"normal_pixels_outlined": None, "defective_pixels_outlined": None}
-        lowest = px.just_above(threshold)
-        outlined, found = self.counts.reaching(lowest), self.anomalous.score >= lowest
-        return {
-            "normal_pixels_outlined": _divide(outlined.sum(), self.counts.normals.sum()),
-            "defective_pixels_outlined": _divide(int(found.sum()), found.size),
+    def describe_threshold(self, threshold: Threshold | None) -> Metrics:
+        """The threshold, its rates, and the fractions of normal and anomalous pixels above it."""
+        outlined = found = None
+        if threshold is not None and threshold.value is not None:
+            lowest = px.just_above(threshold.value)
+            outlined = _divide(self.counts.reaching(lowest).sum(), self.counts.normals.sum())
+            found = _divide((self.anomalous.score >= lowest).sum(), self.anomalous.score.size)
+        return _describe_threshold(threshold, self.counts.peak, self.labels) | {
+            "normal_pixels_outlined": outlined,
+            "defective_pixels_outlined": found,
         }
 
     def count(self, chosen: Bools) -> dict[str, int]:
@@ -175,13 +173,14 @@ def _checked(
 def _measure_pixels(
     images: LabeledMaps,
     of_type: dict[str, Bools],
-    threshold: float | None,
+    threshold: Threshold | None,
     limits: Sequence[float],
 ) -> _Pixels:
     """Read the maps: anomalous pixels, then normal pixels of normal images and by defect type."""
     anomalous, known = px.gather_anomalous(images)
     thresholds = anomalous.score[anomalous.last_of_score()]
-    counts = px.ImageCounts.empty(px.choose_edges(anomalous, threshold), len(known))
+    edges = px.choose_edges(anomalous, None if threshold is None else threshold.value)
+    counts = px.ImageCounts.empty(edges, len(known))
 
     def measure(defective: Bools, normal: px.NormalCounts) -> CurveMetrics:
         curve = px.trace_pixels(anomalous.of_images(defective), thresholds, normal)

@@ -57,7 +57,7 @@ class LabeledMaps:
     labels: Bools
 
     def read(self, index: int) -> tuple[AnomalyMap, MaskArray | None]:
-        """Anomaly map and mask, if any, of one image; AlmrrError if they are not as stated above."""
+        """Anomaly map and mask, if any, of one image; AlmrrError if they are not as above."""
         values = np.asarray(self.maps[index], dtype=np.float32)
         name = f"The anomaly map of test image {index}"
         if values.ndim != 2 or values.size == 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -30,15 +30,12 @@ def summarize(metrics: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[st
         category: {str(seed): _numbers(values) for seed, values in of_category.items()}
         for category, of_category in metrics.items()
     }
-    categories = {category: _mean(by_seed.values()) for category, by_seed in runs.items()}
+    categories = {name: _aggregate(of.values(), np.mean) for name, of in runs.items()}
+    repeated = {name: of.values() for name, of in runs.items() if len(of) > 1}
     return {
-        "mean": _mean(categories.values()),
+        "mean": _aggregate(categories.values(), np.mean),
         "categories": categories,
-        "std": {
-            category: _std(by_seed.values())
-            for category, by_seed in runs.items()
-            if len(by_seed) > 1
-        },
+        "std": {name: _aggregate(of, _sample_std, least=2) for name, of in repeated.items()},
         "runs": runs,
     }
 
@@ -51,21 +48,16 @@ def _numbers(values: Mapping[str, Any]) -> Numbers:
     }
 
 
-def _mean(rows: Iterable[Numbers]) -> Numbers:
-    return {name: float(np.mean(of)) if of else None for name, of in _columns(rows).items()}
+def _sample_std(values: list[float]) -> np.floating:
+    return np.std(values, ddof=1)
 
 
-def _std(rows: Iterable[Numbers]) -> Numbers:
-    columns = _columns(rows)
-    return {
-        name: float(np.std(of, ddof=1)) if len(of) > 1 else None for name, of in columns.items()
-    }
-
-
-def _columns(rows: Iterable[Numbers]) -> dict[str, list[float]]:
-    """Defined values of each metric that occurs, in the order of occurrence."""
-    columns: dict[str, list[float]] = {}
-    for row in rows:
-        for name, value in row.items():
-            columns.setdefault(name, []).extend([] if value is None else [value])
-    return columns
+def _aggregate(
+    rows: Collection[Numbers], statistic: Callable[[list[float]], np.floating], *, least: int = 1
+) -> Numbers:
+    """Statistic of each metric's defined values; None with fewer than `least` of them."""
+    found: Numbers = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        values = [value for row in rows if (value := row.get(name)) is not None]
+        found[name] = float(statistic(values)) if len(values) >= least else None
+    return found

@@ -121,7 +121,7 @@ def withdraw_guarantee(threshold: Threshold) -> Threshold:
 
 
 def rates_at(scores: Floats, labels: Bools, threshold: float) -> dict[str, Proportion]:
-    """Rates of `score > threshold`, false_alarms and detections; True labels are defective, (n,)."""
+    """Rates of `score > threshold`: false_alarms and detections; labels True where defective."""
     alarms = scores > threshold
     return {"false_alarms": proportion(alarms[~labels]), "detections": proportion(alarms[labels])}
 
