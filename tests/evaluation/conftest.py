@@ -70,7 +70,7 @@ def _draw_case(
     side: int = 40,
     extent: int = 9,
 ) -> Case:
-    """Draw images of varying sizes with rectangular defects of two types; few decimals make many ties."""
+    """Draw images of varying sizes, rectangular defects of two types; few decimals: many ties."""
     generator = np.random.default_rng(seed)
     maps, masks, defect_types = [], [], []
     for index in range(normal + defective):
@@ -94,7 +94,7 @@ def _draw_case(
 
 @pytest.fixture(scope="session")
 def draw_case() -> Callable[..., Case]:
-    """Draw another test set: seed, then by keyword normal, defective, decimals, side, extent of defects."""
+    """Draw a test set: seed; by keyword normal, defective, decimals, side, extent of defects."""
     return _draw_case
 
 

@@ -41,8 +41,9 @@ def test_regions_that_touch_at_a_corner_are_one() -> None:
 
 
 def test_a_small_region_counts_as_much_as_a_large_one() -> None:
-    # Regions of 1 and 4 pixels, 7 normal pixels. Found first, without a false alarm: the small region (PRO 1/2). Then
-    # two normal pixels (FPR 2/7), then the large region. Up to 2/7 the curve, and its normalized area, stand at 1/2;
+    # Regions of 1 and 4 pixels, 7 normal pixels. Found first, without a false alarm: the small
+    # region (PRO 1/2). Then two normal pixels (FPR 2/7), then the large region. Up to 2/7 the
+    # curve, and its normalized area, are 1/2;
     mask = np.array([[1, 0, 1, 1], [0, 0, 1, 1], [0, 0, 0, 0]], dtype=bool)
     values = np.array([[9, 8, 5, 5], [8, 1, 5, 5], [1, 1, 1, 1]], dtype=np.float32)
     assert measure_aupro([values], [mask], 2 / 7) == pytest.approx(0.5)
@@ -51,7 +52,7 @@ def test_a_small_region_counts_as_much_as_a_large_one() -> None:
 
 
 def test_a_piece_with_ties_is_cut_at_the_limit_by_linear_interpolation() -> None:
-    # one region of 2 pixels, 4 normal pixels, all tied: the curve is the straight line from (0, 0) to (1, 1);
+    # one region of 2 pixels, 4 normal pixels, all tied: the curve is the line from (0, 0) to (1, 1);
     # its area up to 0.3 is 0.3^2 / 2, normalized 0.15
     mask = np.array([[1, 1, 0], [0, 0, 0]], dtype=bool)
     assert measure_aupro([np.ones((2, 3), np.float32)], [mask], 0.3) == pytest.approx(0.15)

@@ -56,7 +56,7 @@ def test_auroc_counts_a_tie_half() -> None:
 
 
 def test_average_precision_by_hand() -> None:
-    # alarms in order: defective, normal, defective: precision 1 at recall 1/2, precision 2/3 at recall 1
+    # alarms in order: positive, negative, positive: precision 1 at recall 1/2, 2/3 at recall 1
     curve = trace_curve(np.array([3.0, 2.0, 1.0]), np.array([True, False, True]))
     assert average_precision(curve) == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
 

@@ -65,18 +65,12 @@ def tabulate_scores(
     scores: Sequence[float],
     threshold: float | None,
 ) -> pd.DataFrame:
-    """Tabulate each image's score and verdict.
-
-    Args:
-        rows: the manifest's rows of the images: image, label, defect_type.
-        maps: their anomaly maps.
-        truth: their masks.
-        scores: their image scores.
-        threshold: an image with a higher score is called anomalous; None leaves the verdict empty.
+    """Tabulate each image's score and verdict; `rows` are the images' rows of the manifest.
 
     Returns:
-        Columns image, label, defect_type, score, is_anomalous, and pixel_ap, the average precision
-        of the image's own pixels, empty where no pixel is known to be anomalous.
+        Columns image, label, defect_type, score, is_anomalous (empty without a threshold), and
+        pixel_ap, the average precision of the image's own pixels (empty where none is known to be
+        anomalous).
     """
     columns = ["image", "label", "defect_type"]
     table = rows[columns].reset_index(drop=True).assign(score=list(scores))

@@ -144,10 +144,8 @@ def gather_anomalous(images: LabeledMaps) -> tuple[AnomalousPixels, Bools]:
         count += found
     score, region = np.concatenate(scores), np.concatenate(regions)
     order = np.lexsort((region, score))[::-1]
-    pixels = AnomalousPixels(
-        score[order], region[order], np.concatenate(areas), np.concatenate(indices)
-    )
-    return pixels, known
+    area, image = np.concatenate(areas), np.concatenate(indices)
+    return AnomalousPixels(score[order], region[order], area, image), known
 
 
 @dataclass(frozen=True)
@@ -160,9 +158,8 @@ class NormalCounts:
 
     def __add__(self, other: NormalCounts) -> NormalCounts:
         """Counts of two disjoint sets of pixels at the same thresholds."""
-        return NormalCounts(
-            self.reaching + other.reaching, self.above + other.above, self.total + other.total
-        )
+        reaching, above = self.reaching + other.reaching, self.above + other.above
+        return NormalCounts(reaching, above, self.total + other.total)
 
 
 def count_reaching(thresholds: Scores, runs: Iterable[Scores]) -> NormalCounts:
