@@ -1,4 +1,4 @@
-"""A report of two categories, as evaluation writes them: one with everything, one with as little as there can be."""
+"""A report of two categories as evaluation writes them: one with everything, one with little."""
 
 from __future__ import annotations
 

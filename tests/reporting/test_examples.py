@@ -1,4 +1,4 @@
-"""The choice of examples must be just: the clearest, the usual, and the errors, the same every time."""
+"""The choice of examples must be just and repeatable: the clearest, the usual, the errors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def table(**columns: list[object]) -> pd.DataFrame:
 
 @pytest.fixture
 def scores() -> pd.DataFrame:
-    """Nine defects of rising score, d0 and d1 missed; five normals of falling score, n0 a false alarm."""
+    """Nine defects of rising score, d0 and d1 missed; five normals of falling one, n0 above them."""
     defective, normal = np.linspace(0.1, 0.9, 9), np.linspace(0.6, 0.0, 5)
     return table(
         image=[f"d{k}.png" for k in range(9)] + [f"n{k}.png" for k in range(5)],

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib import colormaps
 from PIL import Image
 from scipy import ndimage
-
-from matplotlib import colormaps
 
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.reporting.overlays import (
@@ -65,6 +66,13 @@ def test_heat_lightness_rises_evenly() -> None:
 def test_heat_table_is_inferno() -> None:
     expected = np.asarray(colormaps["inferno"].colors) * 255
     assert np.abs(HEAT - expected).max() <= 1.0
+
+
+def test_prediction_imports_matplotlib_only_to_draw() -> None:
+    code = (
+        "import sys, almrr_pipeline.reporting.predict_files; sys.exit('matplotlib' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_color_map_has_a_fixed_scale_and_clips() -> None:

@@ -1,4 +1,4 @@
-"""The page must stand on its own, show every number with its reason, and let nothing in that is not text."""
+"""The page must stand on its own, show each number or a reason, and let in nothing but text."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VOID = {"meta", "link", "img", "br"}
 
 
 class Page(HTMLParser):
-    """Elements with their attributes, the text of all of them, and what is not closed as it was opened."""
+    """Elements with their attributes, their text, and what is not closed as it was opened."""
 
     def __init__(self, page: str) -> None:
         super().__init__()

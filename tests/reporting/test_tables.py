@@ -1,4 +1,4 @@
-"""Tables must print the numbers as they are, a reason where there is none, and never more than is known."""
+"""Tables must print numbers as they are, a reason where there is none, and only what is known."""
 
 from __future__ import annotations
 

@@ -19,13 +19,11 @@ import numpy.typing as npt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from almrr_pipeline.common.arrays import Floats
 from almrr_pipeline.common.errors import AlmrrError
 
-Dash = str | tuple[float, Sequence[float]]
 CurveKind = Literal["roc", "pr", "pro"]
 _CURVES: Mapping[CurveKind, tuple[str, str, str, str]] = {
     "roc": ("fpr", "tpr", "false positive rate", "true positive rate"),
@@ -37,7 +35,7 @@ _CURVES: Mapping[CurveKind, tuple[str, str, str, str]] = {
 _SERIES = (
     "#0072b2", "#d55e00", "#009e73", "#b4478e", "#a07800", "#3d8fc4", "#6b5bd2", "#5f6b6d",
 )  # fmt: skip
-_DASHES: Sequence[Dash] = (
+_DASHES: Sequence[Any] = (
     "-",
     (0, (6, 3)),
     (0, (2, 2.5)),
@@ -97,7 +95,7 @@ def draw_curves(
                 _need_columns(points, (x_name, y_name), f"The {kind} curve of {name}")
                 dash = _DASHES[place // len(_SERIES) % len(_DASHES)]
                 x, y = np.clip(points[x_name], 0.0, right), np.clip(points[y_name], 0.0, 1.0)
-                _plot(axes, x, y, _color(place), name, dash=dash)
+                _plot(axes, x, y, _color(place), name, linestyle=dash)
         return _to_svg(axes, title, width=360, height=300)
 
 
@@ -127,9 +125,10 @@ def draw_losses(history: pd.DataFrame, *, title: str) -> str:
             _plot_band(axes, steps[usable], value, last, _color(place), name)
         rate = history.get("learning_rate", pd.Series(dtype=float)).to_numpy(np.float64)
         if (top := np.nanmax(rate, initial=0.0)) > 0:
-            label = f"learning rate, up to {top:.2g}"
-            line = _plot(axes, steps, rate / top, _MUTED, "learning rate", label, 1.0, _DASHES[2])
-            line.set_transform(axes.get_xaxis_transform())  # y from 0 to 1 over the axes' height
+            style = {"label": f"learning rate, up to {top:.2g}", "linestyle": _DASHES[2]}
+            over_height = axes.get_xaxis_transform()  # y from 0 to 1 over the axes' height
+            style |= {"linewidth": 1.0, "transform": over_height}
+            _plot(axes, steps, rate / top, _MUTED, "learning rate", **style)
         return _to_svg(axes, title, width=480, height=300)
 
 
@@ -172,8 +171,9 @@ def draw_scores(scores: pd.DataFrame, *, threshold: float | None, title: str) ->
                     gid=_titled(label),
                 )
         if threshold is not None:
-            name, label = f"threshold {threshold:.4g}", f"threshold {threshold:.3g}"
-            _plot(axes, [threshold] * 2, [0.0, top], _INK, name, label, 1.2, (0, (5, 3)))
+            style = {"label": f"threshold {threshold:.3g}", "linestyle": (0, (5, 3))}
+            name = f"threshold {threshold:.4g}"
+            _plot(axes, [threshold] * 2, [0.0, top], _INK, name, linewidth=1.2, **style)
         return _to_svg(axes, title, width=480, height=260)
 
 
@@ -220,19 +220,11 @@ def _frame(
 
 
 def _plot(
-    axes: Axes,
-    x: npt.ArrayLike,
-    y: npt.ArrayLike,
-    color: str,
-    name: str,
-    label: str | None = None,
-    width: float = 1.8,
-    dash: Dash = "-",
-) -> Line2D:
+    axes: Axes, x: npt.ArrayLike, y: npt.ArrayLike, color: str, name: str, **style: object
+) -> None:
     """Plot a line with its name as tooltip, and as label of the legend if there is no other."""
-    [line] = axes.plot(x, y, color=color, linewidth=width, linestyle=dash, label=label or name)
-    line.set_gid(_titled(name))
-    return line
+    options: dict[str, Any] = {"label": name, "linewidth": 1.8, **style}
+    axes.plot(x, y, color=color, gid=_titled(name), **options)
 
 
 def _plot_band(
@@ -243,7 +235,7 @@ def _plot_band(
     step, value = groups["step"].mean(), groups["value"].agg(["min", "max", "mean"])
     around = np.append(step, step[::-1]), np.append(value["max"], value["min"][::-1])
     axes.fill(*around, facecolor=color, alpha=0.16, linewidth=0)
-    _plot(axes, step, value["mean"], color, name, width=1.6)
+    _plot(axes, step, value["mean"], color, name, linewidth=1.6)
 
 
 def _to_svg(axes: Axes, title: str, *, width: int, height: int) -> str:
@@ -255,7 +247,7 @@ def _to_svg(axes: Axes, title: str, *, width: int, height: int) -> str:
     across, up = width - _LEFT - _RIGHT, height - _TOP - _BOTTOM
     place = (_LEFT / width, 1 - (_TOP + up) / total, across / width, up / total)
     axes.set_position(place)
-    axes.xaxis.set_label_coords(0.5, -22 / up)
+    axes.xaxis.set_label_coords(0.5, -24 / up)
     axes.yaxis.set_label_coords(-34 / across, 0.5)
     figure = axes.get_figure(root=True)
     assert figure is not None

@@ -22,7 +22,7 @@ from almrr_pipeline.reporting import charts, tables
 from almrr_pipeline.reporting.examples import ExampleKind, Overlay
 from almrr_pipeline.reporting.overlays import encode_image
 
-_WEB_FORMATS = {"WEBP": "image/webp", "JPEG": "image/jpeg"}  # embedded as they are
+_WEB_FORMATS = {"WEBP", "JPEG"}  # embedded as they are
 _WIDEST = 1280  # pixels; a panel has 1118
 _KINDS: Mapping[ExampleKind, str] = {
     "best": "Found most clearly",
@@ -95,39 +95,34 @@ def render_report(report: Report) -> str:
     runs = {_label(run, report): run for run in report.categories}
     links = {label: f"category-{place}" for place, label in enumerate(runs, start=1)}
     metrics = {label: run.metrics for label, run in runs.items()}
-    first = {run.category: run for run in reversed(report.categories)}
-    categories = {
-        name: first[name] for name in dict.fromkeys(run.category for run in runs.values())
-    }
+    categories = {run.category: run for run in reversed(report.categories)}  # the first seed's
+    categories = dict(reversed(categories.items()))
     training = {name: (c.training_images, c.validation_images) for name, c in categories.items()}
     commit = re.fullmatch(r"([0-9a-f]{7,64})(.*)", report.commit or "", re.DOTALL)
     names = tables.list_metrics(list(metrics.values()))
-    return (
-        _environment()
-        .get_template("report.html.j2")
-        .render(
-            title=report.parameters.report.title,
-            parameters=report.parameters,
-            headlines=_list_headlines(report),
-            results=tables.tabulate_results(metrics, report.summary, links=links),
-            seeds=tables.tabulate_seeds(report.summary),
-            oracle=tables.tabulate_oracle(metrics),
-            protocols=[
-                (name, report.parameters.for_category(name), category.has_validation)
-                for name, category in categories.items()
-            ],
-            counts=tables.tabulate_counts(
-                training, {name: category.metrics for name, category in categories.items()}
-            ),
-            thresholds=tables.tabulate_thresholds(metrics),
-            curves=_draw_curves(runs),
-            runs=[_show_run(label, run) | {"link": links[label]} for label, run in runs.items()],
-            definitions=[(_name_metric(n), tables.describe_metric(n).meaning) for n in names],
-            dump=_dump_parameters(report.parameters),
-            versions=report.versions,
-            commit=commit and commit[1],
-            is_changed=bool(commit and commit[2]),
-        )
+    template = _environment().get_template("report.html.j2")
+    return template.render(
+        title=report.parameters.report.title,
+        parameters=report.parameters,
+        headlines=_list_headlines(report),
+        results=tables.tabulate_results(metrics, report.summary, links=links),
+        seeds=tables.tabulate_seeds(report.summary),
+        oracle=tables.tabulate_oracle(metrics),
+        protocols=[
+            (name, report.parameters.for_category(name), first.has_validation)
+            for name, first in categories.items()
+        ],
+        counts=tables.tabulate_counts(
+            training, {name: first.metrics for name, first in categories.items()}
+        ),
+        thresholds=tables.tabulate_thresholds(metrics),
+        curves=_draw_curves(runs),
+        runs=[_show_run(label, run) | {"link": links[label]} for label, run in runs.items()],
+        definitions=[(_name_metric(n), tables.describe_metric(n).meaning) for n in names],
+        dump=_dump_parameters(report.parameters),
+        versions=report.versions,
+        commit=commit and commit[1],
+        is_changed=bool(commit and commit[2]),
     )
 
 
@@ -226,14 +221,13 @@ def _embed(overlay: Overlay) -> dict[str, Any]:
     """Turn an image into a data address; too wide ones and other formats are encoded again."""
     content = overlay.image
     with Image.open(io.BytesIO(content)) as image:
-        format_, (width, height) = image.format or "", image.size
-        if format_ not in _WEB_FORMATS or width > _WIDEST:
-            scale = min(1.0, _WIDEST / width)
-            width, height = round(width * scale), max(1, round(height * scale))
-            smaller = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
-            format_, content = "WEBP", encode_image(np.asarray(smaller))
-    address = f"data:{_WEB_FORMATS[format_]};base64,{base64.b64encode(content).decode('ascii')}"
-    return {"address": address, "caption": overlay.caption, "width": width, "height": height}
+        format_, size = str(image.format), image.size
+        if format_ not in _WEB_FORMATS or image.width > _WIDEST:
+            smaller = image.convert("RGB")
+            smaller.thumbnail((_WIDEST, image.height), Image.Resampling.LANCZOS)
+            format_, size, content = "WEBP", smaller.size, encode_image(np.asarray(smaller))
+    address = f"data:image/{format_.lower()};base64,{base64.b64encode(content).decode('ascii')}"
+    return {"address": address, "caption": overlay.caption, "width": size[0], "height": size[1]}
 
 
 def _dump_parameters(parameters: Parameters) -> list[tuple[str, str]]:
