@@ -52,7 +52,7 @@ def test_a_small_region_counts_as_much_as_a_large_one() -> None:
 
 
 def test_a_piece_with_ties_is_cut_at_the_limit_by_linear_interpolation() -> None:
-    # one region of 2 pixels, 4 normal pixels, all tied: the curve is the line from (0, 0) to (1, 1);
+    # one region of 2 pixels, 4 normal pixels, all tied: the curve is the line (0, 0) to (1, 1);
     # its area up to 0.3 is 0.3^2 / 2, normalized 0.15
     mask = np.array([[1, 1, 0], [0, 0, 0]], dtype=bool)
     assert measure_aupro([np.ones((2, 3), np.float32)], [mask], 0.3) == pytest.approx(0.15)

@@ -300,7 +300,7 @@ def test_columns_chosen_on_the_test_set_exist_only_on_demand(case: Any) -> None:
     assert not [name for name in case.evaluate().metrics if name.startswith("oracle")]
     found = case.evaluate(oracle=True).metrics
     accuracies = [
-        ((np.array(case.scores) >= level) == case.labels).mean() for level in [*case.scores, np.inf]
+        ((np.array(case.scores) >= score) == case.labels).mean() for score in [*case.scores, np.inf]
     ]
     assert found["oracle_image_accuracy"] == pytest.approx(max(accuracies))
     labels, scores = case.pixels

@@ -36,8 +36,8 @@ def anomalous_pixels(scores: np.ndarray) -> AnomalousPixels:
 @settings(deadline=None)
 @given(arrays(np.float32, st.tuples(st.integers(1, 6), st.integers(1, 6)), elements=FINITE))
 def test_anomalous_pixels_come_by_falling_score_whatever_their_sign(values: np.ndarray) -> None:
-    source = LabeledMaps([values], [np.ones(values.shape, bool)], np.array([True]))
-    anomalous, known = gather_anomalous(source)
+    images = LabeledMaps([values], [np.ones(values.shape, bool)], np.array([True]))
+    anomalous, known = gather_anomalous(images)
     np.testing.assert_array_equal(anomalous.score, np.sort(values.ravel())[::-1])
     assert known.tolist() == [True]
 

@@ -83,9 +83,11 @@ def test_the_guarantee_holds_for_exchangeable_scores(normals: int, distinct: int
     generator = np.random.default_rng(normals)
     alarms, trials = 0, 4000
     for _ in range(trials):
-        level = generator.normal()  # shared by all images of a trial: exchangeable, not independent
+        offset = (
+            generator.normal()
+        )  # common to all images of a trial: exchangeable, not independent
         scores = np.round(
-            level + generator.exponential(size=normals + 1), 1 if distinct == 10 else 9
+            offset + generator.exponential(size=normals + 1), 1 if distinct == 10 else 9
         )
         threshold = conformal_threshold(scores[:-1], 0.1)
         alarms += scores[-1] > threshold.value
@@ -112,15 +114,15 @@ def test_a_score_at_the_threshold_is_no_alarm() -> None:
 
 
 def test_proportion_carries_the_interval_of_clopper_and_pearson() -> None:
-    share = proportion(np.arange(20) < 3)
-    assert share.rate == 0.15
-    assert share.low == pytest.approx(scipy.stats.beta.ppf(0.025, 3, 18))
-    assert share.high == pytest.approx(scipy.stats.beta.ppf(0.975, 4, 17))
+    fraction = proportion(np.arange(20) < 3)
+    assert fraction.rate == 0.15
+    assert fraction.low == pytest.approx(scipy.stats.beta.ppf(0.025, 3, 18))
+    assert fraction.high == pytest.approx(scipy.stats.beta.ppf(0.975, 4, 17))
 
 
 def test_proportion_of_nothing_is_undefined() -> None:
-    share = rates_at(np.array([1.0]), np.array([True]), 0.5)["false_alarms"]
-    assert (share.rate, share.of, share.low) == (None, 0, None)
+    fraction = rates_at(np.array([1.0]), np.array([True]), 0.5)["false_alarms"]
+    assert (fraction.rate, fraction.of, fraction.low) == (None, 0, None)
 
 
 @pytest.mark.parametrize("rate", [0.0, 1.0, -0.1, float("nan")])

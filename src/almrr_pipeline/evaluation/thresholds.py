@@ -54,7 +54,7 @@ class Proportion:
 
 
 def conformal_threshold(
-    scores: npt.ArrayLike, rate: float, *, event: str = "is called anomalous though it is normal"
+    scores: npt.ArrayLike, rate: float, *, event: str = "is called defective though it is normal"
 ) -> Threshold:
     """Threshold from validation images: their ceil((n + 1)(1 - rate))-th smallest score.
 
