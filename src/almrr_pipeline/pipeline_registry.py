@@ -7,7 +7,12 @@ from kedro.pipeline import Pipeline
 from almrr_pipeline.config import load_parameters
 from almrr_pipeline.datasets.registry import dataset_for
 from almrr_pipeline.kedro_support.config_loader import project_root
-from almrr_pipeline.pipelines import evaluate, fetch, predict, report, synthesize, train
+from almrr_pipeline.pipelines.evaluate import pipeline as evaluate
+from almrr_pipeline.pipelines.fetch import pipeline as fetch
+from almrr_pipeline.pipelines.predict import pipeline as predict
+from almrr_pipeline.pipelines.report import pipeline as report
+from almrr_pipeline.pipelines.synthesize import pipeline as synthesize
+from almrr_pipeline.pipelines.train import pipeline as train
 
 
 def register_pipelines() -> dict[str, Pipeline]:

@@ -11,7 +11,11 @@ import pytest
 import yaml
 from kedro.pipeline import Pipeline
 
-from almrr_pipeline.pipelines import evaluate, fetch, report, synthesize, train
+from almrr_pipeline.pipelines.evaluate import pipeline as evaluate
+from almrr_pipeline.pipelines.fetch import pipeline as fetch
+from almrr_pipeline.pipelines.report import pipeline as report
+from almrr_pipeline.pipelines.synthesize import pipeline as synthesize
+from almrr_pipeline.pipelines.train import pipeline as train
 
 ROOT = "almrr_pipeline"
 WITHOUT_EFFECT = (

@@ -3,8 +3,13 @@ from __future__ import annotations
 import pytest
 from kedro.pipeline import Node, Pipeline
 
-from almrr_pipeline.pipelines import evaluate, fetch, predict, report, synthesize, train
+from almrr_pipeline.pipelines.evaluate import pipeline as evaluate
+from almrr_pipeline.pipelines.fetch import pipeline as fetch
 from almrr_pipeline.pipelines.per_category import per_category
+from almrr_pipeline.pipelines.predict import pipeline as predict
+from almrr_pipeline.pipelines.report import pipeline as report
+from almrr_pipeline.pipelines.synthesize import pipeline as synthesize
+from almrr_pipeline.pipelines.train import pipeline as train
 
 CATEGORIES, SEEDS = ["sample_brick", "sample_grass"], [0, 7]
 MOST_INPUTS = 8

@@ -14,8 +14,8 @@ from kedro.pipeline import Pipeline
 from kedro.pipeline.node import Node
 from kedro_mlflow.framework.hooks import MlflowHook
 
-from almrr_pipeline.config import DataSettings
-from almrr_pipeline.datasets.registry import FetchRequest, check_request
+from almrr_pipeline.datasets.base import FetchRequest
+from almrr_pipeline.datasets.registry import check_request
 from almrr_pipeline.datasets.weights import check_backbone
 from almrr_pipeline.kedro_support.config_loader import ParamsYamlLoader
 from almrr_pipeline.kedro_support.tracking import flatten, helps_another_process, numbers, run_tags
@@ -138,19 +138,7 @@ class FetchChecks:
         del run_params
         if not any("fetch" in node.tags for node in pipeline.nodes):
             return
-        request = fetch_request(self._parameters.data, catalog.load("scratch_folder"))
+        downloads = catalog.load("scratch_folder") / "downloads"
+        request = FetchRequest(downloads, self._parameters.data)
         check_request(self._parameters.categories, request=request)
         check_backbone(self._parameters.backbone)
-
-
-def fetch_request(data: DataSettings, scratch: Path) -> FetchRequest:
-    """Where to look for datasets, from the parameters."""
-    return FetchRequest(
-        scratch=scratch / "downloads",
-        mirror=data.mirror,
-        paths=data.paths,
-        addresses=data.addresses,
-        sha256=data.sha256,
-        accept_licenses=frozenset(data.accept_licenses),
-        strict=data.strict,
-    )

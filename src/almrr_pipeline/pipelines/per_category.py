@@ -1,15 +1,21 @@
-"""Copies of a pipeline's nodes for each category, or for each category and seed."""
+"""Nodes with names, and their copies for each category, or for each category and seed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from kedro.pipeline import Node, Pipeline
 
-SHARED = frozenset({"data_folder", "scratch_folder", "textures", "backbone_weights"})
+SHARED = {"data_folder", "scratch_folder", "textures", "backbone_weights"}
 """Datasets that all categories read."""
-OF_CATEGORY = frozenset({"manifest"})
+OF_CATEGORY = {"manifest"}
 """Datasets that all seeds of a category read."""
+
+
+def step(function: Callable[..., Any], inputs: str, outputs: str) -> Node:
+    """A node with the name of its function; inputs and outputs are separated by spaces."""
+    return Node(function, inputs.split(), outputs.split() or None, name=function.__name__)
 
 
 def per_category(
@@ -19,22 +25,18 @@ def per_category(
     *,
     tags: str | None = None,
 ) -> Pipeline:
-    """Namespaced copies of the nodes: CATEGORY, or CATEGORY.seed_N where seeds are given.
+    """Copies of the nodes with the namespace CATEGORY, or CATEGORY.seed_N where seeds are given.
 
-    Names of datasets and parameters receive the namespace as prefix: `model` becomes `CATEGORY.seed_N.model`,
-    `params:train` becomes `params:CATEGORY.seed_N.train`. Shared datasets keep their names, and those
-    that the seeds of a category share have the category as prefix.
+    `model` becomes `CATEGORY.seed_N.model`, `params:train` becomes `params:CATEGORY.seed_N.train`.
+    Shared datasets keep their names; what the seeds of a category share is named after it.
     """
     steps = Pipeline(nodes)
     copies = []
     for category in categories:
         names = {name: name for name in steps.inputs() & SHARED}
-        if seeds is None:
-            copies.append(Pipeline(steps, inputs=names, namespace=category, tags=tags))
-            continue
-        names |= {name: f"{category}.{name}" for name in steps.inputs() & OF_CATEGORY}
-        copies += [
-            Pipeline(steps, inputs=names, namespace=f"{category}.seed_{seed}", tags=tags)
-            for seed in seeds
-        ]
+        namespaces = [category]
+        if seeds is not None:
+            names |= {name: f"{category}.{name}" for name in steps.inputs() & OF_CATEGORY}
+            namespaces = [f"{category}.seed_{seed}" for seed in seeds]
+        copies += [Pipeline(steps, inputs=names, namespace=one, tags=tags) for one in namespaces]
     return sum(copies, start=Pipeline([]))

@@ -1,57 +1,30 @@
-"""model + test images -> anomaly maps -> scores, metrics, curves, overlays, for each category and seed."""
+"""model + test images -> maps -> scores, metrics, curves, overlays, per category and seed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kedro.pipeline import Node, Pipeline
+from kedro.pipeline import Pipeline
 
 from almrr_pipeline.pipelines.evaluate import nodes
-from almrr_pipeline.pipelines.per_category import per_category
+from almrr_pipeline.pipelines.per_category import per_category, step
 
 
 def create_pipeline(categories: Sequence[str], seeds: Sequence[int]) -> Pipeline:
     """A namespace per category and seed.
 
-    Maps and overlays are written as partitions and read as a folder: two entries of the catalog for one place.
+    Maps and overlays are written as partitions and read as a folder: two entries of the catalog.
     """
-    predict = Node(
-        nodes.predict_maps,
-        ["model", "manifest", "data_folder", "params:inference"],
-        "anomaly_maps@partitions",
-        name="predict_maps",
-    )
-    score = Node(
-        nodes.score_images,
-        ["anomaly_maps@folder", "manifest", "model", "data_folder"],
-        "scores",
-        name="score_images",
-    )
-    measure = Node(
-        nodes.compute_metrics,
-        [
-            "anomaly_maps@folder",
-            "scores",
-            "manifest",
-            "model",
-            "data_folder",
-            "params:evaluate",
-            "params:seed",
-        ],
-        ["metrics", "curves"],
-        name="compute_metrics",
-    )
-    draw = Node(
-        nodes.draw_overlays,
-        [
-            "anomaly_maps@folder",
-            "scores",
-            "manifest",
-            "model",
-            "data_folder",
-            "params:report",
-        ],
-        "overlays@partitions",
-        name="draw_overlays",
-    )
-    return per_category([predict, score, measure, draw], categories, seeds)
+    maps = "anomaly_maps@folder"
+    steps = [
+        step(nodes.open_test_set, "model manifest data_folder", "test_set"),
+        step(nodes.predict_maps, "model test_set params:inference", "anomaly_maps@partitions"),
+        step(nodes.score_images, f"{maps} test_set", "scores"),
+        step(
+            nodes.compute_metrics,
+            f"{maps} scores test_set params:evaluate params:seed",
+            "metrics curves",
+        ),
+        step(nodes.draw_overlays, f"{maps} scores test_set params:report", "overlays@partitions"),
+    ]
+    return per_category(steps, categories, seeds)

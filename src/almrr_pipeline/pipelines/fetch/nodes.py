@@ -8,16 +8,18 @@ import pandas as pd
 
 from almrr_pipeline.common.files import staging_folder
 from almrr_pipeline.config import BackboneSettings, DataSettings
+from almrr_pipeline.datasets.base import FetchRequest
 from almrr_pipeline.datasets.manifest import build_manifest
 from almrr_pipeline.datasets.registry import dataset_for, fetch_category, fetch_textures
 from almrr_pipeline.datasets.weights import fetch_backbone
-from almrr_pipeline.kedro_support.hooks import fetch_request
 
 
 def download_textures(data: DataSettings, scratch: Path) -> Path:
     """Fetch the textures into a staging folder."""
     with staging_folder(scratch) as folder:
-        fetch_textures(data.textures, target=folder, request=fetch_request(data, scratch))
+        fetch_textures(
+            data.textures, target=folder, request=FetchRequest(scratch / "downloads", data)
+        )
     return folder
 
 
@@ -31,7 +33,7 @@ def download_backbone(backbone: BackboneSettings, scratch: Path) -> Path:
 def download_images(category: str, data: DataSettings, scratch: Path) -> Path:
     """Fetch a category's images into a staging folder."""
     with staging_folder(scratch) as folder:
-        fetch_category(category, target=folder, request=fetch_request(data, scratch))
+        fetch_category(category, target=folder, request=FetchRequest(scratch / "downloads", data))
     return folder
 
 

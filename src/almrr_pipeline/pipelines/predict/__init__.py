@@ -1,5 +1,1 @@
 """Overlays, scores and verdicts for images of one's own."""
-
-from almrr_pipeline.pipelines.predict.pipeline import create_pipeline
-
-__all__ = ["create_pipeline"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,7 @@ from almrr_pipeline.kedro_support.tracking import git_commit, numbers
 from almrr_pipeline.reporting.examples import read_examples
 from almrr_pipeline.reporting.page import CategoryReport, Report, render_report
 
-PACKAGES = (
-    "almrr-pipeline", "torch", "timm", "lightning", "numpy", "scipy", "kedro", "dvc", "mlflow",
-)  # fmt: skip
+PACKAGES = "almrr-pipeline torch timm lightning numpy scipy kedro dvc mlflow".split()
 """Packages whose versions the page names."""
 
 
@@ -63,36 +61,30 @@ def report_category(
 
 def summarize_runs(*reports: CategoryReport) -> tuple[dict[str, Any], pd.DataFrame]:
     """Means over the categories, as metrics.json and as a table with a row per category and seed."""
-    summary = summarize(_metrics_by_run(reports))
-    rows = [
-        {"category": report.category, "seed": report.seed, **numbers(report.metrics)}
-        for report in reports
-    ]
+    metrics: dict[str, dict[int, Mapping[str, Any]]] = {}
+    rows: list[dict[str, Any]] = []
+    for report in reports:
+        metrics.setdefault(report.category, {})[report.seed] = report.metrics
+        rows.append({"category": report.category, "seed": report.seed, **numbers(report.metrics)})
+    summary = summarize(metrics)
     rows.append({"category": "mean", **numbers(summary["mean"])})
     return summary, pd.DataFrame(rows).astype({"seed": "Int64"})
 
 
-def render_page(parameters: dict[str, Any], data_folder: Path, *reports: CategoryReport) -> str:
+def render_page(
+    parameters: dict[str, Any],
+    data_folder: Path,
+    summary: dict[str, Any],
+    *reports: CategoryReport,
+) -> str:
     """Render the report."""
-    sections = {
-        name: parameters[name] for name in parameters if name not in parameters["categories"]
-    }
-    return render_report(
-        Report(
-            parameters=parse_parameters(sections),
-            categories=reports,
-            summary=summarize(_metrics_by_run(reports)),
-            versions={
-                "python": platform.python_version(),
-                **{name: version(name) for name in PACKAGES},
-            },
-            commit=git_commit(data_folder.parent),
-        )
+    categories = parameters["categories"]
+    sections = {name: value for name, value in parameters.items() if name not in categories}
+    report = Report(
+        parameters=parse_parameters(sections),
+        categories=reports,
+        summary=summary,
+        versions={"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        commit=git_commit(data_folder.parent),
     )
-
-
-def _metrics_by_run(reports: Sequence[CategoryReport]) -> dict[str, dict[int, dict[str, Any]]]:
-    metrics: dict[str, dict[int, dict[str, Any]]] = {}
-    for report in reports:
-        metrics.setdefault(report.category, {})[report.seed] = dict(report.metrics)
-    return metrics
+    return render_report(report)

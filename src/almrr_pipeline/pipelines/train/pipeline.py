@@ -1,69 +1,37 @@
-"""synthetic set + backbone -> model, for each category and seed."""
+"""synthetic set + backbone -> model, per category and seed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kedro.pipeline import Node, Pipeline
+from kedro.pipeline import Pipeline
 
-from almrr_pipeline.pipelines.per_category import per_category
+from almrr_pipeline.pipelines.per_category import per_category, step
 from almrr_pipeline.pipelines.train import nodes
 
 
 def create_pipeline(categories: Sequence[str], seeds: Sequence[int]) -> Pipeline:
     """A namespace per category and seed."""
-    build = Node(
-        nodes.build_model,
-        [
-            "backbone_weights",
-            "params:backbone",
-            "params:data",
-            "params:model",
-            "params:inference",
+    run = "params:category params:seed scratch_folder"
+    steps = [
+        step(
+            nodes.build_model,
+            "backbone_weights params:backbone params:data params:model params:inference "
             "params:seed",
-        ],
-        "untrained_network",
-        name="build_model",
-    )
-    fit = Node(
-        nodes.fit_model,
-        [
             "untrained_network",
-            "synthetic_set",
-            "manifest",
-            "backbone_weights",
-            "params:train",
+        ),
+        step(
+            nodes.fit_model,
+            f"untrained_network synthetic_set manifest backbone_weights params:train {run}",
+            "trained_network history",
+        ),
+        step(
+            nodes.calibrate_thresholds,
+            "trained_network history manifest data_folder params:data params:inference "
             "params:category",
-            "params:seed",
-            "scratch_folder",
-        ],
-        ["trained_network", "history"],
-        name="fit_model",
-    )
-    calibrate = Node(
-        nodes.calibrate_thresholds,
-        [
-            "trained_network",
-            "history",
-            "manifest",
-            "data_folder",
-            "params:data",
-            "params:inference",
-            "params:category",
-        ],
-        "inference_config",
-        name="calibrate_thresholds",
-    )
-    save = Node(
-        nodes.save_model,
-        ["trained_network", "history", "inference_config", "scratch_folder"],
-        "model",
-        name="save_model",
-    )
-    remove = Node(
-        nodes.remove_checkpoints,
-        ["model", "params:category", "params:seed", "scratch_folder"],
-        None,
-        name="remove_checkpoints",
-    )
-    return per_category([build, fit, calibrate, save, remove], categories, seeds)
+            "inference_config",
+        ),
+        step(nodes.save_model, "trained_network history inference_config scratch_folder", "model"),
+        step(nodes.remove_checkpoints, f"model {run}", ""),
+    ]
+    return per_category(steps, categories, seeds)
