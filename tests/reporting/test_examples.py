@@ -34,7 +34,7 @@ def table(**columns: list[object]) -> pd.DataFrame:
 
 @pytest.fixture
 def scores() -> pd.DataFrame:
-    """Nine defects of rising score, d0 and d1 missed; five normals of falling one, n0 above them."""
+    """9 defects, score rising, d0, d1 missed; 5 normals, score falling, n0 a false positive."""
     defective, normal = np.linspace(0.1, 0.9, 9), np.linspace(0.6, 0.0, 5)
     return table(
         image=[f"d{k}.png" for k in range(9)] + [f"n{k}.png" for k in range(5)],

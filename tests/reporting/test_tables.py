@@ -10,6 +10,7 @@ from almrr_pipeline.evaluation.summary import summarize
 from almrr_pipeline.reporting.tables import (
     DASH,
     Table,
+    average_metric,
     describe_metric,
     format_count,
     format_fraction,
@@ -87,6 +88,12 @@ def test_an_undefined_metric_is_a_dash_with_its_reason(metrics: dict[str, Any]) 
 def test_a_metric_that_nobody_computed_is_marked_as_such(metrics: dict[str, Any]) -> None:
     table = tabulate_results(metrics, {}, links={})
     assert table.notes[ord(column(table, "F1-max", "pixels")[0].note) - ord("a")] == "not computed"
+
+
+def test_a_mean_names_how_many_categories_define_the_metric() -> None:
+    summary = summarize({"a": {0: {"x": None, "y": 0.5}}, "b": {0: {"x": None, "y": None}}})
+    assert average_metric(summary, "x") == (DASH, "0 of 2")
+    assert average_metric(summary, "y") == ("0.500", "1 of 2")
 
 
 def test_the_highest_of_each_column_is_marked(metrics: dict[str, Any]) -> None:

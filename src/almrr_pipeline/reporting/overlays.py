@@ -87,7 +87,9 @@ def draw_panel(
     image, heat = resize_image(image, size), _resize_map(anomaly_map, size)
     truth = None if mask is None else resize_mask(mask, size)
     outlined = _draw_outlines(image, truth, heat, threshold)
-    tiles = [image, _draw_truth(truth, size), color_map(heat), outlined]
+    white = np.zeros(size, bool) if truth is None else truth
+    truth_tile = np.where(white[..., None], 255, _EMPTY).astype(np.uint8)
+    tiles = [image, truth_tile, color_map(heat), outlined]
     canvas = Image.new("RGB", (4 * _TILE + 5 * _GAP, size[0] + 2 * _GAP + _FOOT), _BACKGROUND)
     for column, tile in enumerate(tiles):
         left = _GAP + column * (_TILE + _GAP)
@@ -166,13 +168,6 @@ def _resize_map(anomaly_map: AnomalyMap, size: tuple[int, int]) -> AnomalyMap:
     if values.shape == size:
         return values
     return np.asarray(Image.fromarray(values).resize(size[::-1], Image.Resampling.BILINEAR))
-
-
-def _draw_truth(truth: MaskArray | None, size: tuple[int, int]) -> ImageArray:
-    tile = np.full((*size, 3), _EMPTY, dtype=np.uint8)
-    if truth is not None:
-        tile[truth] = 255
-    return tile
 
 
 def _draw_outlines(

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
 import jinja2
 import numpy as np
@@ -24,11 +24,6 @@ from almrr_pipeline.reporting.overlays import encode_image
 
 _WEB_FORMATS = {"WEBP", "JPEG"}  # embedded as they are
 _WIDEST = 1280  # pixels; a panel has 1118
-_KINDS: Mapping[ExampleKind, str] = {
-    "best": "Found most clearly",
-    "typical": "Typical",
-    "worst": "Missed, false positives, and what came nearest to either",
-}
 _HEADLINES = ("image_auroc", "pixel_auroc", "pixel_ap")
 _FIGURES: Sequence[tuple[str, str, charts.CurveKind]] = (
     ("Precision and recall, pixels", "pr", "pr"),
@@ -95,8 +90,9 @@ def render_report(report: Report) -> str:
     runs = {_label(run, report): run for run in report.categories}
     links = {label: f"category-{place}" for place, label in enumerate(runs, start=1)}
     metrics = {label: run.metrics for label, run in runs.items()}
-    categories = {run.category: run for run in reversed(report.categories)}  # the first seed's
-    categories = dict(reversed(categories.items()))
+    categories: dict[str, CategoryReport] = {}  # what does not depend on the seed
+    for run in report.categories:
+        categories.setdefault(run.category, run)
     training = {name: (c.training_images, c.validation_images) for name, c in categories.items()}
     commit = re.fullmatch(r"([0-9a-f]{7,64})(.*)", report.commit or "", re.DOTALL)
     names = tables.list_metrics(list(metrics.values()))
@@ -189,9 +185,9 @@ def _draw_curves(runs: Mapping[str, CategoryReport]) -> list[tuple[str, Markup]]
     drawn = []
     for title, name, kind in _FIGURES:
         curves = {label: run.curves.get(name, pd.DataFrame()) for label, run in runs.items()}
-        ends = [float(points.iloc[:, 0].max()) for points in curves.values() if len(points)]
-        if any(len(points) for points in curves.values()):
-            limit = max(ends) if kind == "pro" else None
+        drawable = [points for points in curves.values() if len(points)]
+        if drawable:
+            limit = max(points["fpr"].max() for points in drawable) if kind == "pro" else None
             chart = charts.draw_curves(kind, curves, title=title, limit=limit)
             drawn.append((title, Markup(chart)))
     return drawn
@@ -210,10 +206,10 @@ def _show_run(label: str, run: CategoryReport) -> dict[str, Any]:
         "losses": Markup(losses),
         "scores": Markup(scores),
         "defect_types": tables.tabulate_defect_types(run.metrics),
-        "examples": [
-            (heading, [_embed(overlay) for overlay in run.overlays if overlay.kind == kind])
-            for kind, heading in _KINDS.items()
-        ],
+        "examples": {
+            kind: [_embed(overlay) for overlay in run.overlays if overlay.kind == kind]
+            for kind in get_args(ExampleKind)
+        },
     }
 
 

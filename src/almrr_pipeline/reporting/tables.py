@@ -124,7 +124,7 @@ def average_metric(summary: Metrics, name: str) -> tuple[str, str]:
     """Return a metric's mean over the categories, and "2 of 3" where not all define it."""
     categories = summary.get("categories", {}).values()
     defined = sum(values.get(name) is not None for values in categories)
-    few = 0 < defined < len(categories)
+    few = defined < len(categories)
     return format_metric(summary.get("mean", {}).get(name)), f"{defined} of {len(categories)}" * few
 
 
@@ -233,12 +233,12 @@ def _metric_cell(
     table: Table, values: Metrics, name: str, rivals: Collection[Metrics] = ()
 ) -> Cell:
     """A metric with its interval; best if no rival, as printed, is higher."""
-    value = values.get(name)
-    if value is None:
-        return Cell(DASH, note=table.mark(values.get("undefined", {}).get(name, "not computed")))
-    top = max((of[name] for of in rivals if of.get(name) is not None), default=None)
-    best = len(rivals) > 1 and format_metric(value) == format_metric(top)
-    return Cell(format_metric(value), format_interval(values, name), best=best)
+    text = format_metric(values.get(name))
+    if values.get(name) is None:
+        return Cell(text, note=table.mark(values.get("undefined", {}).get(name, "not computed")))
+    texts = [format_metric(rival[name]) for rival in rivals if rival.get(name) is not None]
+    best = len(rivals) > 1 and text == max(texts)
+    return Cell(text, format_interval(values, name), best=best)
 
 
 def _explain_absence(counts: Mapping[str, int]) -> str:
