@@ -1,4 +1,4 @@
-"""Checks of image sizes and images, with messages that say what to do."""
+"""Checks of image sizes and images."""
 
 from __future__ import annotations
 
