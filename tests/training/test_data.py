@@ -57,7 +57,7 @@ def test_a_step_does_not_depend_on_the_steps_before() -> None:
     assert forwards == backwards[::-1]
 
 
-def test_another_seed_gives_another_order_and_other_turns() -> None:
+def test_another_seed_gives_another_order_and_other_symmetries() -> None:
     one, other = (SampleOrder(count=100, batch_size=50, seed=seed) for seed in (0, 1))
     assert one.samples(0).tolist() != other.samples(0).tolist()
     assert one.symmetries(0).tolist() != other.symmetries(0).tolist()
@@ -65,34 +65,34 @@ def test_another_seed_gives_another_order_and_other_turns() -> None:
 
 def test_processes_share_the_batch_of_one() -> None:
     alone = SampleOrder(count=10, batch_size=6, seed=2)
-    shares = [
+    parts = [
         SampleOrder(count=10, batch_size=6, seed=2, rank=rank, world_size=3) for rank in range(3)
     ]
     for step in range(4):
-        together = np.stack([share.samples(step) for share in shares], axis=1).ravel()
+        together = np.stack([part.samples(step) for part in parts], axis=1).ravel()
         assert together.tolist() == alone.samples(step).tolist()
-        turned = np.stack([share.symmetries(step) for share in shares], axis=1).ravel()
-        assert turned.tolist() == alone.symmetries(step).tolist()
+        transformed = np.stack([part.symmetries(step) for part in parts], axis=1).ravel()
+        assert transformed.tolist() == alone.symmetries(step).tolist()
 
 
-def test_all_eight_turns_occur() -> None:
+def test_all_eight_symmetries_occur() -> None:
     assert set(SampleOrder(count=10, batch_size=200, seed=0).symmetries(0).tolist()) == set(
         range(8)
     )
 
 
-def test_turns_are_the_eight_symmetries_of_a_square() -> None:
+def test_they_are_the_eight_symmetries_of_a_square() -> None:
     image = np.arange(12).reshape(2, 2, 3)
-    turned = apply_symmetries(
+    transformed = apply_symmetries(
         torch.from_numpy(np.stack([image] * 8)), torch.arange(8, dtype=torch.uint8)
     ).numpy()
     rot90 = [np.rot90(one, k) for one in (image, image[:, ::-1]) for k in range(4)]
-    assert {one.tobytes() for one in turned} == {
+    assert {one.tobytes() for one in transformed} == {
         np.ascontiguousarray(one).tobytes() for one in rot90
     }
 
 
-def test_turning_a_hand_worked_image() -> None:
+def test_symmetries_of_a_hand_worked_image() -> None:
     image = torch.tensor([[[1, 2], [3, 4]]])
     assert apply_symmetries(image, torch.tensor([1], dtype=torch.uint8)).tolist() == [
         [[2, 1], [4, 3]]
@@ -107,9 +107,9 @@ def test_turning_a_hand_worked_image() -> None:
 
 def test_an_image_that_is_not_square_keeps_its_shape() -> None:
     images = torch.arange(12).view(2, 2, 3)
-    turned = apply_symmetries(images, torch.tensor([4, 5], dtype=torch.uint8))
-    assert turned[0].tolist() == images[0].tolist()
-    assert turned[1].tolist() == images[1].flip(1).tolist()
+    transformed = apply_symmetries(images, torch.tensor([4, 5], dtype=torch.uint8))
+    assert transformed[0].tolist() == images[0].tolist()
+    assert transformed[1].tolist() == images[1].flip(1).tolist()
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -136,7 +136,7 @@ def test_a_batch_holds_what_the_synthetic_set_holds(synthetic_set: Any) -> None:
     )
 
 
-def test_normal_augmented_and_mask_turn_together(synthetic_set: Any) -> None:
+def test_normal_augmented_and_mask_are_transformed_together(synthetic_set: Any) -> None:
     order = SampleOrder(count=len(synthetic_set.augmented), batch_size=8, seed=0)
     batch = SyntheticBatches(synthetic_set, order, device=None)[0]
     assert set(order.symmetries(0)) != {0}
@@ -158,10 +158,10 @@ def test_each_variation_can_be_left_out(synthetic_set: Any, flips: bool, rot90: 
     met = set()
     for sample, image in zip(order.samples(0), batch["augmented"], strict=True):
         kept = torch.from_numpy(synthetic_set.augmented[sample])[None]
-        turned = [
+        transformed = [
             apply_symmetries(kept, torch.tensor([bits], dtype=torch.uint8))[0] for bits in range(8)
         ]
-        met |= {bits for bits in range(8) if torch.equal(turned[bits], image)}
+        met |= {bits for bits in range(8) if torch.equal(transformed[bits], image)}
     assert met == set(allowed)
 
 
@@ -259,5 +259,5 @@ def test_loader_processes(synthetic_set: Any) -> None:
 
 
 @pytest.mark.gpu
-def test_a_small_synthetic_set_lives_on_the_gpu(synthetic_set: Any) -> None:
+def test_a_small_synthetic_set_is_copied_to_the_gpu(synthetic_set: Any) -> None:
     assert choose_residence(synthetic_set, torch.device("cuda", 0)) == torch.device("cuda", 0)

@@ -1,4 +1,4 @@
-"""Two processes that share a training, as torchrun starts them."""
+"""Two processes of one distributed training, as torchrun starts them."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_checkpoints_are_removed_by_the_main_process(
     assert list((processes[0] / "scratch").iterdir()) == []
 
 
-def test_a_batch_that_cannot_be_shared_is_refused(tmp_path: Path) -> None:
+def test_a_batch_that_cannot_be_divided_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         AlmrrError, match=r"batch_size 3 cannot be divided equally among 2 devices; take 4"
     ):
@@ -77,7 +77,7 @@ def test_processes_end_together_though_one_alone_was_asked_to(
     assert [path.name for path in (folder / "asked").rglob("*.ckpt")] == ["step_000000002.ckpt"]
 
 
-def test_a_second_shared_training_in_a_process_is_refused(tmp_path: Path) -> None:
+def test_a_second_distributed_training_in_a_process_is_refused(tmp_path: Path) -> None:
     rendezvous = (tmp_path / "rendezvous").as_uri()
     torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=0, world_size=1)
     try:

@@ -48,7 +48,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Any:
         ("asked to end", 128 + 15, ["step_000000003.ckpt", "step_000000004.ckpt"]),
     ],
 )
-def test_an_interrupted_training_ends_equal_to_the_bit(
+def test_an_interrupted_training_ends_bit_identical(
     processes: tuple[Path, dict[str, int]],
     uninterrupted: Any,
     death: str,

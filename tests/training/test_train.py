@@ -26,7 +26,7 @@ def weights_of(model: ALMRR) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
-def assert_equal_to_the_bit(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+def assert_bit_identical(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
     assert one.keys() == other.keys()
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
@@ -87,10 +87,10 @@ def test_the_model_ends_in_evaluation_mode_with_its_backbone_unchanged(
     assert {name for name, one in model.named_parameters() if one.requires_grad} <= moved
 
 
-def test_equal_seeds_give_equal_weights_to_the_bit(synthetic_set: Any, train: Train) -> None:
+def test_equal_seeds_give_bit_identical_weights(synthetic_set: Any, train: Train) -> None:
     one, other = build_model(), build_model()
     histories = [train(each, synthetic_set) for each in (one, other)]
-    assert_equal_to_the_bit(weights_of(one), weights_of(other))
+    assert_bit_identical(weights_of(one), weights_of(other))
     pd.testing.assert_frame_equal(*histories, check_exact=True)
 
 
@@ -134,7 +134,7 @@ def test_the_result_does_not_follow_the_callers_random_state(
     for seed, each in enumerate((one, other)):
         torch.manual_seed(seed)
         train(each, synthetic_set)
-    assert_equal_to_the_bit(weights_of(one), weights_of(other))
+    assert_bit_identical(weights_of(one), weights_of(other))
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
@@ -168,7 +168,7 @@ def test_kept_checkpoints_are_the_callers_to_remove(
     repeated = train(
         again, synthetic_set
     )  # a finished training is taken up where it stands: at its end
-    assert_equal_to_the_bit(weights_of(finished), weights_of(again))
+    assert_bit_identical(weights_of(finished), weights_of(again))
     pd.testing.assert_frame_equal(history, repeated, check_exact=True)
 
 
@@ -320,7 +320,7 @@ def test_weight_decay_spares_biases_norms_positions_and_the_scan(
         assert moved == (decays and bool(before[name].any())), name
 
 
-def test_of_several_looks_in_a_row_of_the_history_the_best_is_kept(
+def test_of_several_validations_in_a_row_of_the_history_the_best_is_kept(
     synthetic_set: Any, train: Train
 ) -> None:
     settings = {"steps": 6, "learning_rate": 0.02, "selection": "validation"}
@@ -348,7 +348,7 @@ def test_selection_takes_the_weights_that_are_best_on_validation_images(
     assert history["validation_ap"].nunique() > 1
 
 
-def test_selection_looks_now_and_then_and_at_the_end(
+def test_selection_validates_now_and_then_and_at_the_end(
     model: ALMRR, synthetic_set: Any, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(almrr_pipeline.training.callbacks, "VALIDATIONS", 3)

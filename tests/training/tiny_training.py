@@ -40,7 +40,7 @@ DEATHS: dict[str, dict[str, Any]] = {
 """How: see processes.py."""
 
 TOGETHER = {"batch_size": 4, "checkpoint_every": 1, "steps": 2, "log_every": 1, "selection": "last"}
-"""What differs in the training that two processes share."""
+"""What differs in the training of two processes."""
 
 
 @dataclass
