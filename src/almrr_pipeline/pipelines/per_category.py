@@ -15,7 +15,8 @@ OF_CATEGORY = {"manifest"}
 
 def step(function: Callable[..., Any], inputs: str, outputs: str) -> Node:
     """A node with the name of its function; inputs and outputs are separated by spaces."""
-    return Node(function, inputs.split(), outputs.split() or None, name=function.__name__)
+    several = outputs.split() if " " in outputs else outputs or None
+    return Node(function, inputs.split(), several, name=function.__name__)
 
 
 def per_category(

@@ -61,7 +61,7 @@ def predict_maps(
     size, backend = inference.batch_size, inference.scan_backend
     predictor = Predictor(model, batch_size=size, scan_backend=backend)
     images = [test_set.folder / name for name in test_set.rows["image"]]
-    maps = enumerate(predictor.maps(images, at="network"))
+    maps = enumerate(predictor.map_predictor.maps(images, at="network"))
     while batch := {f"{place:06d}": anomaly_map for place, anomaly_map in islice(maps, size)}:
         yield batch
 
