@@ -1,4 +1,4 @@
-"""The project used as its user would: every command of README.md and docs/, on a copy, with tiny settings."""
+"""The project as its users run it: every command of README.md and docs/, on a copy, tiny."""
 
 from __future__ import annotations
 
@@ -385,7 +385,7 @@ def test_another_seed_is_trained_and_the_first_is_not_trained_again(built: Proje
 
 
 def test_a_surface_of_ones_own_is_trained_on(built: Project) -> None:
-    """The commands of the README: a folder of good specimens, and some good and defective ones to test on."""
+    """The commands of the README: a folder of good specimens, good and defective test images."""
     shutil.copytree(built.folder / "data/01_raw/sample_grass", built.folder / "path/to/images")
     built.run(
         *shlex.split(
@@ -402,8 +402,8 @@ def test_a_surface_of_ones_own_is_trained_on(built: Project) -> None:
 ELSEWHERE = {
     "make run": "from a bare clone, by hand and where the project is integrated",
     "make test": "this very suite",
-    "dvc exp run -S suite=paper -S 'data.accept_licenses=[CC-BY-NC-SA-4.0]'": "fetches from the internet",
-    "dvc exp run -S suite=textures -S 'data.accept_licenses=[CC-BY-NC-SA-4.0]'": "fetches from the internet",
+    "dvc exp run -S suite=paper -S 'data.accept_licenses=[CC-BY-NC-SA-4.0]'": "needs the internet",
+    "dvc exp run -S suite=textures -S 'data.accept_licenses=[CC-BY-NC-SA-4.0]'": "needs the internet",
     "dvc exp run -S train.learning_rate=0.002": "run with a name, above",
     "dvc remote add --default team /mnt/team/almrr": "run with another folder, above",
     "dvc push": "run quietly, above",
@@ -425,7 +425,7 @@ def test_every_documented_command_is_run(built: Project) -> None:
 
 
 def _compare_in_mlflow(built: Project) -> None:
-    """Both reports are parent runs with parameters and final metrics, and a child for each category."""
+    """Both reports are parent runs with parameters and metrics, and a child per category."""
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(f"sqlite:///{built.folder / 'mlflow.db'}")

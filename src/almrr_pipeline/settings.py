@@ -16,6 +16,6 @@ CONFIG_LOADER_ARGS = {
     "custom_resolvers": {"tracking_uri": lambda: tracking_uri(project_root())},
 }
 
-# TrackingHook is kedro-mlflow's hook with our parameters and tags; both spellings of the plugin's name are met.
+# TrackingHook replaces kedro-mlflow's own hook; both spellings of the plugin's name occur.
 DISABLE_HOOKS_FOR_PLUGINS = ("kedro-mlflow", "kedro_mlflow")
 HOOKS = (FetchChecks(), TrackingHook())

@@ -43,12 +43,14 @@ def test_a_saved_folder_replaces_the_one_before(tmp_path: Path) -> None:
 def test_a_node_that_fails_leaves_what_was_there_and_nothing_else(tmp_path: Path) -> None:
     dataset = FolderDataset(filepath=str(tmp_path / "folder"))
     dataset.save(_fill(tmp_path / "scratch", "old"))
-    with (
-        pytest.raises(RuntimeError, match="the disk is full"),
-        staging_folder(tmp_path / "scratch") as folder,
-    ):
-        (folder / "text").write_text("half")
-        raise RuntimeError("the disk is full")
+
+    def fail() -> None:
+        with staging_folder(tmp_path / "scratch") as folder:
+            (folder / "text").write_text("half")
+            raise RuntimeError("the disk is full")
+
+    with pytest.raises(RuntimeError, match="the disk is full"):
+        fail()
     assert (tmp_path / "folder" / "text").read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "scratch"]
     assert not list((tmp_path / "scratch").iterdir())

@@ -1,4 +1,4 @@
-"""dvc.yaml names all code and parameters that a stage's results depend on: a missing one would keep stale results."""
+"""dvc.yaml names all code and parameters that a stage depends on: else results would be stale."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WITHOUT_EFFECT = (
     "kedro_support/hooks",
     "kedro_support/tracking",
 )
-"""Modules that hand on parameters, which are dependencies of their own, or only name, report and log."""
+"""Modules that hand on parameters, which are dependencies themselves, or name, report and log."""
 
 STAGES = ("shared", "fetch", "synthesize", "train", "evaluate", "report")
 PIPELINE_OF = {"shared": "fetch"}
@@ -59,7 +59,7 @@ def find_imports(module: Path, package: Path) -> Iterator[Path]:
 
 
 def find_all_imports(module: Path, package: Path) -> set[Path]:
-    """The same, and what those import in turn; without the modules that have no effect on results."""
+    """The same and what those import in turn, without modules that have no effect on results."""
     found: set[Path] = set()
     waiting = [module]
     while waiting:
@@ -126,6 +126,6 @@ def test_a_stage_of_a_category_and_seed_runs_and_writes_that_one_alone(
     described = stages[stage]
     assert described["matrix"] == {"category": "${categories}", "seed": "${seeds}"}
     assert described["cmd"].endswith("--namespaces ${item.category}.seed_${item.seed}")
-    written = [next(iter(out)) if isinstance(out, dict) else out
-               for kind in ("outs", "metrics", "plots") for out in described.get(kind, [])]  # fmt: skip
+    entries = [out for kind in ("outs", "metrics", "plots") for out in described.get(kind, [])]
+    written = [next(iter(out)) if isinstance(out, dict) else out for out in entries]
     assert all("${item.category}/seed_${item.seed}" in out for out in written)

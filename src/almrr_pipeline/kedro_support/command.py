@@ -1,4 +1,4 @@
-"""`kedro run` with plain endings: errors meant for the user in one sentence, an interruption as its exit status."""
+"""`kedro run` that ends in one sentence for a user's error, and in 143 after SIGTERM."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TERMINATED = 128 + signal.SIGTERM
 
 
 def user_error(error: BaseException) -> AlmrrError | None:
-    """The first AlmrrError in a chain of causes; Kedro wraps what happens while it loads or saves."""
+    """The first AlmrrError in a chain of causes; Kedro wraps errors of loading and saving."""
     return next((link for link in _chain(error) if isinstance(link, AlmrrError)), None)
 
 
@@ -37,7 +37,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def _with_plain_endings(command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
-    def run_plainly(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  whatever Kedro's command takes and returns
+    def run_plainly(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         try:
             return command(*args, **kwargs)
         except Exception as error:

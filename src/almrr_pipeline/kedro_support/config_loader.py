@@ -14,11 +14,11 @@ from almrr_pipeline.config import Parameters, parse_parameters
 
 
 class ParamsYamlLoader(OmegaConfigLoader):
-    """params.yaml < conf/base/parameters.yml < conf/ENV/parameters.yml < `--params`, checked as a whole.
+    """params.yaml < conf/base/parameters.yml < conf/ENV/parameters.yml < `--params`, all checked.
 
-    Next to the sections there is an entry per category with its overrides merged in, and in it an entry per seed, which
-    adds `category` and `seed`: a pipeline with the namespace CATEGORY receives `params:CATEGORY.data`, one with
-    the namespace CATEGORY.seed_N receives `params:CATEGORY.seed_N.train`, `params:CATEGORY.seed_N.seed` and so on.
+    Next to the sections there is an entry per category with its overrides merged in, and in it an
+    entry per seed, which adds `category` and `seed`: the namespace CATEGORY has its
+    `params:CATEGORY.data`, the namespace CATEGORY.seed_N its `params:CATEGORY.seed_N.train`.
     """
 
     def __getitem__(self, key: str) -> dict[str, Any]:
@@ -49,7 +49,7 @@ class ParamsYamlLoader(OmegaConfigLoader):
 
 
 def project_root() -> Path:
-    """The project (with params.yaml and conf/base) around the working directory, else this package's checkout."""
+    """The project around the working directory, else the one of this package's checkout."""
     for folder in (Path.cwd(), *Path.cwd().parents):
         if (folder / "params.yaml").is_file() and (folder / "conf" / "base").is_dir():
             return folder
@@ -57,7 +57,7 @@ def project_root() -> Path:
 
 
 def tracking_uri(project: Path) -> str:
-    """MLflow's address: the environment's MLFLOW_TRACKING_URI, else a database with an absolute path in the project."""
+    """MLflow's address: MLFLOW_TRACKING_URI, else a database in the project, absolute."""
     return (
         os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(project / 'mlflow.db').as_posix()}"
     )

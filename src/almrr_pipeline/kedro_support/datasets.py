@@ -1,4 +1,4 @@
-"""Kedro datasets for folders that a node has filled, and for arrays that a generator node yields."""
+"""Kedro datasets for folders that a node has filled and arrays that a generator node yields."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from kedro.io import AbstractDataset
 from kedro.utils import load_obj
-from kedro_datasets.partitions import PartitionedDataset
+from kedro_datasets.partitions import PartitionedDataset  # type: ignore[import-untyped]
 
 from almrr_pipeline.common.files import move_folder_into_place, write_atomically
 
@@ -19,8 +19,9 @@ Array = npt.NDArray[Any]
 class FolderDataset(AbstractDataset[Path, Any]):
     """A folder that is complete or absent.
 
-    A node fills a staging folder and returns its path; saving moves that folder into place, which replaces the one of
-    an earlier run. Loading returns the path or, where `holds` names a class, what that class's `load(folder)` returns.
+    A node fills a staging folder and returns its path; saving moves that folder into place, which
+    replaces the one of an earlier run. Loading returns the path or, where `holds` names a class,
+    what that class's `load(folder)` returns.
     """
 
     def __init__(
@@ -79,10 +80,10 @@ class ArrayDataset(AbstractDataset[Array, Array]):
 
 
 class StreamedPartitions(PartitionedDataset):  # type: ignore[misc]  # kedro-datasets is not typed
-    """Kedro's partitioned dataset for a generator node, whose partitions are saved as they are yielded.
+    """Kedro's partitioned dataset for a generator node, saved as it yields.
 
-    With `overwrite`, Kedro's own removes all partitions at each save: of a generator's only the last would remain.
-    Here the first save of a run removes those of earlier runs, and the following ones add to it.
+    With `overwrite`, Kedro's own removes all partitions at each save: only a generator's last would
+    remain. Here the first save of a run removes those of earlier runs, and further ones add to it.
     """
 
     def save(self, data: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Kedro hooks: MLflow runs with all parameters and tags, and checks at the head of a run that fetches."""
+"""Kedro hooks: MLflow runs with all parameters and tags, and checks before anything is fetched."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from almrr_pipeline.kedro_support.tracking import flatten, helps_another_process
 class TrackingHook(MlflowHook):  # type: ignore[misc]  # kedro-mlflow is not typed
     """kedro-mlflow's hook, logging the parameters as a whole instead of what each node takes.
 
-    Of one category and seed there is one run. Of several there is a parent run, and a child for each.
+    One category and seed make one run; several make a parent run, and a child for each.
     """
 
     @hook_impl
@@ -38,15 +38,16 @@ class TrackingHook(MlflowHook):  # type: ignore[misc]  # kedro-mlflow is not typ
     def before_pipeline_run(
         self, run_params: dict[str, Any], pipeline: Pipeline, catalog: DataCatalog
     ) -> None:
-        """Start the run, then log its parameters and tags; of processes that train together, the first does."""
+        """Start the run and log its parameters and tags, in the first process of a training."""
         if helps_another_process():
             self._is_mlflow_enabled = False
             return
         super().before_pipeline_run(run_params=run_params, pipeline=pipeline, catalog=catalog)
         if not self._is_mlflow_enabled:
             return
-        runs = sorted({node.namespace for node in pipeline.nodes if _is_run(node.namespace)})
-        named = run_params.get("namespaces") or ()
+        namespaces = {node.namespace or "" for node in pipeline.nodes}
+        runs = sorted(name for name in namespaces if _is_run(name))
+        named: list[str] = list(run_params.get("namespaces") or ())
         self._has_children = len(named) != 1 or len(runs) > 1
         self._children: dict[str, str] = {}
         self._stage = "+".join(run_params.get("pipeline_names") or ["all"])
@@ -71,8 +72,8 @@ class TrackingHook(MlflowHook):  # type: ignore[misc]  # kedro-mlflow is not typ
             mlflow.end_run()
 
     @hook_impl
-    def after_dataset_saved(self, dataset_name: str, data: Any) -> None:  # noqa: ANN401  whatever was saved
-        """Log metrics as they are found; those of a report with a child for each category and seed."""
+    def after_dataset_saved(self, dataset_name: str, data: Any) -> None:  # noqa: ANN401
+        """Log metrics as they are found; those of a report also with a child for each run."""
         if not self._is_mlflow_enabled:
             return
         namespace, _, name = dataset_name.rpartition(".")
@@ -114,7 +115,7 @@ class TrackingHook(MlflowHook):  # type: ignore[misc]  # kedro-mlflow is not typ
         mlflow.set_tags(run_tags(self._project, stage=self._stage, **names))
 
     def _log_param(self, name: str, value: Any) -> None:  # noqa: ANN401
-        """Leave out kedro-mlflow's own logging, which would write each typed section as one string."""
+        """Skip kedro-mlflow's own logging, which would write a typed section as one string."""
 
 
 def _is_run(namespace: str | None) -> bool:
@@ -123,7 +124,7 @@ def _is_run(namespace: str | None) -> bool:
 
 
 class FetchChecks:
-    """Checks every category at the head of a run that fetches: Kedro runs independent nodes in any order."""
+    """Checks all categories before anything is fetched: Kedro's order of nodes is open."""
 
     @hook_impl
     def after_context_created(self, context: KedroContext) -> None:

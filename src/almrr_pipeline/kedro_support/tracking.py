@@ -1,4 +1,4 @@
-"""What an MLflow run of this project carries: flattened parameters, metrics, and the tags that tell runs apart."""
+"""Content of an MLflow run: flattened parameters, metrics, and the tags that tell runs apart."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def run_tags(project: Path, *, stage: str, category: str, seed: str) -> dict[str
 
 
 def git_commit(project: Path) -> str | None:
-    """The commit that is checked out, followed by `with changes` where files differ from it; None outside of git.
+    """Commit that is checked out, with `with changes` where files differ; None outside of git.
 
     dvc.lock does not count: DVC writes it while the stages run.
     """

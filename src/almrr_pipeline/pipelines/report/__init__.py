@@ -1,1 +1,1 @@
-"""All categories and seeds side by side: a table, a page, and runs in MLflow that can be compared."""
+"""All categories and seeds side by side: a table, a page, and comparable runs in MLflow."""

@@ -18,7 +18,8 @@ from almrr_pipeline.kedro_support.tracking import git_commit, numbers
 from almrr_pipeline.reporting.examples import read_examples
 from almrr_pipeline.reporting.page import CategoryReport, Report, render_report
 
-PACKAGES = "almrr-pipeline torch timm lightning numpy scipy kedro dvc mlflow".split()
+LIBRARIES = ["torch", "timm", "lightning", "numpy", "scipy", "kedro", "dvc", "mlflow"]
+PACKAGES = ["almrr-pipeline", *LIBRARIES]
 """Packages whose versions the page names."""
 
 
@@ -60,7 +61,7 @@ def report_category(
 
 
 def summarize_runs(*reports: CategoryReport) -> tuple[dict[str, Any], pd.DataFrame]:
-    """Means over the categories, as metrics.json and as a table with a row per category and seed."""
+    """Means over the categories, and a table with a row per category and seed."""
     metrics: dict[str, dict[int, Mapping[str, Any]]] = {}
     rows: list[dict[str, Any]] = []
     for report in reports:

@@ -10,7 +10,8 @@ from almrr_pipeline.common.files import staging_folder
 from almrr_pipeline.common.images import IMAGE_SUFFIXES
 from almrr_pipeline.config import DataSettings, SynthesisSettings
 from almrr_pipeline.datasets.manifest import training_split
-from almrr_pipeline.synthesis.synthetic_set import ImagePaths, synthesize
+from almrr_pipeline.synthesis.synthetic_set import synthesize
+from almrr_pipeline.synthesis.writer import ImagePaths
 
 
 def simulate_anomalies(
@@ -22,7 +23,7 @@ def simulate_anomalies(
     seed: int,
     scratch: Path,
 ) -> Path:
-    """Simulate anomalies on the normal training images, and apart from them on the validation images."""
+    """Simulate anomalies on the normal training images, and apart on the validation images."""
     training, validation = training_split(manifest, fraction=data.validation_fraction)
     texture_paths = [path for path in textures.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES]
     images = ImagePaths(

@@ -38,7 +38,7 @@ def build_model(
     inference: InferenceSettings,
     seed: int,
 ) -> ALMRR:
-    """Build the untrained model around the frozen backbone; its initial weights derive from the seed."""
+    """Build the model around the frozen backbone; its initial weights derive from the seed."""
     frozen = build_backbone(backbone, weights=backbone_weights / "backbone.safetensors")
     with isolated_randomness():
         torch.manual_seed(seed)
@@ -55,7 +55,7 @@ def fit_model(
     seed: int,
     scratch: Path,
 ) -> tuple[ALMRR, pd.DataFrame]:
-    """Train; an interrupted training of equal parameters, data and code resumes from its last checkpoint.
+    """Train, or resume an interrupted training of equal parameters, data and code.
 
     Raises:
         SystemExit: with status 0, in all processes of a distributed training but the main one.
@@ -90,7 +90,7 @@ def calibrate_thresholds(
 ) -> InferenceConfig:
     """Choose the thresholds on validation images, which were not trained on.
 
-    Where the history reports that the weights were chosen on these images, the thresholds lose their guarantee.
+    Where the weights were chosen on these images too, the thresholds lose their guarantee.
     """
     _, validation = training_split(manifest, fraction=data.validation_fraction)
     thresholds = calibrate(
@@ -113,7 +113,7 @@ def calibrate_thresholds(
 def save_model(
     trained: ALMRR, history: pd.DataFrame, inference_config: InferenceConfig, scratch: Path
 ) -> Path:
-    """Write weights, architecture, history and thresholds into one folder, all that prediction needs."""
+    """Write weights, architecture, history and thresholds, all that prediction needs."""
     with staging_folder(scratch) as folder:
         trained.save(folder)
         inference_config.save(folder)
