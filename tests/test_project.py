@@ -75,7 +75,8 @@ class Project:
             "PYTHONPATH": str(folder / "src"),
             "DVC_NO_ANALYTICS": "1",
             "MLFLOW_DISABLE_TELEMETRY": "true",
-            "GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@b", "GIT_COMMITTER_NAME": "a", "GIT_COMMITTER_EMAIL": "a@b",
+            "GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@b",
+            "GIT_COMMITTER_NAME": "a", "GIT_COMMITTER_EMAIL": "a@b",
         }  # fmt: skip
         for name in (
             "MLFLOW_TRACKING_URI",
@@ -112,7 +113,7 @@ class Project:
 
 @pytest.fixture(scope="module")
 def fresh(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A clone with uncommitted changes included and a tiny suite, committed; nothing has run yet."""
+    """A clone with uncommitted changes and a tiny suite, committed; nothing has run yet."""
     folder = tmp_path_factory.mktemp("clone") / "project"
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
@@ -314,7 +315,8 @@ def test_images_of_ones_own_are_predicted(built: Project, photographs: Path) -> 
     )
     built.run(
         *shlex.split(
-            "kedro run --pipelines predict --namespaces sample_brick.seed_0 --params predict.images=photographs"
+            "kedro run --pipelines predict --namespaces sample_brick.seed_0 "
+            "--params predict.images=photographs"
         )
     )
     by_command = pd.read_csv(built.folder / "results/scores.csv")
@@ -389,7 +391,8 @@ def test_a_surface_of_ones_own_is_trained_on(built: Project) -> None:
     shutil.copytree(built.folder / "data/01_raw/sample_grass", built.folder / "path/to/images")
     built.run(
         *shlex.split(
-            "dvc exp run -S 'categories=[folder_parts]' -S '+data.paths.folder_parts=path/to/images'"
+            "dvc exp run -S 'categories=[folder_parts]' "
+            "-S '+data.paths.folder_parts=path/to/images'"
         )
     )
     assert (built.folder / "data/06_models/folder_parts/seed_0/inference.json").is_file()
@@ -402,8 +405,8 @@ def test_a_surface_of_ones_own_is_trained_on(built: Project) -> None:
 ELSEWHERE = {
     "make run": "from a bare clone, by hand and where the project is integrated",
     "make test": "this very suite",
-    "dvc exp run -S suite=paper -S 'data.accept_licenses=[CC-BY-NC-SA-4.0]'": "needs the internet",
-    "dvc exp run -S suite=textures -S 'data.accept_licenses=[CC-BY-NC-SA-4.0]'": "needs the internet",
+    "dvc exp run -S suite=paper -S 'data.accept_licenses=[CC-BY-NC-SA-4.0]'": "is a download",
+    "dvc exp run -S suite=textures -S 'data.accept_licenses=[CC-BY-NC-SA-4.0]'": "is a download",
     "dvc exp run -S train.learning_rate=0.002": "run with a name, above",
     "dvc remote add --default team /mnt/team/almrr": "run with another folder, above",
     "dvc push": "run quietly, above",
