@@ -2,13 +2,18 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from almrr_pipeline.inference.streams import map_ahead, take_batches
+from almrr_pipeline.inference.streams import submit_ahead, take_batches
+
+
+def _map_ahead(function: Callable, items: Iterable, **options: int) -> Iterator:
+    for _, future in submit_ahead(function, items, **options):
+        yield future.result()
 
 
 def _double(value: int) -> int:
@@ -18,7 +23,7 @@ def _double(value: int) -> int:
 @settings(deadline=None)
 @given(st.lists(st.integers()), st.integers(1, 6), st.integers(1, 4))
 def test_results_keep_the_order_of_the_items(items: list[int], ahead: int, threads: int) -> None:
-    assert list(map_ahead(_double, items, ahead=ahead, threads=threads)) == [2 * item for item in items]
+    assert list(_map_ahead(_double, items, ahead=ahead, threads=threads)) == [2 * item for item in items]
 
 
 def test_no_more_items_are_drawn_than_allowed() -> None:
@@ -29,7 +34,7 @@ def test_no_more_items_are_drawn_than_allowed() -> None:
             drawn.append(value)
             yield value
 
-    results = map_ahead(_double, count(), ahead=3)
+    results = _map_ahead(_double, count(), ahead=3)
     assert [next(results), next(results)] == [0, 2]
     assert len(drawn) == 2 + 3
     results.close()
@@ -42,19 +47,27 @@ def test_work_runs_in_other_threads_at_the_same_time() -> None:
         meeting.wait()
         return threading.get_ident()
 
-    assert threading.get_ident() not in list(map_ahead(meet, range(2), ahead=2, threads=2))
+    assert threading.get_ident() not in list(_map_ahead(meet, range(2), ahead=2, threads=2))
 
 
 def test_an_error_comes_at_its_items_turn() -> None:
-    results = map_ahead(lambda value: 1 // value, [1, 1, 0, 1], ahead=4)
+    results = _map_ahead(lambda value: 1 // value, [1, 1, 0, 1], ahead=4)
     assert [next(results), next(results)] == [1, 1]
     with pytest.raises(ZeroDivisionError):
         next(results)
 
 
+def test_items_after_an_error_go_on() -> None:
+    outcomes = [
+        (item, future.exception() is None)
+        for item, future in submit_ahead(lambda value: 1 // value, [1, 0, 2], ahead=2)
+    ]
+    assert outcomes == [(1, True), (0, False), (2, True)]
+
+
 def test_closing_early_ends_the_threads() -> None:
     before = threading.active_count()
-    results = map_ahead(_double, itertools.count(), ahead=4)
+    results = _map_ahead(_double, itertools.count(), ahead=4)
     next(results)
     assert threading.active_count() > before
     results.close()

@@ -1,7 +1,7 @@
 """From images to anomaly maps, in bounded memory, whatever the images' number and size.
 
-The way of an image: decode (in threads) -> resize or scale -> cut into tiles -> batches, which tiles of
-several images share -> network -> blend -> map at the network's scale.
+The way of an image: decode (in threads) -> resize or scale -> cut into tiles -> batches, which
+tiles of several images share -> network -> blend -> map at the network's scale.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ class ScaledMap(NamedTuple):
 class MapPredictor:
     """A network with all that it takes to map images of any size and number.
 
-    Without tiling an image is resized to `image_size` (the paper's way). With tiling it is resized by
-    `tiling.scale`, cut into overlapping tiles of `image_size`, and the tiles' maps are blended; see
-    `almrr_pipeline.inference.tiling`.
+    Without tiling an image is resized to `image_size` (the paper's way). With tiling it is resized
+    by `tiling.scale`, cut into overlapping tiles of `image_size`, and the tiles' maps are blended;
+    see `almrr_pipeline.inference.tiling`.
     """
 
     model: nn.Module
@@ -147,8 +147,8 @@ class MapPredictor:
             )
         ahead = _LARGE_IMAGES_AHEAD if self.tiling.enabled else 2 * self.batch_size
         decoded = submit_ahead(self._decode_and_scale, enumerate(images), ahead=ahead)
-        pending: deque[_PendingImage] = deque()
-        for batch in take_batches(self._cut_tiles(decoded, pending), self.batch_size):
+        pending: deque[_Decoding] = deque()
+        for batch in take_batches(_cut_tiles(decoded, pending), self.batch_size):
             maps = self._map_batch(np.stack([tile for tile, _ in batch]))
             for (_, blend), tile_map in zip(batch, maps, strict=True):
                 blend.add(tile_map)
@@ -157,30 +157,12 @@ class MapPredictor:
 
     def _decode_and_scale(self, numbered: tuple[int, ImageInput]) -> _ScaledImage:
         pixels = _decode(*numbered)
-        size = (pixels.shape[0], pixels.shape[1])
-        target = self.image_size
+        size, target = (pixels.shape[0], pixels.shape[1]), self.image_size
         if self.tiling.enabled:
             rows, columns = (max(1, round(length * self.tiling.scale)) for length in size)
             target = (rows, columns)
-        return _ScaledImage(resize_image(pixels, target), size)
-
-    def _cut_tiles(
-        self,
-        decoded: Iterable[tuple[tuple[int, ImageInput], Future[_ScaledImage]]],
-        pending: deque[_PendingImage],
-    ) -> Iterator[tuple[ImageArray, Blend]]:
-        """Yield every tile with its image's blend; put each image, in order, on `pending`."""
-        for (index, image), future in decoded:
-            if future.exception():
-                pending.append(_PendingImage(index, image, future, blend=None))
-                continue
-            pixels = future.result().pixels
-            size = (pixels.shape[0], pixels.shape[1])
-            grid = TileGrid(size, tile=self.image_size, overlap=self.tiling.overlap)
-            blend = Blend(grid)
-            pending.append(_PendingImage(index, image, future, blend))
-            for tile in grid.cut(pixels):
-                yield tile, blend
+        grid = TileGrid(target, tile=self.image_size, overlap=self.tiling.overlap)
+        return _ScaledImage(resize_image(pixels, target), size, Blend(grid))
 
     @torch.inference_mode()
     def _map_batch(self, tiles: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
@@ -224,35 +206,42 @@ def resolve_device(name: str) -> torch.device:
 
 
 class _ScaledImage(NamedTuple):
-    """An image at the network's scale, and the size it had."""
+    """An image at the network's scale, the size it had, and the map that its tiles add to."""
 
     pixels: ImageArray
     size: tuple[int, int]
+    blend: Blend
 
 
-class _PendingImage(NamedTuple):
-    """An image of which not all tiles have been through the network, or that cannot be read."""
-
-    index: int
-    image: ImageInput
-    scaled: Future[_ScaledImage]
-    blend: Blend | None
-    """None if it cannot be read; `scaled` then holds the reason."""
+_Decoding: TypeAlias = tuple[tuple[int, ImageInput], Future[_ScaledImage]]
+"""An image, numbered, and what its decoding gives: pixels, or the reason why it cannot be read."""
 
 
-def _take_finished(
-    pending: deque[_PendingImage], on_unreadable: OnUnreadable
-) -> Iterator[ScaledMap]:
+def _cut_tiles(
+    decoded: Iterable[_Decoding], pending: deque[_Decoding]
+) -> Iterator[tuple[ImageArray, Blend]]:
+    """Yield every tile with its image's blend; put each image, in order, on `pending`."""
+    for image, decoding in decoded:
+        pending.append((image, decoding))
+        if decoding.exception() is None:
+            scaled = decoding.result()
+            for tile in scaled.blend.grid.cut(scaled.pixels):
+                yield tile, scaled.blend
+
+
+def _take_finished(pending: deque[_Decoding], on_unreadable: OnUnreadable) -> Iterator[ScaledMap]:
     """Take from the front of the queue what is finished; report what cannot be read."""
-    while pending and (pending[0].blend is None or pending[0].blend.complete):
-        index, image, future, blend = pending.popleft()
+    while pending:
+        (index, image), decoding = pending[0]
+        if decoding.exception() is None and not decoding.result().blend.complete:
+            return
+        pending.popleft()
         try:
-            size = future.result().size
+            scaled = decoding.result()
         except AlmrrError as error:
             on_unreadable(image, error)
-            continue
-        assert blend is not None
-        yield ScaledMap(index, blend.result(), size)
+        else:
+            yield ScaledMap(index, scaled.blend.result(), scaled.size)
 
 
 def _decode(index: int, image: ImageInput) -> ImageArray:
@@ -260,7 +249,7 @@ def _decode(index: int, image: ImageInput) -> ImageArray:
         return read_image(Path(image))
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
         raise AlmrrError(
-            f"Image {index} (counted from 0) is an array of {image.dtype} with shape "
-            f"{image.shape}; expected RGB values in [0, 255] as uint8 with shape (rows, columns, 3)."
+            f"Image {index} (counted from 0) is an array of {image.dtype} with shape {image.shape}; "
+            "expected RGB values in [0, 255] as uint8 with shape (rows, columns, 3)."
         )
     return image

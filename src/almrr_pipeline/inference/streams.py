@@ -44,14 +44,6 @@ def submit_ahead(
         executor.shutdown(wait=True, cancel_futures=True)
 
 
-def map_ahead(
-    function: Callable[[Item], Result], items: Iterable[Item], *, ahead: int, threads: int = 4
-) -> Iterator[Result]:
-    """The results of `submit_ahead`, in order; an error of `function` is raised in its item's turn."""
-    for _, future in submit_ahead(function, items, ahead=ahead, threads=threads):
-        yield future.result()
-
-
 def take_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     """Split a stream into lists of `size` items; the last may be shorter, none is empty."""
     remaining = iter(items)

@@ -121,7 +121,7 @@ class Blend:
     """
 
     def __init__(self, grid: TileGrid) -> None:
-        self._grid = grid
+        self.grid = grid
         self._places = grid.places()
         self._missing = len(grid)
         self._sum = np.zeros([max(axis.length, axis.tile) for axis in grid.axes], dtype=np.float64)
@@ -144,11 +144,9 @@ class Blend:
             ValueError: tiles are still missing.
         """
         if not self.complete:
-            raise ValueError(
-                f"{self._missing} of {len(self._grid)} tiles have not been blended yet"
-            )
+            raise ValueError(f"{self._missing} of {len(self.grid)} tiles have not been blended yet")
         inside = tuple(
-            slice(axis.padding[0], axis.padding[0] + axis.length) for axis in self._grid.axes
+            slice(axis.padding[0], axis.padding[0] + axis.length) for axis in self.grid.axes
         )
         return self._sum[inside].astype(np.float32)
 

@@ -20,11 +20,11 @@ import numpy as np
 from PIL import Image
 
 from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.common.files import staging_folder
+from almrr_pipeline.common.files import STAGING_PREFIX, staging_folder
 from almrr_pipeline.common.images import IMAGE_SUFFIXES, read_image
 from almrr_pipeline.common.progress import track
 from almrr_pipeline.inference.map_png import encode_map
-from almrr_pipeline.inference.streams import map_ahead
+from almrr_pipeline.inference.streams import submit_ahead
 from almrr_pipeline.reporting.overlays import draw_overlay
 
 if TYPE_CHECKING:  # they bring torch, which is not needed to see that a path is wrong
@@ -39,8 +39,6 @@ SCORES_FILE = "scores.csv"
 OVERLAYS_FOLDER = "overlays"
 MAPS_FOLDER = "maps"
 _RESULTS = frozenset({SCORES_FILE, OVERLAYS_FOLDER, MAPS_FOLDER})
-_STAGED = ".staging@"
-"""How the hidden folders of killed runs begin; see `staging_folder`."""
 _WRITTEN_AHEAD = 4
 """Results that may be on their way to the disk while the network goes on."""
 
@@ -124,8 +122,8 @@ def predict_files(
 
         predictions = predictor.stream(images, on_unreadable=leave_out)
         write = _ResultWriter(predictor, images, folder, _name_results(images), overlays, maps)
-        for verdict in map_ahead(write, predictions, ahead=_WRITTEN_AHEAD, threads=2):
-            summary.verdicts.append(verdict)
+        for _, written in submit_ahead(write, predictions, ahead=_WRITTEN_AHEAD, threads=2):
+            summary.verdicts.append(written.result())
             advance(1)
         if not summary.verdicts:
             raise AlmrrError(f"None of the {len(images)} images could be read.")
@@ -144,7 +142,7 @@ def check_output(output: Path, images: Iterable[Path], *, overwrite: bool) -> No
         raise AlmrrError(f"The output {output} is a file; name a folder.")
     entries = {entry.name for entry in output.iterdir()} if output.exists() else set()
     foreign = sorted(
-        name for name in entries if name not in _RESULTS and not name.startswith(_STAGED)
+        name for name in entries if name not in _RESULTS and not name.startswith(STAGING_PREFIX)
     )
     if foreign:
         raise AlmrrError(
