@@ -1,7 +1,7 @@
 """The `almrr` command: predict, calibrate, export, info, categories.
 
-What is slow to import is imported inside the commands, so that `--help` answers at once, and torch only
-after the paths have been checked.
+What is slow to import is imported inside the commands, so that `--help` answers at once, and torch
+only after the paths have been checked.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _LISTED_UNREADABLE = 20
 """Unreadable images named at the end; more are counted."""
 
 _folder = click.Path(path_type=Path)
-_output_file = click.Path(path_type=Path, dir_okay=False)
+_model_folder = click.argument("model_folder", type=_folder)
+_images = click.argument("images", type=_folder, nargs=-1, required=True)
 _recursive = click.option(
     "-r", "--recursive", is_flag=True, help="Look for images in sub-folders too."
 )
 _device = click.option(
     "--device",
     default="auto",
-    show_default=True,
     metavar="NAME",
     help="auto (CUDA if there is one, else the CPU), cpu, cuda, cuda:1, mps, ...",
 )
@@ -40,14 +40,12 @@ _batch_size = click.option(
     "--batch-size",
     type=click.IntRange(min=1),
     default=8,
-    show_default=True,
     help="Images (or tiles) per forward pass.",
 )
 _scan_backend = click.option(
     "--scan-backend",
     type=click.Choice(SCAN_BACKENDS),
     default="auto",
-    show_default=True,
     help="Implementation of the selective scan.",
 )
 
@@ -64,7 +62,11 @@ class _Group(click.Group):
 
 @click.group(
     cls=_Group,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 100,
+        "show_default": True,
+    },
 )
 @click.version_option(package_name="almrr-pipeline", prog_name="almrr")
 @click.option(
@@ -89,25 +91,35 @@ def almrr(verbose: bool) -> None:
 
 
 @almrr.command(short_help="Overlays, scores and verdicts for images.")
-@click.argument("model_folder", type=_folder)
-@click.argument("images", type=_folder, nargs=-1, required=True)
-@click.option("-o", "--output", type=_folder, required=True,
-              help="Folder for the results; made when it does not exist.")  # fmt: skip
+@_model_folder
+@_images
+@click.option("-o", "--output", type=_folder, required=True, help="Folder for the results.")
 @_recursive
-@click.option("--maps", type=click.Choice(["npy", "png", "none"]), default="none", show_default=True,
-              help="Also write the anomaly maps: npy is float32 in [0, 1], png is 16-bit gray.")  # fmt: skip
+@click.option(
+    "--maps",
+    type=click.Choice(["npy", "png", "none"]),
+    default="none",
+    help="Also write the anomaly maps: npy is float32 in [0, 1], png is 16-bit gray.",
+)
 @click.option(
     "--no-overlays", is_flag=True, help="Write no overlays: scores.csv comes much sooner."
 )
-@click.option("--threshold", type=click.FloatRange(min=0.0), metavar="SCORE",
-              help="Call an image anomalous above this score, in place of the model's threshold.")  # fmt: skip
-@click.option("--pixel-threshold", type=click.FloatRange(min=0.0), metavar="VALUE",
-              help="Outline where the map is above this value, in place of the model's threshold.")  # fmt: skip
+@click.option(
+    "--threshold",
+    type=click.FloatRange(min=0.0),
+    metavar="SCORE",
+    help="Call an image anomalous above this score, in place of the model's threshold.",
+)
+@click.option(
+    "--pixel-threshold",
+    type=click.FloatRange(min=0.0),
+    metavar="VALUE",
+    help="Outline where the map is above this value, in place of the model's threshold.",
+)
 @_device
 @_batch_size
 @_scan_backend
-@click.option("--overwrite", is_flag=True,
-              help="Replace the results of an earlier run in the output folder.")  # fmt: skip
+@click.option("--overwrite", is_flag=True, help="Replace the results of an earlier run.")
 def predict(
     model_folder: Path,
     images: tuple[Path, ...],
@@ -170,11 +182,14 @@ def predict(
 
 
 @almrr.command(short_help="New thresholds from normal images of your own.")
-@click.argument("model_folder", type=_folder)
-@click.argument("images", type=_folder, nargs=-1, required=True)
-@click.option("--false-alarm-rate", default=0.05, show_default=True,
-              type=click.FloatRange(0.0, 1.0, min_open=True, max_open=True),
-              help="Largest fraction of normal images that may be called anomalous.")  # fmt: skip
+@_model_folder
+@_images
+@click.option(
+    "--false-alarm-rate",
+    type=click.FloatRange(0.0, 1.0, min_open=True, max_open=True),
+    default=0.05,
+    help="Largest fraction of normal images that may be called anomalous.",
+)
 @_recursive
 @_device
 @_batch_size
@@ -192,8 +207,8 @@ def calibrate(
 
     The images must be free of defects, must not have been trained on, and should come from the
     process that will be watched: the thresholds guarantee a false-alarm rate for images like these.
-    At least 1/rate - 1 are needed, 19 for 0.05. The thresholds in inference.json are replaced. Where
-    DVC owns the folder, copy it first.
+    At least 1/rate - 1 are needed, 19 for 0.05. The thresholds in inference.json are replaced.
+    Where DVC owns the folder, copy it first.
 
     \b
     Example:
@@ -223,11 +238,20 @@ def calibrate(
 
 
 @almrr.command(short_help="One file that runs without this package: ONNX or torch.export.")
-@click.argument("model_folder", type=_folder)
-@click.option("--format", "file_format", type=click.Choice(list(EXPORT_SUFFIXES)), required=True,
-              help="onnx for onnxruntime and others, torch for torch.export.load.")  # fmt: skip
-@click.option("-o", "--output", type=_output_file,
-              help="File to write; CATEGORY.onnx or CATEGORY.pt2 in the current folder if not given.")  # fmt: skip
+@_model_folder
+@click.option(
+    "--format",
+    "file_format",
+    type=click.Choice(list(EXPORT_SUFFIXES)),
+    required=True,
+    help="onnx for onnxruntime and others, torch for torch.export.load.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="File to write; CATEGORY.onnx or CATEGORY.pt2 in the current folder if not given.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
 def export(model_folder: Path, file_format: str, output: Path | None, overwrite: bool) -> None:
     """Export the model in MODEL_FOLDER, fused, to one file that runs without this package.
@@ -260,7 +284,7 @@ def export(model_folder: Path, file_format: str, output: Path | None, overwrite:
 
 
 @almrr.command(short_help="A model's network, thresholds and their guarantee.")
-@click.argument("model_folder", type=_folder)
+@_model_folder
 def info(model_folder: Path) -> None:
     """Describe the model in MODEL_FOLDER: network, input, thresholds, guarantee, parameters.
 

@@ -13,7 +13,9 @@ from almrr_pipeline.inference.inference_config import Thresholds
 from almrr_pipeline.inference.map_predictor import MapPredictor
 
 
-def _calibrate(model: nn.Module, paths: list[Path], *, rate: float = 0.25, tiling: Tiling | None = None) -> Thresholds:
+def _calibrate(
+    model: nn.Module, paths: list[Path], *, rate: float = 0.25, tiling: Tiling | None = None
+) -> Thresholds:
     predictor = MapPredictor(model, (32, 32), tiling or Tiling(), 2, torch.device("cpu"))
     return calibrate(predictor, paths, smoothing=3, false_alarm_rate=rate)
 
@@ -38,10 +40,14 @@ def test_thresholds_by_hand(brightness: nn.Module, write_images, tiling: Tiling)
 
 def test_a_higher_rate_gives_lower_thresholds(brightness: nn.Module, write_images) -> None:
     paths = write_images(_dots([90, 180, 45]))
-    assert _calibrate(brightness, paths, rate=0.5).pixel.value == pytest.approx(90 / 255)  # rank 2 of 3
+    assert _calibrate(brightness, paths, rate=0.5).pixel.value == pytest.approx(
+        90 / 255
+    )  # rank 2 of 3
 
 
-def test_no_calibration_image_lies_above_where_the_rate_is_small(brightness: nn.Module, write_images) -> None:
+def test_no_calibration_image_lies_above_where_the_rate_is_small(
+    brightness: nn.Module, write_images
+) -> None:
     thresholds = _calibrate(brightness, write_images(_dots([1, 2, 3])), rate=0.01)
     assert thresholds.pixel.value == pytest.approx(3 / 255)
     assert thresholds.pixel.guaranteed_rate == pytest.approx(0.25)
@@ -69,7 +75,9 @@ def test_the_promised_rate_is_kept_on_average(brightness: nn.Module, write_image
     rounds = 12
     for _ in range(rounds):
         order = generator.permutation(60)
-        thresholds = _calibrate(brightness, write_images(_dots([int(levels[i]) for i in order[:9]])), rate=0.2)
+        thresholds = _calibrate(
+            brightness, write_images(_dots([int(levels[i]) for i in order[:9]])), rate=0.2
+        )
         value = thresholds.pixel.value
         assert value is not None
         alarms += sum(np.float32(peaks[i]) > value for i in order[9:])

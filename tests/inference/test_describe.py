@@ -12,7 +12,9 @@ from almrr_pipeline.model.almrr import ALMRR
 def test_counted_parameters_are_those_of_the_network(model_folder: Path) -> None:
     model = ALMRR.load(model_folder)
     counts = count_parameters(model_folder)
-    assert counts["backbone (frozen)"] == sum(parameter.numel() for parameter in model.backbone.parameters())
+    assert counts["backbone (frozen)"] == sum(
+        parameter.numel() for parameter in model.backbone.parameters()
+    )
     trained = counts["reconstruction (MFRM)"] + counts["refinement (FRM)"]
     assert trained == sum(parameter.numel() for parameter in model.trainable_parameters())
 

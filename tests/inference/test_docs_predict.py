@@ -17,9 +17,11 @@ from almrr_pipeline.inference.tiling import TileGrid
 
 
 @pytest.fixture
-def workplace(model_folder: Path, noise: list[ImageArray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workplace(
+    model_folder: Path, noise: list[ImageArray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
     """What docs/predict.md speaks of: a model folder and photographs below the working directory."""
-    shutil.copytree(model_folder, tmp_path / "data" / "06_models" / "sample_brick")
+    shutil.copytree(model_folder, tmp_path / "data" / "06_models" / "sample_brick" / "seed_0")
     (tmp_path / "photographs").mkdir()
     for name, image in zip("ab", noise, strict=False):
         Image.fromarray(image).save(tmp_path / "photographs" / f"{name}.png")
@@ -37,17 +39,23 @@ def _python(project: Path, containing: str) -> str:
     return code
 
 
-def test_the_documented_predictor_code_runs(workplace: Path, project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_documented_predictor_code_runs(
+    workplace: Path, project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     exec(_python(project, "predictor.stream"), {})
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["a.png", "b.png"]
 
 
-def test_the_documented_onnx_code_gives_the_predictors_score(workplace: Path, project: Path) -> None:
+def test_the_documented_onnx_code_gives_the_predictors_score(
+    workplace: Path, project: Path
+) -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason="ONNX is an extra")
-    folder = workplace / "data" / "06_models" / "sample_brick"
-    (command,) = re.findall(r"^    almrr (export .* --format onnx .*)$", _documentation(project), flags=re.MULTILINE)
+    folder = workplace / "data" / "06_models" / "sample_brick" / "seed_0"
+    (command,) = re.findall(
+        r"^    almrr (export .* --format onnx .*)$", _documentation(project), flags=re.MULTILINE
+    )
     result = CliRunner().invoke(almrr, shlex.split(command))
     assert result.exit_code == 0, result.output
     names: dict[str, object] = {}

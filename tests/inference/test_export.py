@@ -25,7 +25,9 @@ def model() -> ALMRR:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         backbone = build_backbone(BackboneSettings(name="test_efficientnet"), weights=None)
-        sizes = ModelSettings(latent=16, dim=16, depth=1, state=4, decoder=(8, 12), refinement_width=4)
+        sizes = ModelSettings(
+            latent=16, dim=16, depth=1, state=4, decoder=(8, 12), refinement_width=4
+        )
         model = ALMRR(backbone, sizes, image_size=SIZE).eval()
         with torch.no_grad():
             model.frm.out.weight *= 100.0
@@ -100,7 +102,9 @@ def test_both_formats_take_the_mean_over_flips(model: ALMRR, tmp_path: Path) -> 
     images = draw_images(3)
     expected = map_with_torch(FlipAveraged(model), images)
     assert np.abs(expected - map_with_torch(model, images)).max() > 0.01
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        tmp_path / "model.onnx", providers=["CPUExecutionProvider"]
+    )
     (given,) = session.run(["anomaly_map"], {"images": images.numpy()})
     np.testing.assert_allclose(given, expected, rtol=0, atol=1e-4)
     program = torch.export.load(tmp_path / "model.pt2").module()

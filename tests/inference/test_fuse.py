@@ -8,10 +8,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from almrr_pipeline.inference.fuse import EmbedThenResize, FusedALMRR, ResizeThenEmbed, fuse, fuse_batch_norms
+from almrr_pipeline.inference.fuse import (
+    EmbedThenResize,
+    FusedALMRR,
+    ResizeThenEmbed,
+    fuse,
+    fuse_batch_norms,
+)
 
 SIZE = (128, 160)
-KINDS = [{}, {"standardize": True}, {"refinement_input": "projection", "refinement_channels": 3, "standardize": True}]
+KINDS = [
+    {},
+    {"standardize": True},
+    {"refinement_input": "projection", "refinement_channels": 3, "standardize": True},
+]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=["mean", "standardized", "projection"])
@@ -26,7 +36,9 @@ def test_fusing_is_exact(build_model, images: Tensor, patch: int, kind: dict[str
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=["mean", "standardized", "projection"])
-def test_rounding_differs_by_less_than_1e_4_in_float32(build_model, images: Tensor, kind: dict[str, object]) -> None:
+def test_rounding_differs_by_less_than_1e_4_in_float32(
+    build_model, images: Tensor, kind: dict[str, object]
+) -> None:
     model = build_model(**kind)
     with torch.no_grad():
         expected = model(images)
@@ -35,7 +47,11 @@ def test_rounding_differs_by_less_than_1e_4_in_float32(build_model, images: Tens
 
 @pytest.mark.parametrize(
     ("backbone", "location"),
-    [("test_efficientnet", "bottleneck"), ("tf_efficientnet_lite0", "expansion"), ("resnet18", "bottleneck")],
+    [
+        ("test_efficientnet", "bottleneck"),
+        ("tf_efficientnet_lite0", "expansion"),
+        ("resnet18", "bottleneck"),
+    ],
 )
 def test_every_backbone_fuses(
     build_model, images: Tensor, backbone: str, location: str, caplog: pytest.LogCaptureFixture
@@ -69,7 +85,10 @@ def test_both_orders_of_a_stage_agree() -> None:
 
 
 def test_the_cheaper_order_is_taken_for_each_stage(build_model) -> None:
-    orders = {patch: [type(stage) for stage in fuse(build_model(patch=patch)).embedding.stages] for patch in (1, 2, 4)}
+    orders = {
+        patch: [type(stage) for stage in fuse(build_model(patch=patch)).embedding.stages]
+        for patch in (1, 2, 4)
+    }
     assert orders == {
         4: [ResizeThenEmbed, ResizeThenEmbed, EmbedThenResize],
         2: [ResizeThenEmbed, EmbedThenResize, EmbedThenResize],
@@ -139,4 +158,6 @@ def test_the_fused_map_is_the_same_on_a_gpu(build_model, images: Tensor) -> None
     model = build_model()
     with torch.no_grad():
         expected = model(images)
-    torch.testing.assert_close(fuse(model.to("cuda"))(images.to("cuda")).cpu(), expected, rtol=0, atol=1e-3)
+    torch.testing.assert_close(
+        fuse(model.to("cuda"))(images.to("cuda")).cpu(), expected, rtol=0, atol=1e-3
+    )

@@ -7,12 +7,12 @@ import pandas as pd
 import pytest
 from pydantic import ValidationError
 
-from almrr_pipeline.config import Tiling
 from almrr_pipeline.common.errors import AlmrrError
+from almrr_pipeline.config import DataSettings, InferenceSettings, Tiling
 from almrr_pipeline.evaluation.thresholds import conformal_threshold
 from almrr_pipeline.inference.inference_config import MODEL_FILES, InferenceConfig, Thresholds
 from almrr_pipeline.model.almrr import ALMRR
-from almrr_pipeline.pipelines.train.nodes import pack_model
+from almrr_pipeline.pipelines.train.nodes import calibrate_thresholds
 
 
 def _settings(**changes: object) -> InferenceConfig:
@@ -36,8 +36,17 @@ def _fill(folder: Path, settings: InferenceConfig) -> Path:
     "settings",
     [
         _settings(),
-        _settings(thresholds=None, tiling=Tiling(enabled=True, scale=0.5, overlap=0.5), smoothing=1, flips=True),
-        _settings(thresholds=Thresholds(image=conformal_threshold([], 0.1), pixel=conformal_threshold([], 0.1))),
+        _settings(
+            thresholds=None,
+            tiling=Tiling(enabled=True, scale=0.5, overlap=0.5),
+            smoothing=1,
+            flips=True,
+        ),
+        _settings(
+            thresholds=Thresholds(
+                image=conformal_threshold([], 0.1), pixel=conformal_threshold([], 0.1)
+            )
+        ),
     ],
     ids=["calibrated", "uncalibrated", "nothing held out"],
 )
@@ -107,22 +116,38 @@ def test_a_model_of_version_0_1_is_refused_in_one_sentence(tmp_path: Path) -> No
     assert "mirrored" not in str(caught.value)
 
 
-def test_weights_chosen_on_the_calibration_images_take_the_guarantee_away() -> None:
+def test_weights_selected_on_the_validation_images_take_the_guarantee_away() -> None:
     with_guarantee = _settings()
     without = with_guarantee.without_guarantee()
     for name in ("image", "pixel"):
         before, after = getattr(with_guarantee.thresholds, name), getattr(without.thresholds, name)
         assert (after.value, after.guaranteed_rate) == (before.value, None)
-        assert "weights were chosen on the 3 validation images" in after.guarantee
+        assert "weights were selected on the 3 normal validation images" in after.guarantee
     assert _settings(thresholds=None).without_guarantee() == _settings(thresholds=None)
 
 
 @pytest.mark.parametrize("selected", [False, True], ids=["last", "validation"])
-def test_a_packed_model_says_whether_its_weights_were_chosen(
-    model_folder: Path, tmp_path: Path, *, selected: bool
+def test_thresholds_of_chosen_weights_carry_no_guarantee(
+    model_folder: Path, noise_paths: list[Path], *, selected: bool
 ) -> None:
-    history = pd.DataFrame({"step": [1], "loss": [0.5], **({"validation_ap": [0.7]} if selected else {})})
-    pack_model(ALMRR.load(model_folder), history, _settings())(tmp_path)
-    thresholds = InferenceConfig.load(tmp_path).thresholds
-    assert thresholds is not None
-    assert (thresholds.image.guaranteed_rate is None, thresholds.pixel.guaranteed_rate is None) == (selected, selected)
+    manifest = pd.DataFrame(
+        {
+            "image": [path.name for path in noise_paths],
+            "split": ["train"] * 4 + ["validation"] * 3,
+            "label": "normal",
+        }
+    )
+    chosen = {"validation_ap": [0.7]} if selected else {}
+    config = calibrate_thresholds(
+        ALMRR.load(model_folder),
+        pd.DataFrame({"step": [1], "loss": [0.5], **chosen}),
+        manifest,
+        noise_paths[0].parent,
+        DataSettings(image_size=(128, 128)),
+        InferenceSettings(),
+        "sample_brick",
+    )
+    assert config.thresholds is not None
+    assert config.thresholds.image.normals == 3
+    rates = (config.thresholds.image.guaranteed_rate, config.thresholds.pixel.guaranteed_rate)
+    assert (rates[0] is None, rates[1] is None) == (selected, selected)

@@ -84,7 +84,9 @@ def contents(noise_paths: list[Path]) -> list[bytes]:
 
 def _post(served: PyFuncModel, body: dict) -> list[dict]:
     """What `mlflow models serve` does with the body of a request, without the socket."""
-    response = invocations(json.dumps(body), "application/json", served, served.metadata.get_input_schema())
+    response = invocations(
+        json.dumps(body), "application/json", served, served.metadata.get_input_schema()
+    )
     assert response.status == 200, response.response
     return json.loads(response.response)["predictions"]
 
@@ -120,7 +122,11 @@ def test_the_map_comes_on_demand(
 def test_the_signature_is_what_a_client_needs_to_know(logged: ModelInfo) -> None:
     assert logged.signature is not None
     assert [str(column) for column in logged.signature.inputs] == ["'image': binary (required)"]
-    assert [column.name for column in logged.signature.outputs] == ["score", "is_anomalous", "anomaly_map"]
+    assert [column.name for column in logged.signature.outputs] == [
+        "score",
+        "is_anomalous",
+        "anomaly_map",
+    ]
     assert logged.metadata == {"category": "sample_brick"}
 
 
@@ -129,7 +135,9 @@ def test_the_example_can_be_served(served: PyFuncModel, logged: ModelInfo) -> No
     assert len(served.predict(example)) == 1
 
 
-def test_requirements_are_pinned_and_the_source_travels_along(logged: ModelInfo, tmp_path: Path) -> None:
+def test_requirements_are_pinned_and_the_source_travels_along(
+    logged: ModelInfo, tmp_path: Path
+) -> None:
     folder = Path(mlflow.artifacts.download_artifacts(logged.model_uri, dst_path=str(tmp_path)))
     lines = (folder / "requirements.txt").read_text().splitlines()
     assert all("==" in line for line in lines)
@@ -157,7 +165,9 @@ def test_a_row_that_is_no_image_is_named(served: PyFuncModel, contents: list[byt
         served.predict(pd.DataFrame({"image": [contents[0], b"no image"]}))
 
 
-def test_without_threshold_the_verdict_is_null(uncalibrated_folder: Path, contents: list[bytes]) -> None:
+def test_without_threshold_the_verdict_is_null(
+    uncalibrated_folder: Path, contents: list[bytes]
+) -> None:
     class Context:
         artifacts = {"model_folder": str(uncalibrated_folder)}  # noqa: RUF012
         model_config = None
@@ -179,12 +189,20 @@ def test_an_alias_needs_a_name(model_folder: Path) -> None:
 
 
 def test_the_documented_logging_code_runs(
-    logged: ModelInfo, model_folder: Path, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    logged: ModelInfo,
+    model_folder: Path,
+    project: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    shutil.copytree(model_folder, tmp_path / "data" / "06_models" / "sample_brick")
+    shutil.copytree(model_folder, tmp_path / "data" / "06_models" / "sample_brick" / "seed_0")
     monkeypatch.chdir(tmp_path)
     text = (project / "docs" / "predict.md").read_text(encoding="utf-8")
-    (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if "log_model" in block]
+    (code,) = [
+        block
+        for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+        if "log_model" in block
+    ]
     with mlflow.start_run(run_id=logged.run_id):
         exec(code, {})
     assert mlflow.MlflowClient().get_model_version_by_alias("sample_brick", "champion").version == 1

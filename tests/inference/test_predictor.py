@@ -17,13 +17,13 @@ from PIL import Image
 from skimage.transform import resize
 from torch import Tensor, nn
 
-from almrr_pipeline.config import InferenceSettings, Tiling
-from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.common.arrays import ImageArray
+from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.common.images import resize_image
+from almrr_pipeline.config import InferenceSettings, Tiling
+from almrr_pipeline.inference.inference_config import InferenceConfig
 from almrr_pipeline.inference.map_predictor import MapPredictor, resolve_device
 from almrr_pipeline.inference.predictor import Predictor, image_score
-from almrr_pipeline.inference.inference_config import InferenceConfig
 from almrr_pipeline.model.almrr import ALMRR
 
 WHOLE = Tiling()
@@ -49,12 +49,16 @@ def _maps(
 # --- maps ---
 
 
-def test_without_tiling_the_map_is_that_of_the_resized_image(brightness: nn.Module, noise: list[ImageArray]) -> None:
+def test_without_tiling_the_map_is_that_of_the_resized_image(
+    brightness: nn.Module, noise: list[ImageArray]
+) -> None:
     for image, found in zip(noise, _maps(brightness, noise), strict=True):
         np.testing.assert_allclose(found, resize_image(image, (32, 48))[..., 0] / 255, atol=1e-6)
 
 
-def test_with_tiling_the_map_has_the_images_own_resolution(brightness: nn.Module, noise: list[ImageArray]) -> None:
+def test_with_tiling_the_map_has_the_images_own_resolution(
+    brightness: nn.Module, noise: list[ImageArray]
+) -> None:
     for image, found in zip(noise, _maps(brightness, noise, tiling=TILES), strict=True):
         np.testing.assert_allclose(found, image[..., 0] / 255, atol=1e-6)
 
@@ -66,7 +70,9 @@ def test_tiling_scales_first(brightness: nn.Module, noise: list[ImageArray]) -> 
         np.testing.assert_allclose(found, resize_image(image, size)[..., 0] / 255, atol=1e-6)
 
 
-@pytest.mark.parametrize("tiling", [WHOLE, TILES, Tiling(enabled=True, scale=0.3)], ids=["whole", "tiles", "scaled"])
+@pytest.mark.parametrize(
+    "tiling", [WHOLE, TILES, Tiling(enabled=True, scale=0.3)], ids=["whole", "tiles", "scaled"]
+)
 def test_at_image_maps_have_the_images_own_size(
     brightness: nn.Module, noise: list[ImageArray], tiling: Tiling
 ) -> None:
@@ -83,8 +89,12 @@ def test_a_map_is_enlarged_bilinearly_with_pixel_centers_aligned(brightness: nn.
     np.testing.assert_allclose(found, resize(small, (64, 96), order=1, mode="edge"), atol=1e-5)
 
 
-def test_the_maximum_never_rises_when_a_map_is_resized(brightness: nn.Module, noise: list[ImageArray]) -> None:
-    pairs = zip(_maps(brightness, noise, at="network"), _maps(brightness, noise, at="image"), strict=True)
+def test_the_maximum_never_rises_when_a_map_is_resized(
+    brightness: nn.Module, noise: list[ImageArray]
+) -> None:
+    pairs = zip(
+        _maps(brightness, noise, at="network"), _maps(brightness, noise, at="image"), strict=True
+    )
     assert all(own.max() <= network.max() for network, own in pairs)
 
 
@@ -97,7 +107,9 @@ def test_tiles_of_different_images_share_batches(brightness: nn.Module) -> None:
 def test_paths_and_arrays_give_the_same(
     brightness: nn.Module, noise: list[ImageArray], noise_paths: list[Path]
 ) -> None:
-    for from_path, from_array in zip(_maps(brightness, noise_paths), _maps(brightness, noise), strict=True):
+    for from_path, from_array in zip(
+        _maps(brightness, noise_paths), _maps(brightness, noise), strict=True
+    ):
         np.testing.assert_array_equal(from_path, from_array)
 
 
@@ -140,7 +152,9 @@ def test_no_images_give_no_maps(brightness: nn.Module) -> None:
     assert _maps(brightness, []) == []
 
 
-def test_a_model_in_training_mode_is_refused(brightness: nn.Module, noise: list[ImageArray]) -> None:
+def test_a_model_in_training_mode_is_refused(
+    brightness: nn.Module, noise: list[ImageArray]
+) -> None:
     with pytest.raises(ValueError, match="training mode"):
         _maps(brightness.train(), noise)
 
@@ -159,7 +173,9 @@ def test_too_large_a_batch_is_named(noise: list[ImageArray]) -> None:
         def forward(self, images: Tensor) -> Tensor:
             raise torch.OutOfMemoryError("no memory")
 
-    with pytest.raises(AlmrrError, match="batch of 4 does not fit into cpu's memory; lower the batch size"):
+    with pytest.raises(
+        AlmrrError, match="batch of 4 does not fit into cpu's memory; lower the batch size"
+    ):
         _maps(Greedy().eval(), noise)
 
 
@@ -210,7 +226,9 @@ def _slow_score(anomaly_map: np.ndarray, side: int) -> float:
     reach = side // 2
     rows, columns = anomaly_map.shape
     means = [
-        anomaly_map[max(0, r - reach) : r + reach + 1, max(0, c - reach) : c + reach + 1].astype(np.float64).mean()
+        anomaly_map[max(0, r - reach) : r + reach + 1, max(0, c - reach) : c + reach + 1]
+        .astype(np.float64)
+        .mean()
         for r in range(rows)
         for c in range(columns)
     ]
@@ -218,10 +236,16 @@ def _slow_score(anomaly_map: np.ndarray, side: int) -> float:
 
 
 @settings(deadline=None)
-@given(st.tuples(st.integers(1, 20), st.integers(1, 20)), st.sampled_from([1, 3, 5, 9, 31]), st.integers(0, 9))
+@given(
+    st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    st.sampled_from([1, 3, 5, 9, 31]),
+    st.integers(0, 9),
+)
 def test_score_is_the_largest_mean_of_a_window(size: tuple[int, int], side: int, seed: int) -> None:
     anomaly_map = np.random.default_rng(seed).random(size, dtype=np.float32)
-    assert image_score(anomaly_map, side) == pytest.approx(_slow_score(anomaly_map, side), abs=1e-12)
+    assert image_score(anomaly_map, side) == pytest.approx(
+        _slow_score(anomaly_map, side), abs=1e-12
+    )
 
 
 def test_score_by_hand() -> None:
@@ -235,7 +259,9 @@ def test_score_by_hand() -> None:
 
 def test_score_of_a_constant_map_is_the_constant_up_to_the_border() -> None:
     for side in (1, 2, 9, 64):
-        assert image_score(np.full((16, 24), 0.25, dtype=np.float32), side) == pytest.approx(0.25, abs=1e-12)
+        assert image_score(np.full((16, 24), 0.25, dtype=np.float32), side) == pytest.approx(
+            0.25, abs=1e-12
+        )
 
 
 # --- device ---
@@ -270,8 +296,13 @@ def test_predictions_have_the_images_sizes_and_follow_the_definition(
         assert found.is_anomalous is (found.score > 0.5)
 
 
-def test_maps_are_those_that_the_scores_are_taken_from(predictor: Predictor, noise: list[ImageArray]) -> None:
-    scores = [image_score(anomaly_map, 9) for anomaly_map in predictor.map_predictor.maps(noise, at="network")]
+def test_maps_are_those_that_the_scores_are_taken_from(
+    predictor: Predictor, noise: list[ImageArray]
+) -> None:
+    scores = [
+        image_score(anomaly_map, 9)
+        for anomaly_map in predictor.map_predictor.maps(noise, at="network")
+    ]
     assert scores == pytest.approx([found.score for found in predictor(noise)], abs=1e-6)
 
 
@@ -291,7 +322,9 @@ def test_company_in_a_batch_changes_nothing(
 def test_verdict_is_strictly_above(model_folder: Path, noise: list[ImageArray]) -> None:
     score = Predictor(model_folder, device="cpu")(noise[:1])[0].score
     at = Predictor(model_folder, device="cpu", image_threshold=score)(noise[:1])[0]
-    below = Predictor(model_folder, device="cpu", image_threshold=float(np.nextafter(score, 0)))(noise[:1])[0]
+    below = Predictor(model_folder, device="cpu", image_threshold=float(np.nextafter(score, 0)))(
+        noise[:1]
+    )[0]
     assert (at.is_anomalous, below.is_anomalous) == (False, True)
 
 
@@ -302,7 +335,9 @@ def test_thresholds_given_take_the_place_of_the_models_own(model_folder: Path) -
     assert (given.image_threshold, given.pixel_threshold) == (0.0, 0.9)
 
 
-def test_without_threshold_the_verdict_stays_open(uncalibrated_folder: Path, noise: list[ImageArray]) -> None:
+def test_without_threshold_the_verdict_stays_open(
+    uncalibrated_folder: Path, noise: list[ImageArray]
+) -> None:
     assert Predictor(uncalibrated_folder, device="cpu")(noise[:1])[0].is_anomalous is None
 
 
@@ -363,8 +398,8 @@ def test_it_is_built_from_the_inference_section(
     built = MapPredictor.build(ALMRR.load(model_folder), settings, tiling=WHOLE, device="cpu")
     assert (built.batch_size, built.image_size, built.tiling) == (3, (128, 128), WHOLE)
     expected = Predictor(flips_model_folder, device="cpu", batch_size=3)  # of equal weights
-    for given, prediction in zip(built.maps(noise, at="image"), expected(noise), strict=True):
-        np.testing.assert_array_equal(given, prediction.anomaly_map)
+    for found, prediction in zip(built.maps(noise, at="image"), expected(noise), strict=True):
+        np.testing.assert_array_equal(found, prediction.anomaly_map)
 
 
 def test_a_folder_may_be_named_by_a_string(model_folder: Path) -> None:
@@ -379,7 +414,9 @@ def test_settings_of_another_model_are_refused(tmp_path: Path, model_folder: Pat
         Predictor(tmp_path, device="cpu")
 
 
-def test_images_of_one_pixel_and_of_one_row(predictor: Predictor, tiling_model_folder: Path) -> None:
+def test_images_of_one_pixel_and_of_one_row(
+    predictor: Predictor, tiling_model_folder: Path
+) -> None:
     small = [np.full((1, 1, 3), 7, dtype=np.uint8), np.full((1, 200, 3), 7, dtype=np.uint8)]
     for model in (predictor, Predictor(tiling_model_folder, device="cpu")):
         assert [found.anomaly_map.shape for found in model(small)] == [(1, 1), (1, 200)]
@@ -389,9 +426,15 @@ def test_images_of_one_pixel_and_of_one_row(predictor: Predictor, tiling_model_f
 def test_cuda_agrees_with_the_cpu(model_folder: Path, noise: list[ImageArray]) -> None:
     on_gpu = Predictor(model_folder, device="cuda")
     assert on_gpu.map_predictor.device.type == "cuda"
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in on_gpu.map_predictor.model.modules())
-    assert {tensor.device.type for tensor in on_gpu.map_predictor.model.state_dict().values()} == {"cuda"}
-    for expected, found in zip(Predictor(model_folder, device="cpu")(noise), on_gpu(noise), strict=True):
+    assert not any(
+        isinstance(module, nn.BatchNorm2d) for module in on_gpu.map_predictor.model.modules()
+    )
+    assert {tensor.device.type for tensor in on_gpu.map_predictor.model.state_dict().values()} == {
+        "cuda"
+    }
+    for expected, found in zip(
+        Predictor(model_folder, device="cpu")(noise), on_gpu(noise), strict=True
+    ):
         np.testing.assert_allclose(found.anomaly_map, expected.anomaly_map, atol=2e-3)
 
 
@@ -401,7 +444,12 @@ def test_inference_needs_neither_mlflow_nor_kedro() -> None:
         "almrr_pipeline.inference.calibration, almrr_pipeline.inference.describe; "
         "print(sorted({'mlflow', 'kedro', 'dvc'} & set(sys.modules)))"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+        == "[]\n"
+    )
 
 
 @pytest.mark.parametrize("suffix", ["tif", "jpg", "bmp"])

@@ -23,7 +23,9 @@ def _double(value: int) -> int:
 @settings(deadline=None)
 @given(st.lists(st.integers()), st.integers(1, 6), st.integers(1, 4))
 def test_results_keep_the_order_of_the_items(items: list[int], ahead: int, threads: int) -> None:
-    assert list(_map_ahead(_double, items, ahead=ahead, threads=threads)) == [2 * item for item in items]
+    assert list(_map_ahead(_double, items, ahead=ahead, threads=threads)) == [
+        2 * item for item in items
+    ]
 
 
 def test_no_more_items_are_drawn_than_allowed() -> None:

@@ -14,14 +14,18 @@ from almrr_pipeline.inference.tiling import AnomalyMap, Axis, Blend, TileGrid
 LENGTHS = st.integers(1, 120)
 TILES = st.integers(1, 40)
 OVERLAPS = st.floats(0.0, 0.75)
-GRIDS = st.builds(TileGrid, st.tuples(LENGTHS, LENGTHS), tile=st.tuples(TILES, TILES), overlap=OVERLAPS)
+GRIDS = st.builds(
+    TileGrid, st.tuples(LENGTHS, LENGTHS), tile=st.tuples(TILES, TILES), overlap=OVERLAPS
+)
 
 
 def _noise(grid: TileGrid) -> ImageArray:
     return np.random.default_rng(0).integers(0, 256, size=(*grid.size, 3), dtype=np.uint8)
 
 
-def _blend(grid: TileGrid, image: ImageArray, model: Callable[[ImageArray], AnomalyMap]) -> AnomalyMap:
+def _blend(
+    grid: TileGrid, image: ImageArray, model: Callable[[ImageArray], AnomalyMap]
+) -> AnomalyMap:
     blend = Blend(grid)
     for tile in grid.cut(image):
         blend.add(model(tile))
@@ -85,7 +89,9 @@ def test_what_goes_in_comes_out(grid: TileGrid) -> None:
 @settings(deadline=None)
 @given(GRIDS, st.floats(0.0, 1.0, width=32))
 def test_a_constant_stays_constant(grid: TileGrid, value: float) -> None:
-    blended = _blend(grid, _noise(grid), lambda tile: np.full(tile.shape[:2], value, dtype=np.float32))
+    blended = _blend(
+        grid, _noise(grid), lambda tile: np.full(tile.shape[:2], value, dtype=np.float32)
+    )
     np.testing.assert_array_equal(blended, np.float32(value))
 
 
@@ -145,8 +151,11 @@ def test_an_image_of_another_size_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "tile", "overlap"), [((0, 5), (2, 2), 0.0), ((5, 5), (0, 2), 0.0), ((5, 5), (2, 2), 1.0)]
+    ("size", "tile", "overlap"),
+    [((0, 5), (2, 2), 0.0), ((5, 5), (0, 2), 0.0), ((5, 5), (2, 2), 1.0)],
 )
-def test_impossible_grids_are_refused(size: tuple[int, int], tile: tuple[int, int], overlap: float) -> None:
+def test_impossible_grids_are_refused(
+    size: tuple[int, int], tile: tuple[int, int], overlap: float
+) -> None:
     with pytest.raises(ValueError, match="positive sizes"):
         TileGrid(size, tile=tile, overlap=overlap)

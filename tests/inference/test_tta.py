@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from almrr_pipeline.common.arrays import ImageArray
-from almrr_pipeline.inference.tta import FlipAveraged, average_flips
 from almrr_pipeline.inference.predictor import Predictor
+from almrr_pipeline.inference.tta import FlipAveraged, average_flips
 
 
 class Slanted(nn.Module):
@@ -63,6 +63,8 @@ def test_a_predictor_follows_the_models_settings(
     mirrors = [[image, image[:, ::-1], image[::-1], image[::-1, ::-1]] for image in square]
 
     for given, four in zip(flips(square), mirrors, strict=True):
-        one, right, down, both = (p.anomaly_map for p in plain(np.ascontiguousarray(each) for each in four))
+        one, right, down, both = (
+            p.anomaly_map for p in plain(np.ascontiguousarray(each) for each in four)
+        )
         expected = np.mean([one, right[:, ::-1], down[::-1], both[::-1, ::-1]], axis=0)
         np.testing.assert_allclose(given.anomaly_map, expected, rtol=0, atol=1e-5)

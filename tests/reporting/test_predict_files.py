@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from almrr_pipeline.common import progress
-from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.common.arrays import ImageArray
+from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.inference.predictor import Predictor
 from almrr_pipeline.reporting import predict_files as predict_files_module
 from almrr_pipeline.reporting.predict_files import find_images, predict_files
@@ -30,7 +30,9 @@ def _touch(*paths: Path) -> None:
 
 
 def _contents(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+    )
 
 
 # --- what is found ---
@@ -44,7 +46,10 @@ def test_a_folder_gives_its_images_sorted(tmp_path: Path) -> None:
 
 def test_sub_folders_are_looked_into_on_demand(tmp_path: Path) -> None:
     _touch(tmp_path / "x" / "a.png", tmp_path / "y" / "z" / "a.png", tmp_path / ".git" / "a.png")
-    assert find_images([tmp_path], recursive=True) == [tmp_path / "x" / "a.png", tmp_path / "y" / "z" / "a.png"]
+    assert find_images([tmp_path], recursive=True) == [
+        tmp_path / "x" / "a.png",
+        tmp_path / "y" / "z" / "a.png",
+    ]
     with pytest.raises(AlmrrError, match="--recursive"):
         find_images([tmp_path])
 
@@ -56,7 +61,9 @@ def test_a_named_file_is_taken_whatever_its_suffix(tmp_path: Path) -> None:
 
 def test_no_image_comes_twice(tmp_path: Path) -> None:
     _touch(tmp_path / "a.png")
-    assert find_images([tmp_path / "a.png", tmp_path, tmp_path / ".." / tmp_path.name]) == [tmp_path / "a.png"]
+    assert find_images([tmp_path / "a.png", tmp_path, tmp_path / ".." / tmp_path.name]) == [
+        tmp_path / "a.png"
+    ]
 
 
 def test_two_links_to_one_file_are_two_images(tmp_path: Path) -> None:
@@ -99,7 +106,9 @@ def test_overlays_show_every_image(
     for path, image in zip(noise_paths, noise, strict=True):
         with Image.open(tmp_path / "out" / "overlays" / path.name) as overlay:
             assert overlay.mode == "RGB"
-            assert overlay.width % image.shape[1] == 0  # narrow images are enlarged by a whole factor
+            assert (
+                overlay.width % image.shape[1] == 0
+            )  # narrow images are enlarged by a whole factor
             assert overlay.height > image.shape[0]
 
 
@@ -117,7 +126,9 @@ def test_maps_hold_the_anomaly_maps(
     assert not (tmp_path / "npy" / "overlays").exists()
 
 
-def test_sub_folders_are_kept(predictor: Predictor, noise: list[ImageArray], tmp_path: Path) -> None:
+def test_sub_folders_are_kept(
+    predictor: Predictor, noise: list[ImageArray], tmp_path: Path
+) -> None:
     for name in ("in/x/a.png", "in/y/a.png"):
         (tmp_path / name).parent.mkdir(parents=True)
         Image.fromarray(noise[0]).save(tmp_path / name)
@@ -125,7 +136,9 @@ def test_sub_folders_are_kept(predictor: Predictor, noise: list[ImageArray], tmp
     assert _contents(tmp_path / "out") == ["overlays/x/a.png", "overlays/y/a.png", "scores.csv"]
 
 
-def test_equal_stems_keep_their_suffixes(predictor: Predictor, noise: list[ImageArray], tmp_path: Path) -> None:
+def test_equal_stems_keep_their_suffixes(
+    predictor: Predictor, noise: list[ImageArray], tmp_path: Path
+) -> None:
     for name in ("a.png", "a.bmp"):
         Image.fromarray(noise[0]).save(tmp_path / name)
     predict_files(predictor, [tmp_path / "a.png", tmp_path / "a.bmp"], tmp_path / "out", maps="npy")
@@ -176,7 +189,9 @@ def test_nothing_is_left_when_no_image_can_be_read(predictor: Predictor, tmp_pat
 # --- what is in the way ---
 
 
-def test_earlier_results_are_refused_or_replaced(predictor: Predictor, noise_paths: list[Path], tmp_path: Path) -> None:
+def test_earlier_results_are_refused_or_replaced(
+    predictor: Predictor, noise_paths: list[Path], tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     predict_files(predictor, noise_paths, out, maps="npy")
     before = _contents(out)
@@ -187,12 +202,16 @@ def test_earlier_results_are_refused_or_replaced(predictor: Predictor, noise_pat
     assert _contents(out) == ["overlays/00.png", "scores.csv"]
 
 
-def test_an_empty_folder_is_filled(predictor: Predictor, noise_paths: list[Path], tmp_path: Path) -> None:
+def test_an_empty_folder_is_filled(
+    predictor: Predictor, noise_paths: list[Path], tmp_path: Path
+) -> None:
     predict_files(predictor, noise_paths[:1], tmp_path)
     assert _contents(tmp_path) == ["overlays/00.png", "scores.csv"]
 
 
-def test_other_peoples_files_are_never_replaced(predictor: Predictor, noise_paths: list[Path], tmp_path: Path) -> None:
+def test_other_peoples_files_are_never_replaced(
+    predictor: Predictor, noise_paths: list[Path], tmp_path: Path
+) -> None:
     _touch(tmp_path / "thesis.tex")
     with pytest.raises(AlmrrError, match=r"other files, such as thesis\.tex"):
         predict_files(predictor, noise_paths, tmp_path, overwrite=True)
@@ -210,7 +229,9 @@ def test_images_in_the_output_folder_are_never_replaced(
     assert _contents(tmp_path) == ["overlays/a.png"]
 
 
-def test_a_file_is_no_output_folder(predictor: Predictor, noise_paths: list[Path], tmp_path: Path) -> None:
+def test_a_file_is_no_output_folder(
+    predictor: Predictor, noise_paths: list[Path], tmp_path: Path
+) -> None:
     _touch(tmp_path / "out")
     with pytest.raises(AlmrrError, match="is a file"):
         predict_files(predictor, noise_paths, tmp_path / "out")
@@ -218,7 +239,10 @@ def test_a_file_is_no_output_folder(predictor: Predictor, noise_paths: list[Path
 
 @pytest.mark.parametrize(
     ("error", "raised"),
-    [(OSError(28, "No space left on device"), AlmrrError), (KeyboardInterrupt(), KeyboardInterrupt)],
+    [
+        (OSError(28, "No space left on device"), AlmrrError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ],
     ids=["disk full", "interrupted"],
 )
 def test_a_failure_leaves_the_earlier_results_alone(
@@ -239,7 +263,9 @@ def test_a_failure_leaves_the_earlier_results_alone(
     assert {entry.name for entry in out.iterdir()} == {"overlays", "scores.csv"}
 
 
-def test_what_a_killed_run_left_is_cleared_away(predictor: Predictor, noise_paths: list[Path], tmp_path: Path) -> None:
+def test_what_a_killed_run_left_is_cleared_away(
+    predictor: Predictor, noise_paths: list[Path], tmp_path: Path
+) -> None:
     _touch(tmp_path / ".staging@host@1@abc" / "overlays" / "00.png")
     with pytest.raises(AlmrrError, match="--overwrite"):
         predict_files(predictor, noise_paths[:1], tmp_path)
@@ -247,20 +273,27 @@ def test_what_a_killed_run_left_is_cleared_away(predictor: Predictor, noise_path
     assert _contents(tmp_path) == ["overlays/00.png", "scores.csv"]
 
 
-def test_a_place_that_cannot_be_written_is_named(predictor: Predictor, noise_paths: list[Path], tmp_path: Path) -> None:
+def test_a_place_that_cannot_be_written_is_named(
+    predictor: Predictor, noise_paths: list[Path], tmp_path: Path
+) -> None:
     _touch(tmp_path / "file")
     with pytest.raises(AlmrrError, match=r"cannot be written to .*file.out"):
         predict_files(predictor, noise_paths[:1], tmp_path / "file" / "out")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
-def test_results_are_readable_by_others(predictor: Predictor, noise_paths: list[Path], tmp_path: Path) -> None:
+def test_results_are_readable_by_others(
+    predictor: Predictor, noise_paths: list[Path], tmp_path: Path
+) -> None:
     umask = os.umask(0o022)
     try:
         predict_files(predictor, noise_paths[:1], tmp_path / "out")
     finally:
         os.umask(umask)
-    assert {oct(path.stat().st_mode & 0o777) for path in (tmp_path / "out").rglob("*")} == {"0o755", "0o644"}
+    assert {oct(path.stat().st_mode & 0o777) for path in (tmp_path / "out").rglob("*")} == {
+        "0o755",
+        "0o644",
+    }
 
 
 def _raiser(error: BaseException) -> Callable[..., None]:

@@ -1,1 +1,1 @@
-"""From a trained model and images to anomaly maps, scores and verdicts; and the ways to take a model elsewhere."""
+"""Anomaly maps, scores and verdicts from a trained model; fusing, calibration and export."""

@@ -1,7 +1,7 @@
 """Image threshold and pixel threshold from normal validation images.
 
-Both are conformal quantiles (`almrr_pipeline.evaluation.thresholds`). Of normal images from the process
-that the validation images come from, at most the chosen fraction is
+Both are conformal quantiles (`almrr_pipeline.evaluation.thresholds`). Of normal images from the
+process that the validation images come from, at most the chosen fraction is
 
 - called anomalous: the image threshold is taken from the images' scores;
 - shown with an outline anywhere: the pixel threshold is taken from the largest value of each map.

@@ -65,13 +65,7 @@ def export_onnx(model: ALMRR | FusedALMRR, path: Path, *, flips: bool = False) -
 def export_torch(model: ALMRR | FusedALMRR, path: Path, *, flips: bool = False) -> None:
     """Write the model, fused, as a program: `torch.export.load(path).module()(images)` gives maps.
 
-    Args:
-        model: the model; stays as it is.
-        path: the file.
-        flips: export the mean over flips (`almrr_pipeline.inference.tta`).
-
-    Raises:
-        AlmrrError: the file cannot be written there.
+    Arguments and errors are those of `export_onnx`.
     """
     _check_target(path)
     graph, images, dynamic_shapes = _prepare_tracing(model, flips)
@@ -81,7 +75,7 @@ def export_torch(model: ALMRR | FusedALMRR, path: Path, *, flips: bool = False) 
 
 
 class _Graph(nn.Module):
-    """The exported function: fused, on the CPU, the scan in its parallel form, the input unchecked."""
+    """The exported function: fused, on the CPU, scan in parallel form, input unchecked."""
 
     def __init__(self, model: ALMRR | FusedALMRR) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
 """Fused inference: the function that a trained model computes, with all constants multiplied out.
 
-What is linear, with nothing nonlinear between it and the next linear map, is composed with that map:
+What is linear, with nothing nonlinear up to the next linear map, is composed with that map:
 
 - batch norms go into the convolutions before them;
 - the standardization, the 1x1 convolution and the patch embedding become one convolution per stage.
@@ -306,7 +306,7 @@ def _has_numba() -> bool:
 
 
 def normalize(x: Tensor) -> Tensor:
-    """Instance norm as a group norm of one channel each, which leaves a CPU's channels innermost."""
+    """Instance norm, as a group norm of one channel each: a CPU's channels stay innermost."""
     return F.group_norm(x, x.shape[1], eps=_EPSILON)
 
 

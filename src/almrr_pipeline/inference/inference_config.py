@@ -43,7 +43,7 @@ class InferenceConfig(Section):
     """None until the model has been calibrated."""
 
     def without_guarantee(self) -> InferenceConfig:
-        """The same thresholds without a guarantee: the weights were chosen on the validation images."""
+        """Withdraw the thresholds' guarantee: weights were chosen on the validation images."""
         if self.thresholds is None:
             return self
         thresholds = Thresholds(

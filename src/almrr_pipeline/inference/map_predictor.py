@@ -47,7 +47,8 @@ def raise_unreadable(image: ImageInput, error: AlmrrError) -> None:
     raise error
 
 
-class ScaledMap(NamedTuple):
+@dataclass(frozen=True)
+class ScaledMap:
     """An anomaly map at the network's scale."""
 
     index: int
@@ -249,7 +250,7 @@ def _decode(index: int, image: ImageInput) -> ImageArray:
         return read_image(Path(image))
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
         raise AlmrrError(
-            f"Image {index} (counted from 0) is an array of {image.dtype} with shape {image.shape}; "
-            "expected RGB values in [0, 255] as uint8 with shape (rows, columns, 3)."
+            f"Image {index} (counted from 0) is an array of {image.dtype} with shape "
+            f"{image.shape}; expected RGB in [0, 255] as uint8 with shape (rows, columns, 3)."
         )
     return image

@@ -1,8 +1,8 @@
 """A model folder as an MLflow model: encoded images in; scores, verdicts and maps out.
 
-The one module below kedro_support that imports MLflow. MLflow runs this file when it loads the model
-("models from code"), so nothing is pickled; the artifacts are the model folder and this package's
-source. `mlflow models serve` answers:
+The one module below kedro_support that imports MLflow. MLflow runs this file when it loads the
+model ("models from code"), so nothing is pickled; the artifacts are the model folder and this
+package's source. `mlflow models serve` answers:
 
     curl http://127.0.0.1:5000/invocations -H 'Content-Type: application/json' \
          -d '{"dataframe_records": [{"image": "<base64 of a PNG or JPEG file>"}]}'
@@ -52,7 +52,7 @@ _REQUIREMENTS = (
 """What prediction imports; pinned to the versions that are installed at logging."""
 
 MODEL_CONFIG: dict[str, Any] = {"device": "auto", "batch_size": 8, "scan_backend": "auto"}
-"""Arguments of `Predictor`; `mlflow.pyfunc.load_model(uri, model_config={...})` can replace each."""
+"""Arguments of `Predictor`; `mlflow.pyfunc.load_model(uri, model_config={...})` replaces them."""
 
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec(DataType.binary, "image")]),
@@ -65,7 +65,7 @@ SIGNATURE = ModelSignature(
     ),
     params=ParamSchema([ParamSpec("anomaly_map", DataType.boolean, False)]),
 )
-"""One row per image: the bytes of its file (base64 in JSON) in; score, verdict and, on request, map out."""
+"""One row per image: its file's bytes (base64 in JSON) in; score, verdict, map on request out."""
 
 
 class ServedModel(PythonModel):
@@ -92,7 +92,7 @@ class ServedModel(PythonModel):
                 16-bit gray PNG of the image's size, where 65535 stands for 1.
 
         Returns:
-            Columns score, in [0, 1]; is_anomalous, None where there is no threshold; anomaly_map, on
+            Columns score, in [0, 1]; is_anomalous, None where there is no threshold; anomaly_map on
             request.
 
         Raises:

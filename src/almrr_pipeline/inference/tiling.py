@@ -1,14 +1,13 @@
 """Overlapping tiles of one size, and the map that is blended from the tiles' maps.
 
-Every tile is inside the image, at even distances, so that an image of at least a tile's size needs no
-padding. A smaller one is padded to a tile by reflection, half before and half after; the padding is
-cut off the blended map again.
+Every tile is inside the image, at even distances, so that an image of at least a tile's size needs
+no padding. A smaller one is padded to a tile by reflection, half before and half after; the padding
+is cut off the blended map again.
 
-Along each axis a tile's weight rises over its overlap with the tile before and falls over that with the
-next, as sin^2 and cos^2 (a raised cosine); toward the image's border it stays at 1. The weights are
-divided by their sum, which makes them a partition of unity: agreeing tiles blend into exactly what they
-agree on, and a tile's edge, where the network has seen least around a pixel, has no weight. Without
-overlap the tiles are next to each other.
+Along each axis a tile's weight rises over its overlap with the tile before and falls over that with
+the next, as sin^2 and cos^2 (a raised cosine); toward the image's border it stays at 1. The weights
+are divided by their sum, which makes them a partition of unity: agreeing tiles blend into exactly
+what they agree on, and a tile's edge, where the network sees least around a pixel, has no weight.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ class Axis:
 
     @cached_property
     def weights(self) -> Floats:
-        """Weights of each tile's pixels, in [0, 1], shape (tiles, tile); those of a pixel sum to 1."""
+        """Weights of the tiles' pixels, in [0, 1], shape (tiles, tile); a pixel's sum to 1."""
         raw = np.ones((len(self.starts), self.tile))
         total = np.zeros(max(self.length, self.tile))
         for k, start in enumerate(self.starts):
@@ -93,7 +92,7 @@ class TileGrid:
         return len(rows.starts) * len(columns.starts)
 
     def places(self) -> Iterator[tuple[tuple[slice, slice], Floats]]:
-        """Position of each tile in the padded image, and the weights of its pixels, shape `tile`."""
+        """Position of each tile in the padded image, and its pixels' weights, shape `tile`."""
         rows, columns = self.axes
         for row, row_weights in zip(rows.starts, rows.weights, strict=True):
             for column, column_weights in zip(columns.starts, columns.weights, strict=True):
@@ -116,8 +115,8 @@ class TileGrid:
 class Blend:
     """The map of a whole image, summed from the maps of its tiles in the order of `TileGrid.cut`.
 
-    It holds one map of the image's size and no tile. It sums in float64, so that rounding to float32 at
-    the end makes agreement of the tiles exact, and nothing leaves [0, 1].
+    It holds one map of the image's size and no tile. It sums in float64, so that rounding to
+    float32 at the end makes agreement of the tiles exact, and nothing leaves [0, 1].
     """
 
     def __init__(self, grid: TileGrid) -> None:

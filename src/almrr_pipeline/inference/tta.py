@@ -12,8 +12,8 @@ _FLIPS = ((), (_COLUMNS,), (_ROWS,), (_ROWS, _COLUMNS))
 class FlipAveraged(nn.Module):
     """A network whose maps are averaged over flips, at four times the work.
 
-    A training with `train.flips` asks for maps that flip with the image; those of a network of finite
-    training differ a little from flip to flip, and the mean keeps what they agree on.
+    A training with `train.flips` asks for maps that flip with the image; those of a network of
+    finite training differ a little from flip to flip, and the mean keeps what they agree on.
 
     Args:
         model: takes float32 in [0, 1] of shape (B, 3, H, W), returns (B, H, W) in [0, 1].
@@ -25,7 +25,7 @@ class FlipAveraged(nn.Module):
         self.training = model.training
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map each flip, flip the map back, and average: (B, 3, H, W) -> (B, H, W), both in [0, 1]."""
+        """Map each flip, flip back, and average: (B, 3, H, W) -> (B, H, W), both in [0, 1]."""
         maps = [self.model(images.flip(axes)).flip(axes) for axes in _FLIPS]
         return torch.stack(maps).mean(0)
 

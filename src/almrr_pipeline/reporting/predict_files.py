@@ -1,7 +1,8 @@
 """From folders of photographs to a folder of results: overlays, scores.csv and anomaly maps.
 
-The results are written into a hidden folder inside the output folder and moved to their places at the
-end, scores.csv last: a folder that holds a scores.csv is complete, and an interrupted run leaves nothing.
+The results are written into a hidden folder inside the output folder and moved to their places at
+the end, scores.csv last: a folder that holds a scores.csv is complete, and an interrupted run
+leaves nothing.
 """
 
 from __future__ import annotations
@@ -67,8 +68,8 @@ class Summary:
 def find_images(paths: Iterable[Path], *, recursive: bool = False) -> list[Path]:
     """List the images among the paths and in the folders among them, each once.
 
-    A folder gives the files with the suffix of an image, sorted by name, hidden ones left out; a file
-    that is named itself is taken whatever its suffix.
+    A folder gives the files with the suffix of an image, sorted by name, hidden ones left out; a
+    file that is named itself is taken whatever its suffix.
 
     Raises:
         AlmrrError: a path does not exist, or a folder holds no image.
@@ -94,8 +95,8 @@ def predict_files(
     """Predict images and write overlays/, maps/ and scores.csv.
 
     Overlays and maps are named after their images, in sub-folders as below the deepest folder that
-    contains all images. Maps have the image's size: npy holds float32 in [0, 1], png 16-bit gray, 65535
-    for 1.
+    contains all images. Maps have the image's size: npy holds float32 in [0, 1], png 16-bit gray
+    (65535 for 1).
 
     Args:
         predictor: the model.
@@ -106,8 +107,8 @@ def predict_files(
         overwrite: replace the results of an earlier run.
 
     Raises:
-        AlmrrError: not one image can be read, or the output folder is not free or cannot be written;
-            nothing is left behind then.
+        AlmrrError: not one image can be read, or the output folder is not free or cannot be
+            written; nothing is left behind then.
     """
     images = list(dict.fromkeys(images))
     check_output(output, images, overwrite=overwrite)
@@ -135,8 +136,8 @@ def check_output(output: Path, images: Iterable[Path], *, overwrite: bool) -> No
     """Refuse an output folder whose contents would be lost.
 
     Raises:
-        AlmrrError: `output` is a file, holds something else than results of an earlier run, holds such
-            results while `overwrite` is False, or holds one of the images.
+        AlmrrError: `output` is a file, holds something else than results of an earlier run, holds
+            such results while `overwrite` is False, or holds one of the images.
     """
     if output.exists() and not output.is_dir():
         raise AlmrrError(f"The output {output} is a file; name a folder.")
@@ -146,8 +147,8 @@ def check_output(output: Path, images: Iterable[Path], *, overwrite: bool) -> No
     )
     if foreign:
         raise AlmrrError(
-            f"The output folder {output} holds other files, such as {foreign[0]}; name an empty or a "
-            "new one."
+            f"The output folder {output} holds other files, such as {foreign[0]}; "
+            "name an empty or a new one."
         )
     if entries and not overwrite:
         raise AlmrrError(
@@ -180,7 +181,7 @@ def _list_folder(folder: Path, recursive: bool) -> list[Path]:
 
 
 def _absolute(path: Path) -> Path:
-    """Absolute and without `..`; links stay: two links to one file are two images with two names."""
+    """Absolute, without `..`; links stay: two links to one file are two images with two names."""
     return Path(os.path.normpath(path.absolute()))
 
 
