@@ -45,7 +45,7 @@ def test_a_higher_rate_gives_lower_thresholds(brightness: nn.Module, write_image
     )  # rank 2 of 3
 
 
-def test_no_calibration_image_lies_above_where_the_rate_is_small(
+def test_no_validation_image_is_above_where_the_rate_is_small(
     brightness: nn.Module, write_images
 ) -> None:
     thresholds = _calibrate(brightness, write_images(_dots([1, 2, 3])), rate=0.01)
@@ -60,14 +60,14 @@ def test_without_images_both_are_undefined_and_say_why(brightness: nn.Module) ->
     assert "held out" in (thresholds.image.undefined or "")
 
 
-def test_the_two_promises_name_their_events(brightness: nn.Module, write_images) -> None:
+def test_the_two_guarantees_name_their_events(brightness: nn.Module, write_images) -> None:
     thresholds = _calibrate(brightness, write_images(_dots([1, 2, 3])))
     assert "is called defective" in thresholds.image.guarantee
     assert "shows an outline" in thresholds.pixel.guarantee
 
 
-def test_the_promised_rate_is_kept_on_average(brightness: nn.Module, write_images) -> None:
-    """Exchangeable images: over many draws a new one lies above the pixel threshold at the promised rate."""
+def test_the_guaranteed_rate_is_kept_on_average(brightness: nn.Module, write_images) -> None:
+    """Exchangeable images: over many draws a new one is above the threshold at that rate."""
     generator = np.random.default_rng(0)
     levels = generator.permutation(250)[:60]  # distinct, so that the promise is met exactly
     peaks = [level / 255 for level in levels]

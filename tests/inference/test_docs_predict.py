@@ -20,7 +20,7 @@ from almrr_pipeline.inference.tiling import TileGrid
 def workplace(
     model_folder: Path, noise: list[ImageArray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Path:
-    """What docs/predict.md speaks of: a model folder and photographs below the working directory."""
+    """A model folder and photographs below the working directory, as in docs/predict.md."""
     shutil.copytree(model_folder, tmp_path / "data" / "06_models" / "sample_brick" / "seed_0")
     (tmp_path / "photographs").mkdir()
     for name, image in zip("ab", noise, strict=False):
@@ -69,7 +69,7 @@ def test_the_documented_number_of_tiles_is_right() -> None:
 
 
 def test_the_documented_spread_of_the_real_rate_is_right() -> None:
-    """The real rate of a conformal threshold follows Beta(n + 1 - k, k); simulated with uniform scores."""
+    """The real rate of a threshold follows Beta(n + 1 - k, k); simulated with uniform scores."""
     generator = np.random.default_rng(0)
     real = 1 - np.sort(generator.random((20_000, 20)), axis=1)[:, 19]  # rank ceil(21 x 0.95) = 20
     assert real.mean() == pytest.approx(0.05, abs=0.003)

@@ -74,7 +74,7 @@ def test_the_graph_takes_any_batch_and_one_size(onnx_file: Path) -> None:
 
 
 def test_the_scan_does_not_unroll(model: ALMRR, onnx_file: Path) -> None:
-    """128 tokens scanned step by step in two directions would alone take more nodes than the whole graph may have."""
+    """128 tokens scanned step by step in two directions would take more nodes than allowed here."""
     onnx = pytest.importorskip("onnx")
     nodes = len(onnx.load(onnx_file, load_external_data=False).graph.node)
     assert model.mfrm.position.shape[1] == 128

@@ -38,7 +38,8 @@ while wanted:
         continue
     installed.add(name)
     needed = map(Requirement, lines)
-    wanted += [one.name for one in needed if one.marker is None or one.marker.evaluate({"extra": ""})]
+    always = {"extra": ""}
+    wanted += [one.name for one in needed if one.marker is None or one.marker.evaluate(always)]
 
 provided_by = metadata.packages_distributions()
 
@@ -54,7 +55,7 @@ class Without:
 sys.meta_path = [Without(finder) for finder in sys.meta_path]
 import almrr_pipeline.inference.map_png, almrr_pipeline.inference.predictor
 """
-"""Imports what the served model imports, where nothing is to be had but the named distributions and what they need."""
+"""Imports what the served model imports, with only the named distributions and their needs."""
 
 
 @pytest.fixture(scope="module")

@@ -98,7 +98,7 @@ def test_a_constant_stays_constant(grid: TileGrid, value: float) -> None:
 @settings(deadline=None)
 @given(st.integers(33, 200), st.floats(0.1, 0.5))
 def test_disagreeing_tiles_leave_no_seam(length: int, overlap: float) -> None:
-    """A raised cosine over n pixels rises by at most pi / 2n a pixel; hard tile edges would show a step of 1."""
+    """A raised cosine over n pixels rises by at most pi / 2n a pixel; a hard edge by 1."""
     axis = Axis(length, 32, overlap)
     blended = np.zeros(length)
     for k, (start, weights) in enumerate(zip(axis.starts, axis.weights, strict=True)):

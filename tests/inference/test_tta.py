@@ -13,7 +13,7 @@ from almrr_pipeline.inference.tta import FlipAveraged, average_flips
 
 
 class Slanted(nn.Module):
-    """The brightness times weights that differ from pixel to pixel, so that no mirror leaves a map as it is."""
+    """Brightness times weights that differ by pixel, so that every flip changes the map."""
 
     def forward(self, images: Tensor) -> Tensor:
         rows, columns = images.shape[2:]

@@ -130,7 +130,7 @@ class MapPredictor:
 
         Raises:
             AlmrrError: an image cannot be read or is no image, the model's output is not finite, or
-                a batch does not fit into the device's memory.
+                a batch does not fit into memory.
         """
         for scaled in self.scaled_maps(images, on_unreadable=on_unreadable):
             yield scaled.anomaly_map if at == "network" else scaled.at_image_size()

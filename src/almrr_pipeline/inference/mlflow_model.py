@@ -11,7 +11,6 @@ package's source. `mlflow models serve` answers:
 from __future__ import annotations
 
 import base64
-import io
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -26,7 +25,6 @@ from mlflow.models import ModelSignature, set_model
 from mlflow.models.model import ModelInfo
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
-from PIL import Image
 
 import almrr_pipeline
 from almrr_pipeline.common.arrays import ImageArray
@@ -103,9 +101,8 @@ class ServedModel(PythonModel):
         with self._lock:
             predictions = self._predictor.stream(_decode_rows(model_input))
             rows = [_to_row(prediction, with_map=with_map) for prediction in predictions]
-        return pd.DataFrame(rows).astype(
-            {"is_anomalous": object}
-        )  # None stays None, and null in JSON
+        # As objects None stays None, and becomes null in JSON.
+        return pd.DataFrame(rows).astype({"is_anomalous": object})
 
 
 def log_model(
@@ -127,6 +124,7 @@ def log_model(
             f"The alias {alias!r} belongs to a registered model; give registered_name too."
         )
     config = InferenceConfig.load(folder)
+    gray = np.full(config.image_size, 0.5, dtype=np.float32)
     logged: ModelInfo = mlflow.pyfunc.log_model(
         name=name,
         python_model=str(Path(__file__)),
@@ -134,7 +132,7 @@ def log_model(
         model_config=MODEL_CONFIG,
         code_paths=[str(Path(almrr_pipeline.__file__).parent)],
         signature=SIGNATURE,
-        input_example=_example(config.image_size),
+        input_example=pd.DataFrame({"image": [encode_map(gray)]}),
         pip_requirements=_pinned_requirements(),
         registered_model_name=registered_name,
         metadata={"category": config.category},
@@ -155,13 +153,6 @@ def _to_row(prediction: Prediction, *, with_map: bool) -> dict[str, Any]:
     if with_map:
         row["anomaly_map"] = base64.b64encode(encode_map(prediction.anomaly_map)).decode("ascii")
     return row
-
-
-def _example(size: tuple[int, int]) -> pd.DataFrame:
-    """A gray image of the network's size."""
-    encoded = io.BytesIO()
-    Image.fromarray(np.full((*size, 3), 128, dtype=np.uint8)).save(encoded, format="PNG")
-    return pd.DataFrame({"image": [encoded.getvalue()]})
 
 
 def _pinned_requirements() -> list[str]:

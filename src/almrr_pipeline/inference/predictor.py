@@ -63,8 +63,7 @@ class Predictor:
             device: auto (CUDA where there is one, else the CPU), or a name of torch's such as cpu,
                 cuda:1 or mps.
             batch_size: images, or tiles, per forward pass; at least 1.
-            scan_backend: implementation of the selective scan; see
-                `almrr_pipeline.model.kernels.scan`.
+            scan_backend: implementation of the selective scan.
             image_threshold: in place of the model's own.
             pixel_threshold: in place of the model's own.
 
@@ -91,11 +90,7 @@ class Predictor:
         self.map_predictor = replace(predictor, batch_size=batch_size)
 
     def __call__(self, images: Iterable[ImageInput]) -> list[Prediction]:
-        """Predict all of `images` and hold all their maps at once; `stream` holds a few.
-
-        Raises:
-            AlmrrError: as `stream`.
-        """
+        """Predict all of `images` and hold all their maps at once; `stream` holds a few."""
         return list(self.stream(images))
 
     def stream(
