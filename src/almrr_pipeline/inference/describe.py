@@ -34,7 +34,8 @@ def describe_model(folder: Path) -> str:
     rows, columns = config.image_size
     side = config.smoothing
     flips = "mean over the image and its three flips" if config.flips else "of the image as it is"
-    thresholds = config.thresholds
+    image = config.thresholds.image if config.thresholds else None
+    pixel = config.thresholds.pixel if config.thresholds else None
     counts = count_parameters(folder)
     return "\n".join(
         [
@@ -43,8 +44,8 @@ def describe_model(folder: Path) -> str:
             f"input             {rows} x {columns} pixels, {_describe_tiling(config.tiling)}",
             f"anomaly map       {flips}",
             f"image score       largest mean over {side} x {side} pixels of the map",
-            f"image threshold   {_describe_threshold(thresholds and thresholds.image)}",
-            f"pixel threshold   {_describe_threshold(thresholds and thresholds.pixel)}",
+            f"image threshold   {_describe_threshold(image)}",
+            f"pixel threshold   {_describe_threshold(pixel)}",
             f"parameters        {_millions(sum(counts.values()))}",
             *(f"  {module:<24}{_millions(count)}" for module, count in counts.items()),
         ]
