@@ -1,11 +1,12 @@
-"""ALMRR, fused, against anomalib's DRAEM, PatchCore and EfficientAD: inference at 256x256, in one run.
+"""Inference of fused ALMRR against anomalib's DRAEM, PatchCore and EfficientAD at 256x256.
 
     python benchmarks/anomalib_peers.py [--device cpu] [--batches 1 8] [--quick]
 
-anomalib is not a dependency: `pip install 'almrr-pipeline[peers]'`. All networks have random weights, which cost the
-same time. PatchCore searches a memory of the size that its defaults keep of 250 training images (a tenth of
-250 x 32 x 32 features of 1536 channels); its time depends on that number. Each is anomalib's torch model alone, in
-evaluation mode, without its loading of images.
+anomalib is not a dependency: `pip install 'almrr-pipeline[peers]'`. All networks have random
+weights, which cost the same time. PatchCore searches a memory of the size that its defaults keep
+of 250 training images (a tenth of 250 x 32 x 32 features of 1536 channels); its time depends on
+that number. Each is anomalib's torch model alone, in evaluation mode, without its loading of
+images.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ from almrr_pipeline.model.backbone import build_backbone
 
 SIZE = (256, 256)
 MEMORY = 250 * 32 * 32 // 10
-REMEDY = "anomalib is not installed, so its models are left out; `pip install 'almrr-pipeline[peers]'` brings them."
+REMEDY = (
+    "anomalib is not installed, so its models are left out; "
+    "`pip install 'almrr-pipeline[peers]'` installs it."
+)
 
 
 def build_draem() -> torch.nn.Module:
@@ -39,14 +43,19 @@ def build_patchcore() -> torch.nn.Module:
     """PatchCore at its defaults, its memory filled at random."""
     from anomalib.models.image.patchcore.torch_model import PatchcoreModel
 
-    model = PatchcoreModel(layers=("layer2", "layer3"), backbone="wide_resnet50_2", pre_trained=False)
+    model = PatchcoreModel(
+        layers=("layer2", "layer3"), backbone="wide_resnet50_2", pre_trained=False
+    )
     model.memory_bank = torch.rand(MEMORY, 512 + 1024)
     return model
 
 
 def build_efficient_ad(size: str) -> torch.nn.Module:
     """EfficientAD, small or medium, as if its statistics had been taken."""
-    from anomalib.models.image.efficient_ad.torch_model import EfficientAdModel, EfficientAdModelSize
+    from anomalib.models.image.efficient_ad.torch_model import (
+        EfficientAdModel,
+        EfficientAdModelSize,
+    )
 
     model = EfficientAdModel(model_size=EfficientAdModelSize(size))
     for statistics, values in ((model.mean_std, (0.0, 1.0)), (model.quantiles, (0.0, 1.0))):
@@ -62,7 +71,9 @@ def build_ours() -> torch.nn.Module:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8])
     parser.add_argument("--quick", action="store_true", help="batch 1, one repetition")

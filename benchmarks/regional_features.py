@@ -24,7 +24,9 @@ STRIDES = (4, 8, 16)
 def resize_then_pool(maps: Sequence[Tensor]) -> Tensor:
     """DFR's and the authors' way, with torch's own pooling."""
     size = 4 * maps[0].shape[-1]
-    resized = (F.interpolate(x, size=(size, size), mode="bilinear", align_corners=True) for x in maps)
+    resized = (
+        F.interpolate(x, size=(size, size), mode="bilinear", align_corners=True) for x in maps
+    )
     return torch.cat([F.avg_pool2d(x, 4) for x in resized], dim=1)
 
 
@@ -33,14 +35,18 @@ def resize_then_unfold(maps: Sequence[Tensor]) -> Tensor:
     features, grid = [], maps[0].shape[-1]
     for x in maps:
         resized = F.interpolate(x, size=(4 * grid, 4 * grid), mode="bilinear", align_corners=True)
-        patches = F.unfold(resized, kernel_size=4, stride=4).view(len(x), x.shape[1], 16, grid, grid)
+        patches = F.unfold(resized, kernel_size=4, stride=4).view(
+            len(x), x.shape[1], 16, grid, grid
+        )
         features.append(patches.mean(dim=2))
     return torch.cat(features, dim=1)
 
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--size", type=int, default=256, help="side of the images")
@@ -50,8 +56,14 @@ def main() -> None:
         arguments.batch, arguments.size = 1, 64
     device, size, repeats = arguments.device, arguments.size, 1 if arguments.quick else 9
     separable = RegionalFeatures((size, size)).to(device)
-    print(f"## Regional features, batch {arguments.batch}, {size}x{size}, {device}, ResNet-50's channels\n")
-    print("| memory format | way | time: median (quartiles) | faster than the first | peak memory, MB | difference |")
+    print(
+        f"## Regional features, batch {arguments.batch}, {size}x{size}, {device}, "
+        "ResNet-50's channels\n"
+    )
+    print(
+        "| memory format | way | time: median (quartiles) | faster than the first "
+        "| peak memory, MB | difference |"
+    )
     print("| --- | --- | --- | --- | --- | --- |")
     for memory_format in (torch.contiguous_format, torch.channels_last):
         maps = [
@@ -60,14 +72,26 @@ def main() -> None:
             for channels, stride in zip(CHANNELS, STRIDES, strict=True)
         ]  # fmt: skip
         with torch.inference_mode():
-            print_rows(maps, separable, repeats=repeats, device=device, label=str(memory_format).removeprefix("torch."))
+            print_rows(
+                maps,
+                separable,
+                repeats=repeats,
+                device=device,
+                label=str(memory_format).removeprefix("torch."),
+            )
 
 
-def print_rows(maps: list[Tensor], separable: RegionalFeatures, *, repeats: int, device: str, label: str) -> None:
+def print_rows(
+    maps: list[Tensor], separable: RegionalFeatures, *, repeats: int, device: str, label: str
+) -> None:
     """One row a way, against the first."""
     expected = resize_then_pool(maps)
     slowest = None
-    ways = {"resize, pool": resize_then_pool, "resize, unfold, mean": resize_then_unfold, "two matrices": separable}
+    ways = {
+        "resize, pool": resize_then_pool,
+        "resize, unfold, mean": resize_then_unfold,
+        "two matrices": separable,
+    }
     for name, way in ways.items():
         timing = measure(lambda way=way: way(maps), repeats=repeats, device=device)
         memory = measure_peak_memory(lambda way=way: way(maps), device=device)

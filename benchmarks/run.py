@@ -1,11 +1,14 @@
-"""All tables of docs/performance.md with one command, as Markdown: machine, commit and command first.
+"""All tables of docs/performance.md with one command, as Markdown.
 
-    python benchmarks/run.py [--device cpu|cuda] [--only regional_features scan model training anomalib_peers]
-        [--quick]
+Machine, commit and command come first.
 
-Each benchmark runs in a process of its own, so that none inherits another's memory; within a benchmark both sides of
-every comparison are measured in one run. Without --device a CUDA device follows the CPU where there is one. --quick
-makes each measurement once and small: it shows that everything runs, and its figures mean little.
+    python benchmarks/run.py [--device cpu|cuda] [--only regional_features scan model training
+        anomalib_peers] [--quick]
+
+Each benchmark runs in a process of its own, so that none inherits another's memory; within a
+benchmark both sides of every comparison are measured in one run. Without --device a CUDA device
+follows the CPU where there is one. --quick makes each measurement once and small: it shows that
+everything runs, and its figures mean little.
 """
 
 from __future__ import annotations
@@ -32,7 +35,9 @@ QUICK = {
 
 def main() -> None:
     """Run the benchmarks one after the other; exit with 1 if one of them fails."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", action="append", help="may be given twice")
     parser.add_argument("--only", nargs="+", choices=QUICK, default=list(QUICK))
     parser.add_argument("--quick", action="store_true")
@@ -62,18 +67,26 @@ def describe_run() -> str:
     lines = {
         "Command": f"`{shlex.join(['python', 'benchmarks/run.py', *sys.argv[1:]])}`",
         "Commit": read_commit(),
-        "Machine": f"{read_processor()}, {torch.get_num_threads()} threads" + "".join(f"; {name}" for name in devices),
-        "Versions": ", ".join(f"{name} {read_version(name)}" for name in ("torch", "timm", "numba", "triton")),
+        "Machine": f"{read_processor()}, {torch.get_num_threads()} threads"
+        + "".join(f"; {name}" for name in devices),
+        "Versions": ", ".join(
+            f"{name} {read_version(name)}" for name in ("torch", "timm", "numba", "triton")
+        ),
     }
     return "\n".join(f"- {name}: {value}" for name, value in lines.items())
 
 
 def read_commit() -> str:
     """The commit that was measured, and whether files differ from it."""
-    commands = (["git", "rev-parse", "--short", "HEAD"], ["git", "status", "--porcelain", "--untracked-files=no"])
+    commands = (
+        ["git", "rev-parse", "--short", "HEAD"],
+        ["git", "status", "--porcelain", "--untracked-files=no"],
+    )
     try:
         commit, changes = (
-            subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
+            subprocess.run(
+                command, cwd=HERE, capture_output=True, text=True, check=True
+            ).stdout.strip()
             for command in commands
         )
     except (OSError, subprocess.CalledProcessError):

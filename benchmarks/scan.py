@@ -1,10 +1,11 @@
-"""Scan backends against the indexed Python loop, both sides in one run, on the CPU and on the GPU when there is one.
+"""Scan backends against the indexed Python loop, on the CPU and, if there is one, on the GPU.
 
 python benchmarks/scan.py --shape 4 256 384 16 --repeats 9
 
-Prints a Markdown table: medians and quartiles in milliseconds, peak memory of forward and backward, and how many times
-faster than the loop each backend is. The loop is the formulation that the authors' dependencies fall back to
-(mamba-ssm's `selective_scan_ref`): all decays at once, then `decay[:, t]` step by step, gradients by autograd.
+Prints a Markdown table: medians and quartiles in milliseconds, peak memory of forward and
+backward, and how many times faster than the loop each backend is. The loop is the formulation that
+the authors' dependencies fall back to (mamba-ssm's `selective_scan_ref`): all decays at once, then
+`decay[:, t]` step by step, gradients by autograd.
 """
 
 # ruff: noqa: N803, N806, E741 - names are those of the formulas; a benchmark prints
@@ -43,9 +44,17 @@ class Inputs:
 
 
 def scan_by_indexing(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *, z: Tensor, delta_bias: Tensor
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    *,
+    z: Tensor,
+    delta_bias: Tensor,
 ) -> Tensor:
-    """The loop that is measured against; shapes as in `almrr_pipeline.model.kernels.scan.selective_scan`."""
+    """The indexed loop; shapes as in `almrr_pipeline.model.kernels.scan.selective_scan`."""
     delta = F.softplus(delta + delta_bias)
     decay = torch.exp(delta.unsqueeze(-1) * A)  # (b, l, d, n)
     increments = (delta * u).unsqueeze(-1) * B.unsqueeze(2)  # (b, l, d, n)
@@ -65,7 +74,14 @@ def draw_inputs(shape: Sequence[int], device: str, dtype: torch.dtype) -> Inputs
 
     A = -torch.arange(1.0, n + 1, device=device).repeat(d, 1)
     bias = torch.full((d,), -4.6, device=device)
-    required = (draw(b, l, d), draw(b, l, d), A.requires_grad_(), draw(b, l, n), draw(b, l, n), draw(d))
+    required = (
+        draw(b, l, d),
+        draw(b, l, d),
+        A.requires_grad_(),
+        draw(b, l, n),
+        draw(b, l, n),
+        draw(d),
+    )
     return Inputs(required, draw(b, l, d), bias.requires_grad_(), draw(b, l, d).detach())
 
 
@@ -92,9 +108,13 @@ def list_scans(device: str) -> dict[str, Callable[..., Tensor]]:
     return scans
 
 
-def format_row(name: str, times: tuple[Timing, Timing], memory: int | None, loop: tuple[Timing, Timing]) -> str:
+def format_row(
+    name: str, times: tuple[Timing, Timing], memory: int | None, loop: tuple[Timing, Timing]
+) -> str:
     """One line of the table."""
-    ratios = [f"{theirs.median / mine.median:.1f}" for mine, theirs in zip(times, loop, strict=True)]
+    ratios = [
+        f"{theirs.median / mine.median:.1f}" for mine, theirs in zip(times, loop, strict=True)
+    ]
     peak = "-" if memory is None else f"{memory / 2**20:.0f}"
     return f"| {name} | {times[0]} | {ratios[0]} | {times[1]} | {ratios[1]} | {peak} |"
 
@@ -102,8 +122,13 @@ def format_row(name: str, times: tuple[Timing, Timing], memory: int | None, loop
 def compare_on(device: str, shape: Sequence[int], dtype: torch.dtype, repeats: int) -> None:
     """Print the table of one device."""
     inputs = draw_inputs(shape, device, dtype)
-    print(f"\n{device}: (b, l, d, n) = {tuple(shape)}, {dtype}, {torch.get_num_threads()} threads\n")
-    print("| backend | forward | x | forward + backward | x | peak MiB |\n| --- | --- | --- | --- | --- | --- |")
+    print(
+        f"\n{device}: (b, l, d, n) = {tuple(shape)}, {dtype}, {torch.get_num_threads()} threads\n"
+    )
+    print(
+        "| backend | forward | x | forward + backward | x | peak MiB |\n"
+        "| --- | --- | --- | --- | --- | --- |"
+    )
     loop: tuple[Timing, Timing] | None = None
     for name, scan in list_scans(device).items():
         count = min(repeats, _LOOP_REPEATS) if name == LOOP else repeats
@@ -118,11 +143,17 @@ def compare_on(device: str, shape: Sequence[int], dtype: torch.dtype, repeats: i
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", nargs=4, type=int, default=(4, 256, 384, 16), metavar=("B", "L", "D", "N"))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--shape", nargs=4, type=int, default=(4, 256, 384, 16), metavar=("B", "L", "D", "N")
+    )
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="this one alone; otherwise all there are")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="this one alone; otherwise all there are"
+    )
     arguments = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}")
     present = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

@@ -1,11 +1,13 @@
-"""Simulated anomalies per second by number of processes, from images on disk to a finished synthetic set.
+"""Simulated anomalies per second by number of processes, from images to a synthetic set.
 
-    python benchmarks/synthesis.py [--samples 2000] [--size 256] [--workers 1 2] [--repeats 3] [--json FILE]
+    python benchmarks/synthesis.py [--samples 2000] [--size 256] [--workers 1 2] [--repeats 3]
+    [--json FILE]
 
-Normal images and textures are those of the sample suite. The time includes starting the processes, decoding
-and resizing all images, and writing the synthetic set. Rates are medians of the repeats with their least and greatest. The
-processor time per sample, of all processes together, is the figure to compare on a machine that is busy otherwise.
-The second table says what one anomaly costs, step by step, in one process.
+Normal images and textures are those of the sample suite. The time includes starting the processes,
+decoding and resizing all images, and writing the synthetic set. Rates are medians of the repeats
+with their least and greatest. The processor time per sample, of all processes together, is the
+figure to compare on a machine that is busy otherwise. The second table says what one anomaly
+costs, step by step, in one process.
 """
 
 from __future__ import annotations
@@ -42,9 +44,10 @@ class Cost(NamedTuple):
 
 def collect_images(folder: Path) -> tuple[list[Path], list[Path]]:
     """Write the sample suite's images; returns normal images and textures."""
-    # Imported here, because the processes that are started import this file, and these take a second.
-    from almrr_pipeline.datasets.package_textures import write_package_textures
+    # Imported here, because the processes that are started import this file, and these take a
+    # second.
     from almrr_pipeline.datasets.base import FetchRequest
+    from almrr_pipeline.datasets.package_textures import write_package_textures
     from almrr_pipeline.datasets.registry import dataset_for
 
     (folder / CATEGORY).mkdir()
@@ -110,7 +113,7 @@ def measure_steps(normals: list[Path], textures: list[Path], *, size: int) -> di
 
 
 def _processor_seconds() -> float:
-    """Of this process and of those that it started and that have ended (on Windows of this one alone)."""
+    """CPU seconds of this process and its ended children (on Windows of this one alone)."""
     used = os.times()
     return used.user + used.system + used.children_user + used.children_system
 

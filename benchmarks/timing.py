@@ -28,7 +28,9 @@ class Timing:
         return f"{self.median * 1e3:.4g} ({self.low * 1e3:.4g}-{self.high * 1e3:.4g}) ms"
 
 
-def measure(fn: Callable[[], object], *, repeats: int, warmup: int = 1, device: torch.device | str = "cpu") -> Timing:
+def measure(
+    fn: Callable[[], object], *, repeats: int, warmup: int = 1, device: torch.device | str = "cpu"
+) -> Timing:
     """Time `fn`, one call at a time, after `warmup` calls that do not count.
 
     On CUDA the clock is read only after the device has finished. `repeats` must be at least 1.
@@ -38,14 +40,19 @@ def measure(fn: Callable[[], object], *, repeats: int, warmup: int = 1, device: 
     for _ in range(warmup):
         fn()
     seconds = sorted(_time_once(fn, torch.device(device)) for _ in range(repeats))
-    low, _, high = statistics.quantiles(seconds, n=4, method="inclusive") if repeats > 1 else seconds * 3
+    low, _, high = (
+        statistics.quantiles(seconds, n=4, method="inclusive") if repeats > 1 else seconds * 3
+    )
     return Timing(statistics.median(seconds), low, high)
 
 
-def measure_peak_memory(fn: Callable[[], object], *, device: torch.device | str = "cpu") -> int | None:
+def measure_peak_memory(
+    fn: Callable[[], object], *, device: torch.device | str = "cpu"
+) -> int | None:
     """Bytes by which one call of `fn` raises the memory in use at its highest point.
 
-    CUDA: memory held by torch's allocator. CPU: resident memory, as Linux counts it; None on other systems.
+    CUDA: memory held by torch's allocator. CPU: resident memory, as Linux counts it; None on other
+        systems.
     """
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
@@ -73,7 +80,7 @@ def _time_once(fn: Callable[[], object], device: torch.device) -> float:
 
 
 def _return_free_memory() -> None:
-    """Give back what earlier calls left with the C library, or the next call would not be seen to grow."""
+    """Return freed memory to the system, so that the next call's growth is visible."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:

@@ -1,17 +1,21 @@
-"""Training throughput from images on disk to moved weights: the authors' way against ours, in one run.
+"""Training throughput from images on disk to updated weights: the authors' way against ours.
 
-    python benchmarks/training.py [--device cpu] [--batch 4] [--steps 5] [--precision 32-true] [--json FILE]
+    python benchmarks/training.py [--device cpu] [--batch 4] [--steps 5] [--precision 32-true]
+    [--json FILE]
 
-The authors' way: each image is read, resized and given its anomaly when its batch is made, and the model is written
-as in their code (benchmarks/authors.py). The simulation is ours, which flatters their side. Ours: a synthetic set made
-beforehand, and `fit`. Both train the paper's widths on ResNet-50 with random weights, Adam, and the same images:
-those of the sample suite. Medians over the steps after the first, with the first and third quartile.
+The authors' way: each image is read, resized and given its anomaly when its batch is made, and the
+model is written as in their code (benchmarks/authors.py). The simulation is ours, which flatters
+their side. Ours: a synthetic set made beforehand, and `fit`. Both train the paper's widths on
+ResNet-50 with random weights, Adam, and
+the same images: those of the sample suite. Medians over the steps after the first, with the first
+and third quartile.
 
-Their scan is mamba_ssm's kernel on a GPU that has it; else --authors-scan names a backend of this package to stand for
-it. On a CPU mamba_ssm offers its reference alone, a loop over the tokens ("indexed").
+Their scan is mamba_ssm's kernel on a GPU that has it; else --authors-scan names a backend of this
+package to stand for it. On a CPU mamba_ssm offers its reference alone, a loop over the tokens
+("indexed").
 
-The data's share of a step is the time to make a batch, by itself and in one process, over the time of a step. What our
-synthetic set costs is printed below: it is made once.
+The data's share of a step is the time to make a batch, by itself and in one process, over the time
+of a step. What our synthetic set costs is printed below: it is made once.
 """
 
 from __future__ import annotations
@@ -43,16 +47,16 @@ from almrr_pipeline.config import (
     Tiling,
     TrainSettings,
 )
+from almrr_pipeline.datasets.base import FetchRequest
+from almrr_pipeline.datasets.package_textures import write_package_textures
+from almrr_pipeline.datasets.registry import dataset_for
 from almrr_pipeline.model.almrr import ALMRR
 from almrr_pipeline.model.backbone import Backbone, build_backbone
-from almrr_pipeline.datasets.package_textures import write_package_textures
-from almrr_pipeline.datasets.base import FetchRequest
-from almrr_pipeline.datasets.registry import dataset_for
 from almrr_pipeline.synthesis.simulate import simulate_sample
 from almrr_pipeline.synthesis.synthetic_set import ImagePaths, SyntheticSet, synthesize
-from almrr_pipeline.training.train import fit
-from almrr_pipeline.training.data import SyntheticBatches, SampleOrder, choose_residence, to_images
+from almrr_pipeline.training.data import SampleOrder, SyntheticBatches, choose_residence, to_images
 from almrr_pipeline.training.losses import focal_loss, reconstruction_loss
+from almrr_pipeline.training.train import fit
 
 CATEGORY = "sample_gravel"
 SIZE = (256, 256)
@@ -73,11 +77,12 @@ class Row:
     def describe(self, batch: int) -> str:
         """The line, for a batch of that many samples."""
         share = 100 * self.data.median / self.step.median
-        return f"| {self.way} | {self.step} | {batch / self.step.median:.3g} | {self.data} | {share:.2g} % |"
+        rate = batch / self.step.median
+        return f"| {self.way} | {self.step} | {rate:.3g} | {self.data} | {share:.2g} % |"
 
 
 class SimulatedOnTheFly(Dataset[dict[str, Tensor]]):
-    """The authors' way: image and texture are read, resized and blended whenever a sample is asked for."""
+    """The authors' way: image and texture are read, resized and blended for every sample."""
 
     def __init__(self, normals: list[Path], textures: list[Path]) -> None:
         self._normals = normals
@@ -157,7 +162,7 @@ def build_parts(arguments: argparse.Namespace) -> tuple[Backbone, ModelSettings]
 def train_as_authors(
     batches: Iterator[dict[str, Tensor]], arguments: argparse.Namespace
 ) -> Callable[[], None]:
-    """A function that makes one step of the authors' training: plain loop, Adam, mean squared error + focal loss."""
+    """One step of the authors' training: Adam, mean squared error plus focal loss."""
     device = torch.device(arguments.device)
     backbone, widths = build_parts(arguments)
     model = (
@@ -227,7 +232,7 @@ def time_gathering(synthetic_set: SyntheticSet, arguments: argparse.Namespace) -
 
 
 def compare(arguments: argparse.Namespace, folder: Path) -> tuple[list[Row], float]:
-    """Measure both ways; returns their rows, and the seconds that a sample of our synthetic set took."""
+    """Measure both ways; returns their rows, and seconds per sample of our synthetic set."""
     device = torch.device(arguments.device)
     normals, textures = collect_images(folder)
     synthetic_set, synthetic_set_seconds = make_synthetic_set(
@@ -295,12 +300,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows, synthetic_set_seconds = compare(arguments, Path(folder))
     print(
-        f"{arguments.device}, {torch.get_num_threads()} threads, torch {torch.__version__}, batch {arguments.batch}, ",
+        f"{arguments.device}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"batch {arguments.batch}, ",
         end="",
     )
     print(f"their scan {arguments.authors_scan}, `fit` at {arguments.precision}\n")
     print(
-        "| | a step | samples a second | making a batch | its share |\n| --- | --- | --- | --- | --- |"
+        "| | a step | samples a second | making a batch | its fraction |\n"
+        "| --- | --- | --- | --- | --- |"
     )
     for row in rows:
         print(row.describe(arguments.batch))

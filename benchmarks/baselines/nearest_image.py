@@ -1,9 +1,10 @@
-"""How far does mere recognition go? Images scored by how unlike they are to the nearest training image.
+"""Images scored by their distance to the nearest training image: recognition alone.
 
     python benchmarks/nearest_image.py --data ../shared/data --category mt_defect
 
-Whole images are compared, small and with light and contrast taken off: nothing here can see a defect. Where this
-baseline separates defective images from normal ones, the split does: normal test images have twins in training.
+Whole images are compared, small and with light and contrast taken off: nothing here can see a
+defect. Where this baseline separates defective images from normal ones, the split does: normal
+test images have twins in training.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from almrr_pipeline.datasets.same_tile import SAME_TILE, compute_signatures, cor
 
 
 def score_images(train: list[Item], test: list[Item]) -> npt.NDArray[np.float64]:
-    """Return for each test image 1 minus its correlation with the training image that is most like it."""
+    """Return for each test image 1 minus its correlation with the nearest training image."""
     likeness = correlations(compute_signatures([item.image for item in (*train, *test)]))
     scores: npt.NDArray[np.float64] = 1.0 - likeness[len(train) :, : len(train)].max(axis=1).astype(
         np.float64
@@ -31,7 +32,7 @@ def score_images(train: list[Item], test: list[Item]) -> npt.NDArray[np.float64]
 
 
 def evaluate(items: list[Item]) -> dict[str, float]:
-    """Image AUROC of that score, over all defects and for each kind; and how many images have a twin in training."""
+    """Image AUROC, overall and by defect type, and fractions of images with a training twin."""
     train, test = ([item for item in items if item.split == split] for split in ("train", "test"))
     scores = score_images(train, test)
     defective = np.array([item.label == "defective" for item in test])

@@ -1,16 +1,18 @@
-"""A light PatchCore on the same split, images, backbone weights and metrics as ALMRR, to be measured against.
+"""A light PatchCore on the same split, images, backbone and metrics as ALMRR, as a baseline.
 
-    python benchmarks/patchcore.py --data ../shared/data --weights FILE --category mt_defect [--json FILE]
+    python benchmarks/baselines/patchcore.py --data ../shared/data --weights FILE
+        --category mt_defect [--json FILE]
 
-After Roth et al., "Towards Total Recall in Industrial Anomaly Detection", CVPR 2022 (arXiv 2106.08265), written from
-the paper: features of the backbone's second and third stage (strides 8 and 16), averaged over 3x3 cells and joined on
-the finer grid; a memory of them thinned by greedy k-center; the distance to the nearest one left, enlarged bilinearly
-and smoothed with sigma 4; the largest value of the map as the image score. Light, because the greedy choice is made
-among at most POOL features drawn at random, in a random projection to 128 dimensions, and because scores are not
-reweighted.
+After Roth et al., "Towards Total Recall in Industrial Anomaly Detection", CVPR 2022 (arXiv
+2106.08265), written from the paper: features of the backbone's second and third stage (strides 8
+and 16), averaged over 3x3 cells and joined on the finer grid; a memory of them thinned by greedy
+k-center; the distance to the nearest one left, enlarged bilinearly and smoothed with sigma 4; the
+largest value of the map as the image score. Light, because the greedy choice is made among at most POOL features drawn at
+random, in a random projection to 128 dimensions, and because scores are not reweighted.
 
-It trains on all normal training images; nothing is held out, since no threshold is taken. FILE is a ResNet-50 with
-timm's names; for one whose stride is in its 3x3 convolutions, as torchvision's, add --no-stride-in-1x1.
+It trains on all normal training images; nothing is held out, since no threshold is taken. FILE is
+a ResNet-50 with timm's names; for one whose stride is in its 3x3 convolutions, as torchvision's,
+add --no-stride-in-1x1.
 """
 
 from __future__ import annotations
@@ -30,12 +32,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from almrr_pipeline.evaluation.evaluate import evaluate
 from almrr_pipeline.common.images import read_image, read_mask, resize_image, resize_mask
 from almrr_pipeline.config import BackboneSettings, EvaluateSettings
-from almrr_pipeline.model.backbone import Backbone, build_backbone
 from almrr_pipeline.datasets.manifest import Item
 from almrr_pipeline.datasets.registry import dataset_for
+from almrr_pipeline.evaluation.evaluate import evaluate
+from almrr_pipeline.model.backbone import Backbone, build_backbone
 
 BATCH = 8
 PROJECTED = 128
@@ -82,7 +84,7 @@ def draw_pool(
 
 
 def choose_core(features: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Greedy k-center: again and again the feature that is farthest from all chosen ones, in a random projection.
+    """Greedy k-center in a random projection: repeatedly the feature farthest from those chosen.
 
     Returns:
         The chosen rows of `features`, float32 (count, C); all of them if there are no more.
@@ -107,7 +109,7 @@ def choose_core(features: Tensor, count: int, generator: torch.Generator) -> Ten
 def map_distances(
     batches: Iterator[Tensor], core: Tensor, size: int
 ) -> Iterator[npt.NDArray[np.float32]]:
-    """Anomaly maps: distance of each cell to the nearest core feature, enlarged and smoothed; float32 (size, size)."""
+    """Distance of each cell to the nearest core feature, enlarged and smoothed, (size, size)."""
     for batch in batches:
         for image in batch:
             cells = image.flatten(1).T  # (cells, C)

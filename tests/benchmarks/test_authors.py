@@ -32,7 +32,11 @@ def authors(project: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleTy
 @pytest.mark.parametrize("scan", ["indexed", "torch"])
 def test_both_formulations_give_the_same_map(authors: ModuleType, scan: str) -> None:
     torch.manual_seed(0)
-    theirs = authors.AuthorsALMRR(build_resnet(), SMALL, image_size=(128, 128), scan=scan).double().eval()
+    theirs = (
+        authors.AuthorsALMRR(build_resnet(), SMALL, image_size=(128, 128), scan=scan)
+        .double()
+        .eval()
+    )
     images = torch.rand(2, 3, 128, 128, dtype=torch.float64)
     theirs.model.frm.out.weight.data *= 100.0
     expected = theirs.model(images).detach()
@@ -46,7 +50,9 @@ def test_their_backbone_gets_gradients_that_nobody_uses(authors: ModuleType) -> 
     theirs = authors.AuthorsALMRR(build_resnet(), SMALL, image_size=(128, 128)).train()
     images = torch.rand(2, 3, 128, 128)
     out = theirs.training_forward(images, images)
-    (torch.nn.functional.mse_loss(out.reconstruction, out.target) - out.logits[:, 1].mean()).backward()
+    (
+        torch.nn.functional.mse_loss(out.reconstruction, out.target) - out.logits[:, 1].mean()
+    ).backward()
     (extractor,) = theirs._extractor
     assert all(parameter.grad is not None for parameter in extractor.parameters())
     owned = {id(parameter) for parameter in theirs.parameters() if parameter.requires_grad}
@@ -55,10 +61,21 @@ def test_their_backbone_gets_gradients_that_nobody_uses(authors: ModuleType) -> 
 
 
 def test_one_command_prints_a_table_with_machine_commit_and_command(project: Path) -> None:
-    command = [sys.executable, "benchmarks/run.py", "--device", "cpu", "--only", "regional_features", "--quick"]
+    command = [
+        sys.executable,
+        "benchmarks/run.py",
+        "--device",
+        "cpu",
+        "--only",
+        "regional_features",
+        "--quick",
+    ]
     result = subprocess.run(command, cwd=project, capture_output=True, text=True, check=True)
     lines = result.stdout.splitlines()
-    assert "- Command: `python benchmarks/run.py --device cpu --only regional_features --quick`" in lines
+    assert (
+        "- Command: `python benchmarks/run.py --device cpu --only regional_features --quick`"
+        in lines
+    )
     assert any(line.startswith("- Commit: ") for line in lines)
     rows = [line for line in lines if "two matrices" in line]
     assert len(rows) == 2

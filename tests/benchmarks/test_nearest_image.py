@@ -1,4 +1,5 @@
-"""The baseline that recognizes images and sees no defect: it works where a split lets it, and only there."""
+"""The baseline that recognizes images and sees no defect: it works where a split lets it, and only
+there."""
 
 from __future__ import annotations
 
@@ -20,9 +21,13 @@ def nearest_image(load_benchmark: Callable[[str], ModuleType]) -> ModuleType:
 
 
 @pytest.mark.parametrize("leaks", [True, False])
-def test_twins_in_training_are_all_it_takes(nearest_image: ModuleType, tmp_path: Path, leaks: bool) -> None:
+def test_twins_in_training_are_all_it_takes(
+    nearest_image: ModuleType, tmp_path: Path, leaks: bool
+) -> None:
     generator = np.random.default_rng(0)
-    surfaces = [gaussian_filter(generator.normal(0.0, 60.0, (96, 96)), 1.5) + 100.0 for _ in range(30)]
+    surfaces = [
+        gaussian_filter(generator.normal(0.0, 60.0, (96, 96)), 1.5) + 100.0 for _ in range(30)
+    ]
 
     def item(number: int, gain: float, split: str, label: str) -> Item:
         path = tmp_path / f"{number}_{gain}.png"

@@ -1,4 +1,5 @@
-"""The light PatchCore that ALMRR is measured against: its parts, and a whole run on drawn images."""
+"""The light PatchCore that ALMRR is measured against: its parts, and a whole run on drawn
+images."""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ def drawn(tmp_path: Path) -> Path:
     for name in ("Normal", "Anomalous/images", "Anomalous/gt"):
         (tmp_path / "nanotwice" / name).mkdir(parents=True)
     for index in range(6):
-        image = (np.indices((96, 96))[1] // 4 % 2 * 60 + generator.integers(60, 90, (96, 96))).astype(np.uint8)
+        image = (
+            np.indices((96, 96))[1] // 4 % 2 * 60 + generator.integers(60, 90, (96, 96))
+        ).astype(np.uint8)
         if index < 3:
             Image.fromarray(image).save(tmp_path / "nanotwice/Normal" / f"{index}.tif")
             continue

@@ -15,7 +15,9 @@ def test_both_ways_of_training_are_measured(
     module = load_benchmark("training")
     monkeypatch.setattr(module, "SIZE", (128, 128))
     arguments = ["--device", "cpu", "--small", "--batch", "2", "--steps", "2", "--samples", "4"]
-    (theirs, ours), synthetic_set_seconds = module.compare(module.parse([*arguments, "--authors-scan", "torch"]), tmp_path)
+    (theirs, ours), synthetic_set_seconds = module.compare(
+        module.parse([*arguments, "--authors-scan", "torch"]), tmp_path
+    )
     assert (theirs.way, ours.way) == ("the authors' way", "ours")
     for row in (theirs, ours):
         assert 0 < row.step.low <= row.step.median <= row.step.high
