@@ -7,8 +7,9 @@ After Roth et al., "Towards Total Recall in Industrial Anomaly Detection", CVPR 
 2106.08265), written from the paper: features of the backbone's second and third stage (strides 8
 and 16), averaged over 3x3 cells and joined on the finer grid; a memory of them thinned by greedy
 k-center; the distance to the nearest one left, enlarged bilinearly and smoothed with sigma 4; the
-largest value of the map as the image score. Light, because the greedy choice is made among at most POOL features drawn at
-random, in a random projection to 128 dimensions, and because scores are not reweighted.
+largest value of the map as the image score. Light, because the greedy choice is made among at most
+POOL features drawn at random, in a random projection to 128 dimensions, and because scores are not
+reweighted.
 
 It trains on all normal training images; nothing is held out, since no threshold is taken. FILE is
 a ResNet-50 with timm's names; for one whose stride is in its 3x3 convolutions, as torchvision's,
