@@ -96,8 +96,7 @@ def measure_evaluation(folder: Path, fraction: float, bootstrap: int) -> dict[st
             labels,
             defect_types,
             EvaluateSettings(bootstrap=resamplings),
-            image_threshold=threshold,
-            pixel_threshold=threshold,
+            thresholds=(threshold, threshold),
         )
 
     found: list[Evaluation] = []

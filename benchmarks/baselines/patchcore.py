@@ -159,8 +159,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         [item.label == "defective" for item in test],
         [item.defect_type for item in test],
         EvaluateSettings(bootstrap=arguments.bootstrap),
-        image_threshold=None,
-        pixel_threshold=None,
+        thresholds=(None, None),
         seed=arguments.seed,
     )
     settings = {

@@ -55,8 +55,7 @@ class Case:
             self.labels,
             self.defect_types,
             EvaluateSettings.model_construct(**({"bootstrap": 0} | settings)),
-            image_threshold=image,
-            pixel_threshold=pixel,
+            thresholds=(image, pixel),
             seed=seed,
         )
 

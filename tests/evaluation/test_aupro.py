@@ -26,8 +26,7 @@ def measure_aupro(maps: list[np.ndarray], masks: list[np.ndarray], limit: float)
         labels,
         ["hole" if label else "good" for label in labels],
         EvaluateSettings.model_construct(aupro_limits=(limit,), bootstrap=0),
-        image_threshold=None,
-        pixel_threshold=None,
+        thresholds=(None, None),
     )
     return found.metrics[name_aupro(limit)]
 

@@ -60,8 +60,7 @@ def test_metrics_by_hand() -> None:
         [False, True, True],
         ["good", "dent", "dent"],
         EvaluateSettings(bootstrap=0),
-        image_threshold=None,
-        pixel_threshold=None,
+        thresholds=(None, None),
     ).metrics
     # images: one of two defective ones scores above the normal one. Precision 1 at recall 1/2, 2/3
     # at recall 1. F1 at the lowest score: 2 * 2 / (3 + 2)
@@ -145,8 +144,7 @@ def test_each_map_is_read_at_most_twice(case: Any) -> None:
         case.labels,
         case.defect_types,
         EvaluateSettings(bootstrap=10),
-        image_threshold=None,
-        pixel_threshold=None,
+        thresholds=(None, None),
     )
     assert maps.reads.tolist() == [1] * 4 + [2] * 6
 
@@ -172,8 +170,7 @@ def test_without_masks_only_pixel_metrics_are_undefined(case: Any) -> None:
         case.labels,
         case.defect_types,
         EvaluateSettings(bootstrap=10),
-        image_threshold=None,
-        pixel_threshold=None,
+        thresholds=(None, None),
     )
     assert found.metrics["undefined"] == dict.fromkeys(
         PIXEL_METRICS, "no ground truth mask for any defective test image"
@@ -248,8 +245,7 @@ def test_a_set_that_is_defective_everywhere_has_no_pixel_metrics() -> None:
         [True],
         ["rust"],
         EvaluateSettings(bootstrap=0),
-        image_threshold=None,
-        pixel_threshold=None,
+        thresholds=(None, None),
     )
     assert found.metrics["undefined"]["pixel_auroc"] == "no normal pixel in any test image"
     assert found.metrics["pixel_defective_fraction"] == 1.0
@@ -331,8 +327,7 @@ def test_lengths_that_differ_are_refused(case: Any, field: str) -> None:
             case.maps,
             **parts,
             settings=EvaluateSettings(),
-            image_threshold=None,
-            pixel_threshold=None,
+            thresholds=(None, None),
         )
 
 
@@ -340,9 +335,7 @@ def test_an_empty_test_set_leaves_every_metric_undefined_and_the_threshold_with_
     None
 ):
     threshold = conformal_threshold(np.linspace(0.1, 0.4, 30), 0.05)
-    found = evaluate(
-        [], [], [], [], [], EvaluateSettings(), image_threshold=threshold, pixel_threshold=threshold
-    )
+    found = evaluate([], [], [], [], [], EvaluateSettings(), thresholds=(threshold, threshold))
     names = (*IMAGE_METRICS, *PIXEL_METRICS)
     assert [found.metrics[name] for name in names] == [None] * len(names)
     assert found.metrics["undefined"] == dict.fromkeys(names, "no defective test image")
@@ -361,6 +354,5 @@ def test_a_score_that_is_not_finite_is_refused(case: Any) -> None:
             case.labels,
             case.defect_types,
             EvaluateSettings(),
-            image_threshold=None,
-            pixel_threshold=None,
+            thresholds=(None, None),
         )

@@ -149,8 +149,7 @@ def trace_peak(count: int) -> int:
             labels,
             ["dent"] * count,
             EvaluateSettings(bootstrap=0),
-            image_threshold=None,
-            pixel_threshold=None,
+            thresholds=(None, None),
         )
         return tracemalloc.get_traced_memory()[1]
     finally:

@@ -115,8 +115,7 @@ def _evaluate(*, normals: int, validation: int) -> tuple[Any, pd.DataFrame]:
         labels,
         defect_types,
         EvaluateSettings(bootstrap=20),
-        image_threshold=threshold,
-        pixel_threshold=threshold,
+        thresholds=(threshold, threshold),
     )
     table = pd.DataFrame(
         {

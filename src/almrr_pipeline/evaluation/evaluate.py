@@ -48,8 +48,7 @@ def evaluate(
     defect_types: Sequence[str],
     settings: EvaluateSettings,
     *,
-    image_threshold: Threshold | None,
-    pixel_threshold: Threshold | None,
+    thresholds: tuple[Threshold | None, Threshold | None],
     seed: int = 0,
 ) -> Evaluation:
     """Compute every metric of a test set, exactly, reading the maps one at a time, twice at most.
@@ -61,14 +60,14 @@ def evaluate(
         labels: True where the image is defective, shape (n,).
         defect_types: defect type of each image, length n; used of defective ones only.
         settings: limits of AUPRO, resamplings, and whether to report oracle_* too.
-        image_threshold: decision threshold of the image scores, from validation images, if any.
-        pixel_threshold: the same for the anomaly maps' values.
+        thresholds: of the image scores and of the maps' values, from validation images, if any.
         seed: of the resampling.
 
     Raises:
         AlmrrError: lengths or shapes differ, a value is not finite, a normal image is anomalous.
     """
     ranked, labeled, of_type = _checked(len(maps), masks, scores, labels, defect_types)
+    image_threshold, pixel_threshold = thresholds
     image_value = None if image_threshold is None else image_threshold.value
     images = image_metrics(ranked, labeled)
     labeled_maps = LabeledMaps(maps, masks, labeled)

@@ -93,8 +93,7 @@ def compute_metrics(
         scores["label"] == "defective",
         list(scores["defect_type"]),
         evaluate,
-        image_threshold=test_set.image_threshold,
-        pixel_threshold=test_set.pixel_threshold,
+        thresholds=(test_set.image_threshold, test_set.pixel_threshold),
         seed=seed,
     )
     return evaluation.metrics, evaluation.curves
