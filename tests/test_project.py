@@ -352,18 +352,6 @@ def _answers(address: str, seconds: float = 90.0) -> bool:
     return False
 
 
-def test_two_experiments_can_be_compared(built: Project) -> None:
-    built.run(*shlex.split("dvc exp run -S train.learning_rate=0.002 --name faster"))
-    assert (
-        yaml.safe_load((built.folder / "params.yaml").read_text())["train"]["learning_rate"]
-        == 0.002
-    )
-    assert "faster" in built.run("dvc", "exp", "show")
-    assert "mean" in built.run("dvc", "metrics", "diff")
-    assert "learning_rate" in built.run("dvc", "params", "diff")
-    _compare_in_mlflow(built)
-
-
 def test_another_seed_is_trained_and_the_first_is_not_trained_again(built: Project) -> None:
     printed = built.run(*shlex.split("dvc exp run -S 'seeds=[0,1]'"))
     assert "Running stage 'train@sample_brick-1'" in printed
@@ -384,6 +372,18 @@ def test_another_seed_is_trained_and_the_first_is_not_trained_again(built: Proje
     printed = built.run("kedro", "run", "--pipelines", "evaluate", "--namespaces", "sample_brick")
     assert all(f"sample_brick.seed_{seed}.compute_metrics" in printed for seed in (0, 1))
     assert "sample_grass" not in printed
+
+
+def test_two_experiments_can_be_compared(built: Project) -> None:
+    built.run(*shlex.split("dvc exp run -S train.learning_rate=0.002 --name faster"))
+    assert (
+        yaml.safe_load((built.folder / "params.yaml").read_text())["train"]["learning_rate"]
+        == 0.002
+    )
+    assert "faster" in built.run("dvc", "exp", "show")
+    assert "mean" in built.run("dvc", "metrics", "diff")
+    assert "learning_rate" in built.run("dvc", "params", "diff")
+    _compare_in_mlflow(built)
 
 
 def test_a_surface_of_ones_own_is_trained_on(built: Project) -> None:
