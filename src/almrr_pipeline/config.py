@@ -314,6 +314,13 @@ def load_parameters(path: Path) -> Parameters:
     return parse_parameters(yaml.safe_load(text) or {})
 
 
+def list_faults(error: ValidationError) -> str:
+    """The faults of a file that a section was read from, each as `name: reason`."""
+    return "; ".join(
+        f"{'.'.join(map(str, fault['loc'])) or 'file'}: {fault['msg']}" for fault in error.errors()
+    )
+
+
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     merged = dict(below)
     for key, value in above.items():

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.common.files import write_atomically
-from almrr_pipeline.config import Positive, Section, Side, Tiling
+from almrr_pipeline.config import Positive, Section, Side, Tiling, list_faults
 from almrr_pipeline.evaluation.thresholds import Threshold, withdraw_guarantee
 
 INFERENCE_FILE = "inference.json"
@@ -74,13 +74,9 @@ class InferenceConfig(Section):
                     f"{folder} is a model of almrr-pipeline 0.1, which this version cannot read; "
                     "train it again, or use almrr-pipeline 0.1."
                 ) from None
-            faults = "; ".join(
-                f"{'.'.join(map(str, fault['loc'])) or 'file'}: {fault['msg']}"
-                for fault in error.errors()
-            )
             raise AlmrrError(
-                f"{path} does not hold a model's settings ({faults}); train or calibrate the model "
-                "again."
+                f"{path} does not hold a model's settings ({list_faults(error)}); train or "
+                "calibrate the model again."
             ) from error
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.common.files import write_atomically
-from almrr_pipeline.config import BackboneSettings, ModelSettings, Section, Side
+from almrr_pipeline.config import BackboneSettings, ModelSettings, Section, Side, list_faults
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -63,8 +63,8 @@ def read_config(folder: Path) -> ModelConfig:
     try:
         config = ModelConfig.model_validate(values)
     except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise AlmrrError(f"{path}: unknown, missing or impossible values ({wrong}).") from None
+        faults = list_faults(error)
+        raise AlmrrError(f"{path}: unknown, missing or impossible values ({faults}).") from None
     complete = config.model_dump(mode="json", exclude=_NOT_SAVED)
     missing = [f"{s}.{k}" for s in ("backbone", "model") for k in complete[s].keys() - values[s]]
     if missing:  # a default could differ from the value that the weights were trained with
