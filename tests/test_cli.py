@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import select
 import shlex
 import shutil
 import subprocess
@@ -136,6 +137,14 @@ def test_progress_is_plain_lines_off_a_terminal(
     assert [line.partition(", ")[0] for line in lines] == expected
 
 
+def _read_terminal(descriptor: int, *, until: bytes) -> bytes:
+    """Read what a terminal shows: the kernel hands it over in pieces, some after the write."""
+    shown = b""
+    while until not in shown and select.select([descriptor], [], [], 10)[0]:
+        shown += os.read(descriptor, 100_000)
+    return shown
+
+
 def test_progress_is_a_bar_on_a_terminal(
     model_folder: Path, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,7 +164,7 @@ def test_progress_is_a_bar_on_a_terminal(
         monkeypatch.setattr(sys, "stderr", terminal)
         cli.almrr(arguments, standalone_mode=False)
         terminal.flush()
-        shown = os.read(ours, 100_000)
+        shown = _read_terminal(ours, until=b"9/9")
     os.close(ours)
     assert b"###" in shown or "███".encode() in shown
     assert b"9/9" in shown
