@@ -72,12 +72,24 @@ def test_an_experiment_of_dvc_is_named(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    ("ranks", "helps"), [({}, False), ({"LOCAL_RANK": "0"}, False), ({"LOCAL_RANK": "1"}, True)]
+    ("ranks", "helps"),
+    [
+        ({}, False),
+        ({"LOCAL_RANK": "0"}, False),
+        ({"LOCAL_RANK": "1"}, True),
+        ({"NODE_RANK": "1", "LOCAL_RANK": "0"}, True),  # Lightning's launcher, second machine
+        ({"SLURM_PROCID": "0"}, False),
+        ({"SLURM_PROCID": "3"}, True),
+        ({"RANK": "0", "GROUP_RANK": "0", "LOCAL_RANK": "0"}, False),
+        ({"RANK": "1", "GROUP_RANK": "1", "LOCAL_RANK": "0"}, True),  # torchrun, second machine
+        ({"RANK": "0", "LOCAL_RANK": "0", "SLURM_PROCID": "1"}, False),  # torchrun under srun
+        ({"RANK": "1", "LOCAL_RANK": "0", "SLURM_PROCID": "0"}, True),
+    ],
 )
 def test_of_processes_that_train_together_only_the_first_logs(
     monkeypatch: pytest.MonkeyPatch, ranks: dict[str, str], helps: bool
 ) -> None:
-    for name in ("LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"):
+    for name in ("RANK", "GROUP_RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
     for name, rank in ranks.items():
         monkeypatch.setenv(name, rank)

@@ -29,8 +29,13 @@ class TrackingHook(MlflowHook):  # type: ignore[misc]  # kedro-mlflow is not typ
 
     @hook_impl
     def after_context_created(self, context: KedroContext) -> None:
-        """Set tracking up, and keep the parameters for the run to come."""
-        super().after_context_created(context)
+        """Keep the parameters for the run to come; in the main process, set tracking up.
+
+        That creates or migrates a database, which only one process at a time can do.
+        """
+        self._is_mlflow_enabled = not helps_another_process()
+        if self._is_mlflow_enabled:
+            super().after_context_created(context)
         self._parameters = cast(ParamsYamlLoader, context.config_loader).parameters
         self._project = Path(context.project_path)
 
@@ -38,11 +43,9 @@ class TrackingHook(MlflowHook):  # type: ignore[misc]  # kedro-mlflow is not typ
     def before_pipeline_run(
         self, run_params: dict[str, Any], pipeline: Pipeline, catalog: DataCatalog
     ) -> None:
-        """Start the run and log its parameters and tags, in the first process of a training."""
-        if helps_another_process():
-            self._is_mlflow_enabled = False
-            return
-        super().before_pipeline_run(run_params=run_params, pipeline=pipeline, catalog=catalog)
+        """Start the run and log its parameters and tags, in the main process of a training."""
+        if self._is_mlflow_enabled:
+            super().before_pipeline_run(run_params=run_params, pipeline=pipeline, catalog=catalog)
         if not self._is_mlflow_enabled:
             return
         namespaces = {node.namespace or "" for node in pipeline.nodes}

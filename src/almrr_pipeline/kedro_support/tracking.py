@@ -15,10 +15,13 @@ LONGEST_VALUE = 500
 
 
 def helps_another_process() -> bool:
-    """Whether this is one of several processes of a distributed training, and not the first."""
-    return any(
-        os.environ.get(rank, "0") != "0" for rank in ("LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
-    )
+    """Whether this is one of several processes of a distributed training, and not of rank 0.
+
+    RANK is the global rank, set by torchrun, whose machines take their places in any order: that of
+    SLURM_PROCID does not count then. Lightning's own launcher sets LOCAL_RANK and NODE_RANK.
+    """
+    own = ("RANK",) if "RANK" in os.environ else ("SLURM_PROCID", "NODE_RANK", "GROUP_RANK")
+    return any(os.environ.get(rank, "0") != "0" for rank in (*own, "LOCAL_RANK"))
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -1,0 +1,79 @@
+"""Tracking of a training that several processes do together, as torchrun starts them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import sqlite3
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from kedro.io import DataCatalog
+from kedro.pipeline import Node, Pipeline
+
+from almrr_pipeline.kedro_support.config_loader import ParamsYamlLoader, tracking_uri
+from almrr_pipeline.kedro_support.hooks import TrackingHook
+
+ONE_MACHINE = [
+    {"RANK": "0", "GROUP_RANK": "0", "LOCAL_RANK": "0"},
+    {"RANK": "1", "GROUP_RANK": "0", "LOCAL_RANK": "1"},
+]
+TWO_MACHINES = [
+    {"RANK": "0", "GROUP_RANK": "0", "LOCAL_RANK": "0"},
+    {"RANK": "1", "GROUP_RANK": "1", "LOCAL_RANK": "0"},
+]
+RUN: dict[str, Any] = dict.fromkeys(
+    ["tags", "node_names", "from_nodes", "to_nodes", "from_inputs", "load_versions"]
+)
+
+
+def _train(seed: int) -> int:
+    return seed
+
+
+def track_a_run(project: Path, ranks: dict[str, str]) -> None:
+    """What Kedro calls of the hook around a run, in a process with these ranks."""
+    os.environ |= ranks
+    loader = ParamsYamlLoader(
+        str(project / "conf"),
+        base_env="base",
+        default_run_env="local",
+        custom_resolvers={"tracking_uri": lambda: tracking_uri(project)},
+    )
+    context: Any = SimpleNamespace(
+        config_loader=loader, project_path=project, _get_config_credentials=dict
+    )
+    node = Node(_train, "params:seed", "model", name="train", namespace="sample_brick.seed_0")
+    pipeline, catalog = Pipeline([node]), DataCatalog()
+    named = {"pipeline_names": ["train"], "namespaces": ["sample_brick.seed_0"]}
+    hook = TrackingHook()
+    hook.after_context_created(context)
+    hook.before_pipeline_run(run_params=RUN | named, pipeline=pipeline, catalog=catalog)
+    hook.before_node_run(node=node, catalog=catalog, inputs={}, is_async=False)
+    hook.after_node_run(node=node)
+    hook.after_dataset_saved(dataset_name="sample_brick.seed_0.metrics", data={"auroc": 0.5})
+    hook.after_pipeline_run(run_params=RUN | named, pipeline=pipeline, catalog=catalog)
+
+
+@pytest.mark.parametrize("processes", [ONE_MACHINE, TWO_MACHINES])
+def test_processes_that_train_together_make_one_run_in_a_fresh_database(
+    project: Path, tmp_path: Path, processes: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copytree(project / "conf", tmp_path / "conf")
+    shutil.copy(project / "params.yaml", tmp_path)
+    fork = multiprocessing.get_context("fork")  # spares each the import of MLflow
+    started = [fork.Process(target=track_a_run, args=(tmp_path, ranks)) for ranks in processes]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join()
+    assert [process.exitcode for process in started] == [0, 0]
+    with sqlite3.connect(tmp_path / "mlflow.db") as database:
+        assert database.execute("SELECT name, status FROM runs").fetchall() == [
+            ("train sample_brick.seed_0", "FINISHED")
+        ]
+        assert database.execute("SELECT key, value FROM metrics").fetchall() == [("auroc", 0.5)]
