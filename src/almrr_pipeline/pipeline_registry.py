@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from kedro.pipeline import Pipeline
 
 from almrr_pipeline.config import load_parameters
 from almrr_pipeline.datasets.registry import dataset_for
 from almrr_pipeline.kedro_support.config_loader import project_root
-from almrr_pipeline.pipelines.evaluate import pipeline as evaluate
-from almrr_pipeline.pipelines.fetch import pipeline as fetch
-from almrr_pipeline.pipelines.predict import pipeline as predict
-from almrr_pipeline.pipelines.report import pipeline as report
-from almrr_pipeline.pipelines.synthesize import pipeline as synthesize
-from almrr_pipeline.pipelines.train import pipeline as train
+from almrr_pipeline.pipelines import evaluate, fetch, predict, report, synthesize, train
+from almrr_pipeline.pipelines.per_category import per_category
 
 
 def register_pipelines() -> dict[str, Pipeline]:
@@ -22,18 +20,24 @@ def register_pipelines() -> dict[str, Pipeline]:
         AlmrrError: params.yaml is wrong, or names a category that no dataset has.
     """
     parameters = load_parameters(project_root() / "params.yaml")
-    categories, seeds = parameters.categories, parameters.seeds
-    for category in categories:
+    for category in parameters.categories:
         dataset_for(category)  # an unknown one ends the run here, before any work
+    return build_pipelines(parameters.categories, parameters.seeds)
+
+
+def build_pipelines(categories: Sequence[str], seeds: Sequence[int]) -> dict[str, Pipeline]:
+    """All pipelines by name: a namespace per category (fetch), or per category and seed."""
+    shared = Pipeline(fetch.SHARED_NODES, tags={"fetch", "shared"})
+    summary = Pipeline(report.summarizing_nodes(categories, seeds))
     stages = {
-        "fetch": fetch.create_pipeline(categories),
-        "synthesize": synthesize.create_pipeline(categories, seeds),
-        "train": train.create_pipeline(categories, seeds),
-        "evaluate": evaluate.create_pipeline(categories, seeds),
-        "report": report.create_pipeline(categories, seeds),
+        "fetch": shared + per_category(fetch.NODES, categories, tags="fetch"),
+        "synthesize": per_category(synthesize.NODES, categories, seeds),
+        "train": per_category(train.NODES, categories, seeds),
+        "evaluate": per_category(evaluate.NODES, categories, seeds),
+        "report": per_category(report.NODES, categories, seeds) + summary,
     }
     return {
         **stages,
-        "predict": predict.create_pipeline(categories, seeds),
+        "predict": per_category(predict.NODES, categories, seeds),
         "__default__": sum(stages.values(), start=Pipeline([])),
     }

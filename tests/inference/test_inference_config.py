@@ -12,7 +12,7 @@ from almrr_pipeline.config import DataSettings, InferenceSettings, Tiling
 from almrr_pipeline.evaluation.thresholds import conformal_threshold
 from almrr_pipeline.inference.inference_config import MODEL_FILES, InferenceConfig, Thresholds
 from almrr_pipeline.model.almrr import ALMRR
-from almrr_pipeline.pipelines.train.nodes import calibrate_thresholds
+from almrr_pipeline.pipelines.train import calibrate_thresholds
 
 
 def _settings(**changes: object) -> InferenceConfig:

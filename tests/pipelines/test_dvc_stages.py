@@ -11,11 +11,7 @@ import pytest
 import yaml
 from kedro.pipeline import Pipeline
 
-from almrr_pipeline.pipelines.evaluate import pipeline as evaluate
-from almrr_pipeline.pipelines.fetch import pipeline as fetch
-from almrr_pipeline.pipelines.report import pipeline as report
-from almrr_pipeline.pipelines.synthesize import pipeline as synthesize
-from almrr_pipeline.pipelines.train import pipeline as train
+from almrr_pipeline.pipeline_registry import build_pipelines
 
 ROOT = "almrr_pipeline"
 WITHOUT_EFFECT = (
@@ -28,6 +24,7 @@ WITHOUT_EFFECT = (
     "kedro_support/config_loader",
     "kedro_support/hooks",
     "kedro_support/tracking",
+    "pipelines/per_category",
 )
 """Modules that hand on parameters, which are dependencies themselves, or name, report and log."""
 
@@ -76,7 +73,7 @@ def test_a_stage_depends_on_the_code_it_runs(
     project: Path, stages: dict[str, Any], stage: str
 ) -> None:
     package = project / "src" / ROOT
-    nodes = package / "pipelines" / PIPELINE_OF.get(stage, stage) / "nodes.py"
+    nodes = package / "pipelines" / f"{PIPELINE_OF.get(stage, stage)}.py"
     named = [project / dep for dep in stages[stage]["deps"]]
     missing = {
         path.relative_to(project).as_posix()
@@ -93,19 +90,14 @@ def test_every_dependency_on_code_exists(project: Path, stages: dict[str, Any], 
 
 
 def _pipeline_of(stage: str) -> Pipeline:
+    pipelines = build_pipelines(["x"], [0])
     match stage:
         case "shared":
-            return fetch.create_pipeline(["x"]).only_nodes_with_tags("shared")
+            return pipelines["fetch"].only_nodes_with_tags("shared")
         case "fetch":
-            return fetch.create_pipeline(["x"]).only_nodes_with_namespaces(["x"])
+            return pipelines["fetch"].only_nodes_with_namespaces(["x"])
         case _:
-            module = {
-                "synthesize": synthesize,
-                "train": train,
-                "evaluate": evaluate,
-                "report": report,
-            }[stage]
-            return module.create_pipeline(["x"], [0])
+            return pipelines[stage]
 
 
 @pytest.mark.parametrize("stage", STAGES)

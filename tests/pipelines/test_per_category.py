@@ -3,13 +3,8 @@ from __future__ import annotations
 import pytest
 from kedro.pipeline import Node, Pipeline
 
-from almrr_pipeline.pipelines.evaluate import pipeline as evaluate
-from almrr_pipeline.pipelines.fetch import pipeline as fetch
+from almrr_pipeline.pipeline_registry import build_pipelines
 from almrr_pipeline.pipelines.per_category import per_category
-from almrr_pipeline.pipelines.predict import pipeline as predict
-from almrr_pipeline.pipelines.report import pipeline as report
-from almrr_pipeline.pipelines.synthesize import pipeline as synthesize
-from almrr_pipeline.pipelines.train import pipeline as train
 
 CATEGORIES, SEEDS = ["sample_brick", "sample_grass"], [0, 7]
 MOST_INPUTS = 8
@@ -26,14 +21,7 @@ def steps() -> list[Node]:
 
 @pytest.fixture
 def pipelines() -> dict[str, Pipeline]:
-    return {
-        "fetch": fetch.create_pipeline(CATEGORIES),
-        "synthesize": synthesize.create_pipeline(CATEGORIES, SEEDS),
-        "train": train.create_pipeline(CATEGORIES, SEEDS),
-        "evaluate": evaluate.create_pipeline(CATEGORIES, SEEDS),
-        "report": report.create_pipeline(CATEGORIES, SEEDS),
-        "predict": predict.create_pipeline(CATEGORIES, SEEDS),
-    }
+    return build_pipelines(CATEGORIES, SEEDS)
 
 
 def test_a_category_is_a_namespace(steps: list[Node]) -> None:

@@ -1,20 +1,23 @@
-"""Steps of the report pipeline."""
+"""The report pipeline: results of every category and seed -> summary, table and page."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from kedro.pipeline import Node
 
 from almrr_pipeline.config import DataSettings, parse_parameters
 from almrr_pipeline.datasets.manifest import has_validation, training_split
 from almrr_pipeline.datasets.registry import dataset_for
 from almrr_pipeline.evaluation.summary import summarize
 from almrr_pipeline.kedro_support.tracking import git_commit, numbers
+from almrr_pipeline.pipelines.per_category import step
 from almrr_pipeline.reporting.examples import read_examples
 from almrr_pipeline.reporting.page import CategoryReport, Report, render_report
 
@@ -89,3 +92,23 @@ def render_page(
         commit=git_commit(data_folder.parent),
     )
     return render_report(report)
+
+
+NODES = [
+    step(collect_results, "metrics scores curves overlays@folder", "results"),
+    step(
+        report_category,
+        "params:category params:seed params:data manifest model results",
+        "category_report",
+    ),
+]
+
+
+def summarizing_nodes(categories: Iterable[str], seeds: Iterable[int]) -> list[Node]:
+    """The nodes that take the reports of all categories and seeds."""
+    runs = product(categories, seeds)
+    reports = " ".join(f"{category}.seed_{seed}.category_report" for category, seed in runs)
+    return [
+        step(summarize_runs, reports, "summary summary_table"),
+        step(render_page, f"parameters data_folder summary {reports}", "report_page"),
+    ]

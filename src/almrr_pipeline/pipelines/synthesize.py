@@ -1,4 +1,4 @@
-"""Step of the synthesize pipeline."""
+"""The synthesize pipeline: normal training images + textures -> synthetic set (stage 1)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from almrr_pipeline.common.files import staging_folder
 from almrr_pipeline.common.images import IMAGE_SUFFIXES
 from almrr_pipeline.config import DataSettings, SynthesisSettings
 from almrr_pipeline.datasets.manifest import training_split
+from almrr_pipeline.pipelines.per_category import step
 from almrr_pipeline.synthesis.synthetic_set import synthesize
 from almrr_pipeline.synthesis.writer import ImagePaths
 
@@ -42,3 +43,12 @@ def simulate_anomalies(
             seed=seed,
         )
     return folder
+
+
+NODES = [
+    step(
+        simulate_anomalies,
+        "manifest textures data_folder params:data params:synthesis params:seed scratch_folder",
+        "synthetic_set",
+    )
+]

@@ -1,4 +1,4 @@
-"""Steps of the evaluate pipeline."""
+"""The evaluate pipeline: model + test images -> maps -> scores, metrics, curves, overlays."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from almrr_pipeline.evaluation.maps import AnomalyMaps, GroundTruth, tabulate_sc
 from almrr_pipeline.evaluation.thresholds import Threshold
 from almrr_pipeline.inference.inference_config import InferenceConfig
 from almrr_pipeline.inference.predictor import Predictor, image_score
+from almrr_pipeline.pipelines.per_category import step
 from almrr_pipeline.reporting.examples import Result, draw_examples, pack_examples
 
 
@@ -111,3 +112,18 @@ def draw_overlays(
 
     value = threshold.value if threshold else None
     return pack_examples(draw_examples(scores, count=report.examples, load=load, threshold=value))
+
+
+# Maps and overlays are written as partitions and read as a folder: two entries of the catalog.
+_MAPS = "anomaly_maps@folder"
+NODES = [
+    step(open_test_set, "model manifest data_folder", "test_set"),
+    step(predict_maps, "model test_set params:inference", "anomaly_maps@partitions"),
+    step(score_images, f"{_MAPS} test_set", "scores"),
+    step(
+        compute_metrics,
+        f"{_MAPS} scores test_set params:evaluate params:seed",
+        "metrics curves",
+    ),
+    step(draw_overlays, f"{_MAPS} scores test_set params:report", "overlays@partitions"),
+]

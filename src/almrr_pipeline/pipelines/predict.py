@@ -1,4 +1,4 @@
-"""Step of the predict pipeline."""
+"""The predict pipeline: model + images of one's own -> overlays, scores and verdicts."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.common.files import staging_folder
 from almrr_pipeline.config import InferenceSettings, PredictSettings
 from almrr_pipeline.inference.predictor import Predictor
+from almrr_pipeline.pipelines.per_category import step
 from almrr_pipeline.reporting.predict_files import find_images, predict_files
 
 
@@ -28,3 +29,8 @@ def predict_images(
     with staging_folder(scratch) as folder:
         predict_files(predictor, images, folder)
     return folder
+
+
+NODES = [
+    step(predict_images, "model params:predict params:inference scratch_folder", "predictions")
+]

@@ -1,4 +1,4 @@
-"""Steps of the fetch pipeline."""
+"""The fetch pipeline: dataset -> images -> manifest; textures and backbone weights for all."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from almrr_pipeline.datasets.base import FetchRequest
 from almrr_pipeline.datasets.manifest import build_manifest
 from almrr_pipeline.datasets.registry import dataset_for, fetch_category, fetch_textures
 from almrr_pipeline.datasets.weights import fetch_backbone
+from almrr_pipeline.pipelines.per_category import step
 
 
 def download_textures(data: DataSettings, scratch: Path) -> Path:
@@ -46,3 +47,13 @@ def list_images(category: str, images: Path, data_folder: Path, data: DataSettin
         expected=dataset.expected(category),
         strict=data.strict,
     )
+
+
+SHARED_NODES = [
+    step(download_textures, "params:data scratch_folder", "textures"),
+    step(download_backbone, "params:backbone scratch_folder", "backbone_weights"),
+]
+NODES = [
+    step(download_images, "params:category params:data scratch_folder", "images"),
+    step(list_images, "params:category images data_folder params:data", "manifest"),
+]

@@ -1,4 +1,4 @@
-"""Steps of the train pipeline."""
+"""The train pipeline: synthetic set + backbone -> model, with thresholds from validation images."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from almrr_pipeline.inference.map_predictor import MapPredictor
 from almrr_pipeline.kedro_support.tracking import log_live
 from almrr_pipeline.model.almrr import ALMRR
 from almrr_pipeline.model.backbone import build_backbone
+from almrr_pipeline.pipelines.per_category import step
 from almrr_pipeline.synthesis.synthetic_set import SyntheticSet
 from almrr_pipeline.training.callbacks import METRIC
 from almrr_pipeline.training.checkpoints import fingerprint, source_files
@@ -128,3 +129,25 @@ def remove_checkpoints(model: Path, category: str, seed: int, scratch: Path) -> 
 
 def _checkpoint_folder(scratch: Path, category: str, seed: int) -> Path:
     return scratch / "training" / category / f"seed_{seed}"
+
+
+_RUN = "params:category params:seed scratch_folder"
+NODES = [
+    step(
+        build_model,
+        "backbone_weights params:backbone params:data params:model params:inference params:seed",
+        "untrained_network",
+    ),
+    step(
+        fit_model,
+        f"untrained_network synthetic_set manifest backbone_weights params:train {_RUN}",
+        "trained_network history",
+    ),
+    step(
+        calibrate_thresholds,
+        "trained_network history manifest data_folder params:data params:inference params:category",
+        "inference_config",
+    ),
+    step(save_model, "trained_network history inference_config scratch_folder", "model"),
+    step(remove_checkpoints, f"model {_RUN}", ""),
+]

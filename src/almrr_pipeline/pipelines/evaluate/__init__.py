@@ -1,1 +1,0 @@
-"""Anomaly maps of the test images, their scores, metrics and overlays."""

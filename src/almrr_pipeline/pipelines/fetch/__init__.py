@@ -1,1 +1,0 @@
-"""Images, textures and backbone weights: fetched, verified, listed."""

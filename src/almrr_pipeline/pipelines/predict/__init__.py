@@ -1,1 +1,0 @@
-"""Overlays, scores and verdicts for images of one's own."""

@@ -1,1 +1,0 @@
-"""The weights, and the thresholds from validation images, which are not trained on."""
