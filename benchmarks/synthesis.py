@@ -27,8 +27,8 @@ import numpy as np
 from almrr_pipeline.common.arrays import MaskArray
 from almrr_pipeline.common.images import read_image, resize_image
 from almrr_pipeline.config import SynthesisSettings, Tiling
-from almrr_pipeline.synthesis.blend import blend_anomaly
-from almrr_pipeline.synthesis.perlin import perlin_mask, perlin_noise
+from almrr_pipeline.synthesis.masks import perlin_mask, perlin_noise
+from almrr_pipeline.synthesis.simulate import blend_anomaly
 from almrr_pipeline.synthesis.synthetic_set import ImagePaths, synthesize
 from almrr_pipeline.synthesis.textures import OPERATIONS, alter_texture
 

@@ -53,7 +53,7 @@ class Without:
             return self.finder.find_spec(name, path, target)
 
 sys.meta_path = [Without(finder) for finder in sys.meta_path]
-import almrr_pipeline.inference.map_png, almrr_pipeline.inference.predictor
+import almrr_pipeline.inference.predictor
 """
 """Imports what the served model imports, with only the named distributions and their needs."""
 

@@ -43,7 +43,9 @@ def _predictor(
 def _maps(
     model: nn.Module, images: list, *, at: Literal["network", "image"] = "network", **changes: Any
 ) -> list[np.ndarray]:
-    return list(_predictor(model, **changes).maps(images, at=at))
+    found = list(_predictor(model, **changes).maps(images))
+    assert [one.index for one in found] == list(range(len(images)))
+    return [one.anomaly_map if at == "network" else one.at_image_size() for one in found]
 
 
 # --- maps ---
@@ -121,7 +123,7 @@ def test_images_are_drawn_only_a_little_ahead(brightness: nn.Module) -> None:
             drawn.append(position)
             yield np.zeros((40, 40, 3), dtype=np.uint8)
 
-    maps = _predictor(brightness, batch_size=2).maps(draw(), at="network")
+    maps = _predictor(brightness, batch_size=2).maps(draw())
     next(maps)
     assert len(drawn) <= 2 + 2 * 2 + 1  # a batch, and two batches ahead
     maps.close()
@@ -144,7 +146,7 @@ def test_decoding_does_not_happen_in_the_callers_thread(
 
 
 def test_inference_mode_does_not_leak_out(brightness: nn.Module, noise: list[ImageArray]) -> None:
-    for _ in _predictor(brightness, batch_size=2).maps(noise, at="network"):
+    for _ in _predictor(brightness, batch_size=2).maps(noise):
         assert not torch.is_inference_mode_enabled()
 
 
@@ -212,8 +214,8 @@ def test_an_unreadable_image_is_named_in_its_turn(
 ) -> None:
     text = tmp_path / "text.png"
     text.write_text("no image")
-    maps = _predictor(brightness, batch_size=8).maps([noise_paths[0], text], at="network")
-    assert next(maps).shape == (32, 48)
+    maps = _predictor(brightness, batch_size=8).maps([noise_paths[0], text])
+    assert next(maps).anomaly_map.shape == (32, 48)
     with pytest.raises(AlmrrError, match=r"text\.png"):
         next(maps)
 
@@ -299,10 +301,7 @@ def test_predictions_have_the_images_sizes_and_follow_the_definition(
 def test_maps_are_those_that_the_scores_are_taken_from(
     predictor: Predictor, noise: list[ImageArray]
 ) -> None:
-    scores = [
-        image_score(anomaly_map, 9)
-        for anomaly_map in predictor.map_predictor.maps(noise, at="network")
-    ]
+    scores = [image_score(one.anomaly_map, 9) for one in predictor.map_predictor.maps(noise)]
     assert scores == pytest.approx([found.score for found in predictor(noise)], abs=1e-6)
 
 
@@ -369,10 +368,9 @@ def test_maps_leave_unreadable_images_out(
     missing, unreadable = tmp_path / "missing.png", []
     maps = _predictor(brightness).maps(
         [noise_paths[0], missing, noise_paths[1]],
-        at="image",
         on_unreadable=lambda image, _: unreadable.append(image),
     )
-    assert [anomaly_map.shape for anomaly_map in maps] == [(20, 30), (150, 40)]
+    assert [one.at_image_size().shape for one in maps] == [(20, 30), (150, 40)]
     assert unreadable == [missing]
 
 
@@ -398,8 +396,8 @@ def test_it_is_built_from_the_inference_section(
     built = MapPredictor.build(ALMRR.load(model_folder), settings, tiling=WHOLE, device="cpu")
     assert (built.batch_size, built.image_size, built.tiling) == (3, (128, 128), WHOLE)
     expected = Predictor(flips_model_folder, device="cpu", batch_size=3)  # of equal weights
-    for found, prediction in zip(built.maps(noise, at="image"), expected(noise), strict=True):
-        np.testing.assert_array_equal(found, prediction.anomaly_map)
+    for found, prediction in zip(built.maps(noise), expected(noise), strict=True):
+        np.testing.assert_array_equal(found.at_image_size(), prediction.anomaly_map)
 
 
 def test_a_folder_may_be_named_by_a_string(model_folder: Path) -> None:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from almrr_pipeline.synthesis.blend import blend_anomaly
+from almrr_pipeline.synthesis.simulate import blend_anomaly
 
 
 @settings(max_examples=40, deadline=None)

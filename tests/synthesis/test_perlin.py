@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.synthesis.perlin import perlin_mask, perlin_noise
+from almrr_pipeline.synthesis.masks import perlin_mask, perlin_noise
 
 
 def restate_noise(

@@ -7,7 +7,7 @@ import pytest
 from scipy import ndimage
 
 from almrr_pipeline.common.arrays import MaskArray
-from almrr_pipeline.synthesis.shapes import (
+from almrr_pipeline.synthesis.masks import (
     BAND_FRACTION,
     LINE_LENGTH,
     WIDEST_LINE,

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.synthesis.workers import count_processes, spread_over
+from almrr_pipeline.synthesis.writer import count_processes, spread_over
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Reading and resizing of images and masks, the only place where either is done."""
+"""Reading and resizing of images and masks, the only place where either is done; maps as PNG."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from almrr_pipeline.common.arrays import ImageArray, MaskArray
+from almrr_pipeline.common.arrays import AnomalyMap, ImageArray, MaskArray
 from almrr_pipeline.common.errors import AlmrrError
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
@@ -84,6 +84,14 @@ def resize_mask(mask: MaskArray, size: tuple[int, int]) -> MaskArray:
     if mask.shape == tuple(size):
         return mask
     return np.array(Image.fromarray(mask).resize(size[::-1], Image.Resampling.NEAREST))
+
+
+def encode_map(anomaly_map: AnomalyMap) -> bytes:
+    """Encode an anomaly map, float32 (H, W) in [0, 1], as 16-bit gray PNG, 65535 for 1."""
+    gray = np.rint(anomaly_map * np.float32(65535)).astype(np.uint16)
+    stream = io.BytesIO()
+    Image.fromarray(gray).save(stream, format="PNG")
+    return stream.getvalue()
 
 
 def read_bytes(path: Path, *, name: Path | None = None) -> bytes:

@@ -46,15 +46,12 @@ def calibrate(
     """
     scores, peaks = [], []
     with track(len(image_paths), unit="images", description="calibrate") as advance:
-        for anomaly_map in predictor.maps(image_paths, at="network"):
-            scores.append(image_score(anomaly_map, smoothing))
-            peaks.append(float(anomaly_map.max()))
+        for scaled in predictor.maps(image_paths):
+            scores.append(image_score(scaled.anomaly_map, smoothing))
+            peaks.append(float(scaled.anomaly_map.max()))
             advance(1)
-    thresholds = Thresholds(
-        image=conformal_threshold(scores, false_alarm_rate),
-        pixel=conformal_threshold(
-            peaks, false_alarm_rate, event="shows an outline though it is normal"
-        ),
-    )
-    logger.info("Thresholds: image %s, pixel %s.", thresholds.image.value, thresholds.pixel.value)
-    return thresholds
+    event = "shows an outline though it is normal"
+    image = conformal_threshold(scores, false_alarm_rate)
+    pixel = conformal_threshold(peaks, false_alarm_rate, event=event)
+    logger.info("Thresholds: image %s, pixel %s.", image.value, pixel.value)
+    return Thresholds(image=image, pixel=pixel)

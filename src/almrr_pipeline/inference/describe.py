@@ -18,6 +18,7 @@ _MODULES = {
     "backbone": "backbone (frozen)",
     "mfrm": "reconstruction (MFRM)",
     "summary": "projection",
+    "residual": "residual mixtures",
     "frm": "refinement (FRM)",
 }
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -34,8 +35,6 @@ def describe_model(folder: Path) -> str:
     rows, columns = config.image_size
     side = config.smoothing
     flips = "mean over the image and its three flips" if config.flips else "of the image as it is"
-    image = config.thresholds.image if config.thresholds else None
-    pixel = config.thresholds.pixel if config.thresholds else None
     counts = count_parameters(folder)
     return "\n".join(
         [
@@ -44,8 +43,8 @@ def describe_model(folder: Path) -> str:
             f"input             {rows} x {columns} pixels, {_describe_tiling(config.tiling)}",
             f"anomaly map       {flips}",
             f"image score       largest mean over {side} x {side} pixels of the map",
-            f"image threshold   {_describe_threshold(image)}",
-            f"pixel threshold   {_describe_threshold(pixel)}",
+            f"image threshold   {_describe_threshold(config.image_threshold)}",
+            f"pixel threshold   {_describe_threshold(config.pixel_threshold)}",
             f"parameters        {_millions(sum(counts.values()))}",
             *(f"  {module:<24}{_millions(count)}" for module, count in counts.items()),
         ]

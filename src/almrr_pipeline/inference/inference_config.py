@@ -21,36 +21,37 @@ _KEY_OF_0_1 = ("mirrored",)
 class Thresholds(Section):
     """Thresholds from validation images; what is above (never at) one is anomalous."""
 
-    image: Threshold
-    """For the score of an image."""
-    pixel: Threshold
-    """For the values of the anomaly map: the outline."""
+    image: Threshold  # for the score of an image
+    pixel: Threshold  # for the values of the anomaly map: the outline
 
 
 class InferenceConfig(Section):
     """How images are brought to the network, how maps become scores, and the thresholds."""
 
-    category: str
-    """Category id that the model was trained on."""
-    image_size: tuple[Side, Side]
-    """Rows and columns of the network's input."""
+    category: str  # that the model was trained on
+    image_size: tuple[Side, Side]  # rows and columns of the network's input
     tiling: Tiling = Tiling()
-    smoothing: Positive = 9
-    """Side of the mean filter of the image score, in pixels of the map at the network's scale."""
-    flips: bool = False
-    """Test-time augmentation; see `almrr_pipeline.inference.tta`."""
-    thresholds: Thresholds | None = None
-    """None until the model has been calibrated."""
+    smoothing: Positive = 9  # side of the image score's mean filter, in pixels at network scale
+    flips: bool = False  # test-time augmentation; see `almrr_pipeline.inference.tta`
+    thresholds: Thresholds | None = None  # None until the model has been calibrated
+
+    @property
+    def image_threshold(self) -> Threshold | None:
+        """The threshold of image scores, if the model has been calibrated."""
+        return self.thresholds.image if self.thresholds else None
+
+    @property
+    def pixel_threshold(self) -> Threshold | None:
+        """The threshold of the map's values, if the model has been calibrated."""
+        return self.thresholds.pixel if self.thresholds else None
 
     def without_guarantee(self) -> InferenceConfig:
         """Withdraw the thresholds' guarantee: weights were chosen on the validation images."""
         if self.thresholds is None:
             return self
-        thresholds = Thresholds(
-            image=withdraw_guarantee(self.thresholds.image),
-            pixel=withdraw_guarantee(self.thresholds.pixel),
-        )
-        return self.model_copy(update={"thresholds": thresholds})
+        image, pixel = self.thresholds.image, self.thresholds.pixel
+        withdrawn = Thresholds(image=withdraw_guarantee(image), pixel=withdraw_guarantee(pixel))
+        return self.model_copy(update={"thresholds": withdrawn})
 
     def save(self, folder: Path) -> None:
         """Write inference.json into a model folder, atomically."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, Self, TypeAlias
+from typing import NamedTuple, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -37,9 +37,7 @@ ImageInput: TypeAlias = str | os.PathLike[str] | ImageArray
 """The path of an image, or its pixels as uint8 RGB of shape (H, W, 3)."""
 OnUnreadable: TypeAlias = Callable[[ImageInput, AlmrrError], None]
 """Called with an image that cannot be read and the reason, in the image's turn."""
-
-_LARGE_IMAGES_AHEAD = 2
-"""Images decoded ahead in tiling mode, where one alone fills batches."""
+_LARGE_IMAGES_AHEAD = 2  # decoded ahead in tiling mode, where one image alone fills batches
 
 
 def raise_unreadable(image: ImageInput, error: AlmrrError) -> None:
@@ -51,12 +49,9 @@ def raise_unreadable(image: ImageInput, error: AlmrrError) -> None:
 class ScaledMap:
     """An anomaly map at the network's scale."""
 
-    index: int
-    """Position of its image among those given, from 0."""
-    anomaly_map: AnomalyMap
-    """float32 in [0, 1], shape (h, w)."""
-    size: tuple[int, int]
-    """Rows and columns (H, W) of the image itself."""
+    index: int  # position of its image among those given, from 0
+    anomaly_map: AnomalyMap  # float32 in [0, 1], shape (h, w)
+    size: tuple[int, int]  # rows and columns (H, W) of the image itself
 
     def at_image_size(self) -> AnomalyMap:
         """Resize to the image's own size, as images are: bilinear, antialiased, centers aligned."""
@@ -76,13 +71,10 @@ class MapPredictor:
     see `almrr_pipeline.inference.tiling`.
     """
 
-    model: nn.Module
-    """In evaluation mode, on `device`: float32 (B, 3, H, W) in [0, 1] to (B, H, W) in [0, 1]."""
-    image_size: tuple[int, int]
-    """Rows and columns of the network's input."""
+    model: nn.Module  # in evaluation mode, on `device`: (B, 3, H, W) -> (B, H, W), in [0, 1]
+    image_size: tuple[int, int]  # rows and columns of the network's input
     tiling: Tiling
-    batch_size: int
-    """Images, or tiles, per forward pass; tiles of different images share a batch."""
+    batch_size: int  # images, or tiles, per forward pass; tiles of different images share a batch
     device: torch.device
 
     def __post_init__(self) -> None:
@@ -94,16 +86,13 @@ class MapPredictor:
     def build(
         cls, model: ALMRR, settings: InferenceSettings, *, tiling: Tiling, device: str = "auto"
     ) -> Self:
-        """Fuse a model, average over flips if the settings say so, and move it to a device.
+        """Fuse a model, average over flips if the settings ask for it, and move it to a device.
 
         Args:
             model: on the CPU; stays as it is. Its scan backend is kept.
             settings: of these batch_size and flips.
             tiling: whether and how images are cut.
-            device: as for `resolve_device`.
-
-        Raises:
-            AlmrrError: the device cannot be used.
+            device: as for `resolve_device`, which may raise AlmrrError.
         """
         target = resolve_device(device)
         # Fused on the CPU: float64, in which it composes, is missing on MPS, and TF32 would blur
@@ -112,40 +101,23 @@ class MapPredictor:
         return cls(network, model.image_size, tiling, settings.batch_size, target)
 
     def maps(
-        self,
-        images: Iterable[ImageInput],
-        *,
-        at: Literal["network", "image"],
-        on_unreadable: OnUnreadable = raise_unreadable,
-    ) -> Iterator[AnomalyMap]:
+        self, images: Iterable[ImageInput], *, on_unreadable: OnUnreadable = raise_unreadable
+    ) -> Iterator[ScaledMap]:
         """Compute the anomaly maps of images as they come, in their order.
 
         Args:
             images: paths, or uint8 RGB arrays of shape (H, W, 3); sizes may differ.
-            at: "network" gives maps of the resized or scaled image's size, "image" of its own.
             on_unreadable: called in place of yielding a map; raises the error by default.
-
-        Yields:
-            float32 in [0, 1], shape (h, w).
 
         Raises:
             AlmrrError: an image cannot be read or is no image, the model's output is not finite, or
                 a batch does not fit into memory.
         """
-        for scaled in self.scaled_maps(images, on_unreadable=on_unreadable):
-            yield scaled.anomaly_map if at == "network" else scaled.at_image_size()
-
-    def scaled_maps(
-        self, images: Iterable[ImageInput], *, on_unreadable: OnUnreadable = raise_unreadable
-    ) -> Iterator[ScaledMap]:
-        """As `maps` at the network's scale, with each image's position and size."""
         lone_array = isinstance(images, np.ndarray) and images.ndim == 3
         if lone_array or isinstance(images, str | os.PathLike):
             raise AlmrrError("One image was given where several are expected; put it into a list.")
         if self.model.training:
-            raise ValueError(
-                "the model is in training mode, where its maps are random; call eval()"
-            )
+            raise ValueError("the model is in training mode: its maps are random; call eval()")
         ahead = _LARGE_IMAGES_AHEAD if self.tiling.enabled else 2 * self.batch_size
         decoded = submit_ahead(self._decode_and_scale, enumerate(images), ahead=ahead)
         pending: deque[_Decoding] = deque()
@@ -207,7 +179,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 class _ScaledImage(NamedTuple):
-    """An image at the network's scale, the size it had, and the map that its tiles add to."""
+    """An image at the network's scale, its own size, and the map that its tiles add to."""
 
     pixels: ImageArray
     size: tuple[int, int]
@@ -248,7 +220,7 @@ def _take_finished(pending: deque[_Decoding], on_unreadable: OnUnreadable) -> It
 def _decode(index: int, image: ImageInput) -> ImageArray:
     if not isinstance(image, np.ndarray):
         return read_image(Path(image))
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
+    if image.dtype != np.uint8 or image.shape[2:] != (3,) or image.size == 0:
         raise AlmrrError(
             f"Image {index} (counted from 0) is an array of {image.dtype} with shape "
             f"{image.shape}; expected RGB in [0, 255] as uint8 with shape (rows, columns, 3)."

@@ -29,24 +29,15 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 import almrr_pipeline
 from almrr_pipeline.common.arrays import ImageArray
 from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.common.images import decode_image
+from almrr_pipeline.common.images import decode_image, encode_map
 from almrr_pipeline.inference.inference_config import InferenceConfig
-from almrr_pipeline.inference.map_png import encode_map
 from almrr_pipeline.inference.predictor import Prediction, Predictor
 
 _ARTIFACT = "model_folder"
 _REQUIREMENTS = (
-    "torch",
-    "torchvision",
-    "timm",
-    "einops",
-    "numpy",
-    "scipy",
-    "pandas",
-    "pillow",
-    "pydantic",
+    "torch", "torchvision", "timm", "einops", "numpy", "scipy", "pandas", "pillow", "pydantic",
     "safetensors",
-)
+)  # fmt: skip
 """What prediction imports; pinned to the versions that are installed at logging."""
 
 MODEL_CONFIG: dict[str, Any] = {"device": "auto", "batch_size": 8, "scan_backend": "auto"}
@@ -84,7 +75,7 @@ class ServedModel(PythonModel):
         """Predict images.
 
         Args:
-            context: unused; the model was loaded by `load_context`.
+            context: unused.
             model_input: column `image`, the bytes of an image file in any format that Pillow reads.
             params: `anomaly_map`: whether to return each image's map too, as the base64 of a
                 16-bit gray PNG of the image's size, where 65535 stands for 1.

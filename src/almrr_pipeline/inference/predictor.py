@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,14 +27,10 @@ from almrr_pipeline.model.almrr import ALMRR
 class Prediction:
     """Anomaly map, score and verdict of one image."""
 
-    anomaly_map: AnomalyMap
-    """float32 in [0, 1], of the image's own size (H, W)."""
-    score: float
-    """Anomaly score of the image, in [0, 1]; see `image_score`."""
-    is_anomalous: bool | None
-    """Whether the score is above the image threshold; None where there is no threshold."""
-    index: int = 0
-    """Position of the image among those given, from 0."""
+    anomaly_map: AnomalyMap  # float32 in [0, 1], of the image's own size (H, W)
+    score: float  # anomaly score of the image, in [0, 1]; see `image_score`
+    is_anomalous: bool | None  # whether the score is above the threshold; None where there is none
+    index: int = 0  # position of the image among those given, from 0
 
 
 class Predictor:
@@ -72,12 +69,12 @@ class Predictor:
         """
         folder = Path(folder)
         self.config = InferenceConfig.load(folder)
+        self.image_threshold, self.pixel_threshold = image_threshold, pixel_threshold
         stored = self.config.thresholds
         if stored and image_threshold is None:
-            image_threshold = stored.image.value
+            self.image_threshold = stored.image.value
         if stored and pixel_threshold is None:
-            pixel_threshold = stored.pixel.value
-        self.image_threshold, self.pixel_threshold = image_threshold, pixel_threshold
+            self.pixel_threshold = stored.pixel.value
         model = ALMRR.load(folder, scan_backend=scan_backend)
         if model.image_size != self.config.image_size:
             raise AlmrrError(
@@ -106,14 +103,10 @@ class Predictor:
         Raises:
             AlmrrError: an image cannot be read, or an array is no image; names which.
         """
-        for scaled in self.map_predictor.scaled_maps(images, on_unreadable=on_unreadable):
+        for scaled in self.map_predictor.maps(images, on_unreadable=on_unreadable):
             score = image_score(scaled.anomaly_map, self.config.smoothing)
-            yield Prediction(
-                anomaly_map=scaled.at_image_size(),
-                score=score,
-                is_anomalous=None if self.image_threshold is None else score > self.image_threshold,
-                index=scaled.index,
-            )
+            verdict = None if self.image_threshold is None else score > self.image_threshold
+            yield Prediction(scaled.at_image_size(), score, verdict, scaled.index)
 
 
 def image_score(anomaly_map: AnomalyMap, smoothing: int) -> float:
@@ -124,13 +117,8 @@ def image_score(anomaly_map: AnomalyMap, smoothing: int) -> float:
 
     Args:
         anomaly_map: float32 in [0, 1], shape (H, W), at the network's scale.
-        smoothing: the window's side, in pixels; 1 gives the map's maximum.
-
-    Returns:
-        A value in [0, 1].
+        smoothing: the window's side, in pixels; 1 gives the map's maximum, in [0, 1] as any score.
     """
-    total = uniform_filter(anomaly_map.astype(np.float64), smoothing, mode="constant")
-    inside = [
-        uniform_filter(np.ones(length), smoothing, mode="constant") for length in anomaly_map.shape
-    ]
-    return float((total / np.outer(*inside)).max())
+    smooth = partial(uniform_filter, size=smoothing, mode="constant")
+    inside = [smooth(np.ones(length)) for length in anomaly_map.shape]  # fractions of the windows
+    return float((smooth(anomaly_map.astype(np.float64)) / np.outer(*inside)).max())

@@ -17,17 +17,16 @@ def submit_ahead(
 ) -> Iterator[tuple[Item, Future[Result]]]:
     """Apply `function` in threads to at most `ahead` items beyond the one that is being used.
 
-    The items themselves are drawn in the caller's thread.
+    The items, which may be endless, are drawn in the caller's thread.
 
     Args:
         function: called with one item; must be safe to call from several threads at once.
-        items: may be endless; no more than `ahead` + 1 are ever in hand.
+        items: no more than `ahead` + 1 are ever in hand.
         ahead: how far to run ahead, at least 1.
         threads: how many calls run at the same time, at least 1.
 
     Yields:
-        Each item with its future, in the order of the items; its `result()` waits, and raises what
-        `function` raised.
+        Each item with its finished future, in the order of the items.
     """
     remaining = iter(items)
     running: deque[tuple[Item, Future[Result]]] = deque()

@@ -16,6 +16,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 
@@ -26,12 +27,9 @@ from almrr_pipeline.common.arrays import AnomalyMap, Floats, ImageArray
 class Axis:
     """Positions of the tiles along one axis, in pixels of the padded image."""
 
-    length: int
-    """Pixels of the image along this axis."""
-    tile: int
-    """Pixels of a tile along this axis."""
-    overlap: float
-    """Least fraction of a tile that the next one covers again, in [0, 1)."""
+    length: int  # pixels of the image
+    tile: int  # pixels of a tile
+    overlap: float  # least fraction of a tile that the next one covers again, in [0, 1)
 
     @property
     def padding(self) -> tuple[int, int]:
@@ -52,16 +50,15 @@ class Axis:
         """Weights of the tiles' pixels, in [0, 1], shape (tiles, tile); a pixel's sum to 1."""
         raw = np.ones((len(self.starts), self.tile))
         total = np.zeros(max(self.length, self.tile))
-        for k, start in enumerate(self.starts):
-            if k > 0:
-                shared = self.tile - (start - self.starts[k - 1])
-                raw[k, :shared] *= _rise(shared)
-            if k + 1 < len(self.starts):
-                shared = self.tile - (self.starts[k + 1] - start)
-                raw[k, self.tile - shared :] *= _rise(shared)[::-1]
-            total[start : start + self.tile] += raw[k]
-        for k, start in enumerate(self.starts):
-            raw[k] /= total[start : start + self.tile]
+        for k, (start, following) in enumerate(pairwise(self.starts)):
+            shared = self.tile - (following - start)  # pixels; their centers give sin^2 from 0 to 1
+            rise = np.sin(np.pi / 2 * (np.arange(shared) + 0.5) / shared) ** 2
+            raw[k, self.tile - shared :] *= rise[::-1]
+            raw[k + 1, :shared] *= rise
+        for start, weights in zip(self.starts, raw, strict=True):
+            total[start : start + self.tile] += weights
+        for start, weights in zip(self.starts, raw, strict=True):
+            weights /= total[start : start + self.tile]
         return raw
 
 
@@ -69,12 +66,9 @@ class Axis:
 class TileGrid:
     """The tiles of an image of `size` pixels, row by row from the top left."""
 
-    size: tuple[int, int]
-    """Rows and columns of the image."""
-    tile: tuple[int, int]
-    """Rows and columns of a tile."""
-    overlap: float = 0.25
-    """Least fraction of a tile that the next one covers again, in [0, 1)."""
+    size: tuple[int, int]  # rows and columns of the image
+    tile: tuple[int, int]  # rows and columns of a tile
+    overlap: float = 0.25  # least fraction of a tile that the next one covers again, in [0, 1)
 
     def __post_init__(self) -> None:
         """Refuse impossible sizes and overlaps."""
@@ -102,9 +96,7 @@ class TileGrid:
     def cut(self, image: ImageArray) -> Iterator[ImageArray]:
         """Cut an image of this grid's size into tiles; uint8 (rows, columns, 3) each."""
         if image.shape[:2] != self.size:
-            raise ValueError(
-                f"this grid is for images of {self.size} pixels; got {image.shape[:2]}"
-            )
+            raise ValueError(f"the grid is for images of {self.size} pixels, not {image.shape[:2]}")
         rows, columns = self.axes
         padding = (rows.padding, columns.padding, (0, 0))
         padded = np.pad(image, padding, mode="reflect") if any(map(any, padding)) else image
@@ -144,12 +136,6 @@ class Blend:
         """
         if not self.complete:
             raise ValueError(f"{self._missing} of {len(self.grid)} tiles have not been blended yet")
-        inside = tuple(
-            slice(axis.padding[0], axis.padding[0] + axis.length) for axis in self.grid.axes
-        )
-        return self._sum[inside].astype(np.float32)
-
-
-def _rise(pixels: int) -> Floats:
-    """sin^2 from 0 to 1, taken at the pixels' centers: it and its reverse sum to 1."""
-    return np.sin(np.pi / 2 * (np.arange(pixels) + 0.5) / pixels) ** 2
+        top, left = (axis.padding[0] for axis in self.grid.axes)
+        rows, columns = self.grid.size
+        return self._sum[top : top + rows, left : left + columns].astype(np.float32)

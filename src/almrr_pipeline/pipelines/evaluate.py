@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,40 +14,31 @@ from almrr_pipeline.common.images import read_image
 from almrr_pipeline.config import EvaluateSettings, InferenceSettings, ReportSettings
 from almrr_pipeline.evaluation.evaluate import evaluate as evaluate_maps
 from almrr_pipeline.evaluation.maps import AnomalyMaps, GroundTruth, tabulate_scores
-from almrr_pipeline.evaluation.thresholds import Threshold
 from almrr_pipeline.inference.inference_config import InferenceConfig
 from almrr_pipeline.inference.predictor import Predictor, image_score
+from almrr_pipeline.inference.streams import take_batches
 from almrr_pipeline.pipelines.per_category import step
 from almrr_pipeline.reporting.examples import Result, draw_examples, pack_examples
 
 
 @dataclass(frozen=True)
 class TestSet:
-    """Rows of the manifest's test images, the folder of their paths, and the model's thresholds."""
+    """Rows of the manifest's test images, the folder of their paths, and the model's settings."""
 
     rows: pd.DataFrame
     folder: Path
-    smoothing: int
-    image_threshold: Threshold | None
-    pixel_threshold: Threshold | None
+    config: InferenceConfig
 
     def masks(self, maps: AnomalyMaps) -> GroundTruth:
         """Ground truth of the images, each at the size of its map."""
-        return GroundTruth(
-            [self.folder / name if name else None for name in self.rows["mask"]], maps
-        )
+        paths = [self.folder / name if name else None for name in self.rows["mask"]]
+        return GroundTruth(paths, maps)
 
 
 def open_test_set(model: Path, manifest: pd.DataFrame, data_folder: Path) -> TestSet:
     """Select the test images, and read what the model's folder holds for judging them."""
-    config = InferenceConfig.load(model)
-    return TestSet(
-        rows=manifest[manifest["split"] == "test"].reset_index(drop=True),
-        folder=data_folder,
-        smoothing=config.smoothing,
-        image_threshold=config.thresholds.image if config.thresholds else None,
-        pixel_threshold=config.thresholds.pixel if config.thresholds else None,
-    )
+    rows = manifest[manifest["split"] == "test"].reset_index(drop=True)
+    return TestSet(rows, data_folder, InferenceConfig.load(model))
 
 
 def predict_maps(
@@ -62,19 +52,18 @@ def predict_maps(
     size, backend = inference.batch_size, inference.scan_backend
     predictor = Predictor(model, batch_size=size, scan_backend=backend)
     images = [test_set.folder / name for name in test_set.rows["image"]]
-    maps = enumerate(predictor.map_predictor.maps(images, at="network"))
-    while batch := {f"{place:06d}": anomaly_map for place, anomaly_map in islice(maps, size)}:
-        yield batch
+    for scaled in take_batches(predictor.map_predictor.maps(images), size):
+        yield {f"{one.index:06d}": one.anomaly_map for one in scaled}
 
 
 def score_images(maps: AnomalyMaps, test_set: TestSet) -> pd.DataFrame:
     """Score every test image, and compare the scores with the model's own threshold."""
-    threshold = test_set.image_threshold
+    threshold, smoothing = test_set.config.image_threshold, test_set.config.smoothing
     return tabulate_scores(
         test_set.rows,
         maps,
         test_set.masks(maps),
-        scores=[image_score(anomaly_map, test_set.smoothing) for anomaly_map in maps],
+        scores=[image_score(anomaly_map, smoothing) for anomaly_map in maps],
         threshold=threshold.value if threshold else None,
     )
 
@@ -94,7 +83,7 @@ def compute_metrics(
         scores["label"] == "defective",
         list(scores["defect_type"]),
         evaluate,
-        thresholds=(test_set.image_threshold, test_set.pixel_threshold),
+        thresholds=(test_set.config.image_threshold, test_set.config.pixel_threshold),
         seed=seed,
     )
     return evaluation.metrics, evaluation.curves
@@ -104,7 +93,7 @@ def draw_overlays(
     maps: AnomalyMaps, scores: pd.DataFrame, test_set: TestSet, report: ReportSettings
 ) -> dict[str, bytes]:
     """Draw the best, typical and worst results: files by name, among them an index of captions."""
-    masks, threshold = test_set.masks(maps), test_set.pixel_threshold
+    masks, threshold = test_set.masks(maps), test_set.config.pixel_threshold
     places = {image: place for place, image in enumerate(test_set.rows["image"])}
 
     def load(image: str) -> Result:
@@ -120,10 +109,6 @@ NODES = [
     step(open_test_set, "model manifest data_folder", "test_set"),
     step(predict_maps, "model test_set params:inference", "anomaly_maps@partitions"),
     step(score_images, f"{_MAPS} test_set", "scores"),
-    step(
-        compute_metrics,
-        f"{_MAPS} scores test_set params:evaluate params:seed",
-        "metrics curves",
-    ),
+    step(compute_metrics, f"{_MAPS} scores test_set params:evaluate params:seed", "metrics curves"),
     step(draw_overlays, f"{_MAPS} scores test_set params:report", "overlays@partitions"),
 ]

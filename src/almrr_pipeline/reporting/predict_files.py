@@ -22,9 +22,8 @@ from PIL import Image
 
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.common.files import STAGING_PREFIX, staging_folder
-from almrr_pipeline.common.images import IMAGE_SUFFIXES, read_image
+from almrr_pipeline.common.images import IMAGE_SUFFIXES, encode_map, read_image
 from almrr_pipeline.common.progress import track
-from almrr_pipeline.inference.map_png import encode_map
 from almrr_pipeline.inference.streams import submit_ahead
 from almrr_pipeline.reporting.overlays import draw_overlay
 

@@ -10,9 +10,7 @@ import numpy as np
 from almrr_pipeline.common.arrays import ImageArray, MaskArray
 from almrr_pipeline.config import SynthesisSettings, Weights
 from almrr_pipeline.synthesis import textures as operations
-from almrr_pipeline.synthesis.blend import blend_anomaly
-from almrr_pipeline.synthesis.perlin import perlin_mask
-from almrr_pipeline.synthesis.shapes import band_mask, line_mask
+from almrr_pipeline.synthesis.masks import band_mask, line_mask, perlin_mask
 
 
 class Stream(IntEnum):
@@ -49,11 +47,11 @@ def simulate_sample(
     """Simulate one sample; the order of the draws is part of what a seed stands for.
 
     Args:
-        number: of the sample; with seed and stream it determines all random numbers.
+        number: of the sample; with seed (0 or more) and stream it determines all random numbers.
         normals: normal images, uint8 in [0, 255], shape (n, H, W, 3).
         textures: anomaly textures, uint8 in [0, 255], shape (t, H, W, 3).
         settings: ranges and weights of what is drawn.
-        seed: 0 or more.
+        seed: see `number`.
         stream: of the training or the validation samples.
     """
     generator = make_generator(seed, number, stream)
@@ -72,6 +70,26 @@ def simulate_sample(
             anomaly = operations.remove_color(anomaly)
     opacity = generator.uniform(*settings.opacity)
     return Sample(blend_anomaly(normal, anomaly, mask, opacity=opacity), mask, normal_index)
+
+
+def blend_anomaly(
+    normal: ImageArray, anomaly: ImageArray, mask: MaskArray, *, opacity: float
+) -> ImageArray:
+    """Blend an anomaly into a normal image: I_a = (1 - M) I + (1 - b) M A + b M I (ALMRR, stage 1).
+
+    Images are blended by their values in [0, 1], stored as uint8 in [0, 255], shape (H, W, 3), and
+    rounded to the nearest; the ImageNet normalization belongs to the backbone and comes later.
+
+    Args:
+        normal: I; it is not changed.
+        anomaly: A.
+        mask: M, bool, shape (H, W).
+        opacity: b in [0, 1], the fraction of the normal image that shines through.
+    """
+    b = np.float32(opacity)
+    augmented = normal.copy()  # outside of the mask the formula leaves I as it is
+    augmented[mask] = np.rint((1 - b) * anomaly[mask] + b * normal[mask])  # (pixels, 3), float32
+    return augmented
 
 
 def _draw_mask(

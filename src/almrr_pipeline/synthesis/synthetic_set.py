@@ -27,8 +27,7 @@ from almrr_pipeline.common.arrays import ImageArray, Indices
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.common.files import hash_file
 from almrr_pipeline.config import SynthesisSettings, Tiling
-from almrr_pipeline.synthesis.workers import count_processes, spread_over
-from almrr_pipeline.synthesis.writer import ImagePaths, SetWriter
+from almrr_pipeline.synthesis.writer import ImagePaths, SetWriter, count_processes, spread_over
 
 logger = logging.getLogger(__name__)
 
