@@ -1,0 +1,699 @@
+r"""Everything that is to be known of a GPU, with one command and within a budget of time.
+
+    python benchmarks/gpu.py --data FOLDER --output FOLDER [--budget 540]
+        [--only SECTION,SECTION] [--limit SECTION=SECONDS] [--minutes DATASET=MINUTES]
+        [--set DATASET:name=value] [--commit NAME] [--device cpu --tiny]
+
+Sections, in this order; each in a process of its own, which is killed when its time is over, so
+that a failing kernel or a hanging one costs the others nothing:
+
+    environment  device, versions, and the measured ceilings: copy bandwidth, rates of products
+    tests        the tests marked gpu
+    scan         every backend of the selective scan, forward, and forward and backward
+    step         training steps at the paper's widths, ours and the authors' formulation
+    inference    anomaly maps: fused, unfused, the authors' formulation, the bare backbone
+    train        real trainings from images in folders, and their metrics (gpu_training.py)
+    compile      training steps under torch.compile; only if named by --only
+
+The machine needs torch, timm, lightning, triton and this package's other libraries, but not Kedro,
+DVC or MLflow. FOLDER of --data has mt_defect/MT_*/Imgs, nanotwice/{Normal,Anomalous}, and
+dtd/images/CLASS as published, and weights/*.pth of a ResNet-50 of Caffe's kind; sections before
+`train` need none of it. The output folder gets results.json, results.md (the tables), log.txt, and
+for each dataset NAME.zip (overlays, scores, history, metrics) and NAME_maps.npz. results.json and
+results.md are written again after every section.
+
+On CUDA a time is that between two events, so that a call is measured as it is in a loop that never
+waits for the device; `graph` is the device's time alone, replayed as a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
+from pathlib import Path
+from statistics import quantiles
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+LIMITS = {"environment": 40, "tests": 75, "scan": 75, "step": 140, "inference": 75, "train": 600}
+"""Seconds of a section, the start of its process included; the budget can leave it less."""
+COMPILE = {"compile": 180}
+GRACE = 8.0
+"""Seconds between the end of a section's time, at which it stops itself, and its being killed."""
+PACKAGES = ("torch", "triton", "timm", "lightning", "numpy", "numba", "mamba-ssm")
+Row = dict[str, Any]
+
+
+@dataclass
+class Record:
+    """What a section has found, written to its file after every addition."""
+
+    path: Path
+    deadline: float  # by time.monotonic
+    values: dict[str, Any] = field(default_factory=dict)
+    tables: dict[str, list[Row]] = field(default_factory=dict)
+    errors: list[str] = field(default_factory=list)
+
+    def left(self) -> float:
+        """Seconds until the section has to be done."""
+        return self.deadline - time.monotonic()
+
+    def put(self, **values: Any) -> None:  # noqa: ANN401 (anything that JSON holds)
+        """Keep single values."""
+        self.values.update(values)
+        self._write(values)
+
+    def row(self, table: str, **values: Any) -> None:  # noqa: ANN401
+        """Add a row to a table."""
+        self.tables.setdefault(table, []).append(values)
+        self._write({table: values})
+
+    def require(self, seconds: float) -> None:
+        """Raise a TimeoutError, which `attempt` keeps as a short note, if there is less left."""
+        if self.left() < seconds:
+            raise TimeoutError(f"skipped: {seconds:.0f} s are needed, {self.left():.0f} s are left")
+
+    @contextmanager
+    def attempt(self, what: str) -> Iterator[None]:
+        """Go on after an error, which is kept together with what was attempted."""
+        try:
+            yield
+        except Exception as error:
+            short = f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            self.errors.append(short)
+            if not isinstance(error, TimeoutError):
+                traceback.print_exc()
+            self._write({"error": short})
+
+    def _write(self, shown: dict[str, Any]) -> None:
+        print(f"  {time.strftime('%H:%M:%S')} {json.dumps(shown, default=str)[:400]}", flush=True)
+        content = {"values": self.values, "tables": self.tables, "errors": self.errors}
+        part = self.path.with_suffix(".part")
+        part.write_text(json.dumps(content, default=str), encoding="utf-8")
+        part.replace(self.path)
+
+
+# ---------------------------------------------------------------------------------------------
+# The driver: it imports nothing that touches the device.
+
+
+def main() -> None:
+    """Run the sections, or one of them where this is its process."""
+    arguments = parse()
+    if arguments.section:
+        run_section(arguments)
+        return
+    output: Path = arguments.output
+    output.mkdir(parents=True, exist_ok=True)
+    chosen = arguments.only.split(",") if arguments.only else list(LIMITS)
+    limits = {**LIMITS, **COMPILE, **read_pairs(arguments.limit)}
+    end = time.monotonic() + arguments.budget
+    results: dict[str, Any] = {"command": sys.argv[1:], "commit": arguments.commit or read_commit()}
+    results["sections"] = {}
+    with tempfile.TemporaryDirectory() as scratch, (output / "log.txt").open("a") as log:
+        for name in chosen:
+            seconds = min(limits[name], end - time.monotonic() - GRACE)
+            say(log, f"== {name}: at most {seconds:.0f} s")
+            results["sections"][name] = start_section(name, seconds, Path(scratch), log)
+            write_results(output, results)
+    print((output / "results.md").read_text(encoding="utf-8"))
+    for name, one in results["sections"].items():
+        print(f"{name}: {one['status']}, {one['seconds']} s, {len(one['errors'])} errors")
+
+
+def parse(command: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default=Path("build/gpu"))
+    parser.add_argument("--data", type=Path, help="folder with the datasets; for `train`")
+    parser.add_argument("--budget", type=float, default=540, help="seconds for everything")
+    parser.add_argument("--only", help=f"of {','.join([*LIMITS, *COMPILE])}")
+    parser.add_argument("--limit", action="append", default=[], help="SECTION=SECONDS")
+    parser.add_argument("--datasets", default="mt_defect,nanotwice", help="that `train` trains on")
+    parser.add_argument("--minutes", action="append", default=[], help="DATASET=MINUTES, of `fit`")
+    parser.add_argument("--set", action="append", default=[], help="DATASET:name=value")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--commit", help="where git cannot tell")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="small and once, to try the script")
+    parser.add_argument("--section", help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args(command)
+    known = {*LIMITS, *COMPILE}
+    names = set(arguments.only.split(",") if arguments.only else ()) | set(
+        read_pairs(arguments.limit)
+    )
+    if names - known:
+        parser.error(f"there is no section {min(names - known)}; take some of {sorted(known)}")
+    return arguments
+
+
+def read_pairs(given: Sequence[str]) -> dict[str, float]:
+    """Split NAME=NUMBER."""
+    return {name: float(value) for name, _, value in (one.partition("=") for one in given)}
+
+
+def start_section(name: str, seconds: float, scratch: Path, log: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Run a section in a process of its own; returns what it found, also if it was killed."""
+    if seconds < 5:
+        return {"status": "skipped", "seconds": 0, "errors": ["the budget was used up"]}
+    begun = time.monotonic()
+    command = [sys.executable, __file__, *sys.argv[1:], "--section", name]
+    command += ["--seconds", str(seconds), "--scratch", str(scratch)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+        start_new_session=True,
+    )  # fmt: skip
+    killed = threading.Event()
+
+    def kill() -> None:
+        killed.set()
+        os.killpg(process.pid, 9)  # with the processes that it has started
+
+    watch = threading.Timer(seconds + GRACE, kill)
+    watch.start()
+    assert process.stdout is not None
+    for line in process.stdout:
+        say(log, line.rstrip())
+    status = process.wait()
+    watch.cancel()
+    path = scratch / f"{name}.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"errors": []}
+    found["seconds"] = round(time.monotonic() - begun, 1)
+    found["status"] = "killed" if killed.is_set() else f"exit {status}" if status else "done"
+    return found
+
+
+def say(log: Any, line: str) -> None:  # noqa: ANN401 (a text file)
+    """Print a line, and keep it."""
+    print(line, flush=True)
+    log.write(line + "\n")
+    log.flush()
+
+
+def read_commit() -> str:
+    """The commit, as git knows it."""
+    from run import read_commit as ask_git
+
+    return ask_git()
+
+
+def write_results(output: Path, results: dict[str, Any]) -> None:
+    """Write results.json, and results.md from it."""
+    for name, text in (
+        ("results.json", json.dumps(results, indent=1)),
+        ("results.md", to_markdown(results)),
+    ):
+        part = output / f"{name}.part"
+        part.write_text(text + "\n", encoding="utf-8")
+        part.replace(output / name)
+
+
+def to_markdown(results: dict[str, Any]) -> str:
+    """The tables of all sections, as the documentation takes them."""
+    lines = [
+        f"Commit {results['commit']}, `python benchmarks/gpu.py {' '.join(results['command'])}`"
+    ]
+    for name, section in results["sections"].items():
+        lines += ["", f"## {name} ({section['status']}, {section['seconds']} s)"]
+        values = {k: v for k, v in section.get("values", {}).items() if not isinstance(v, dict)}
+        lines += ["", *(f"- {key}: {show(value)}" for key, value in values.items())]
+        for title, rows in section.get("tables", {}).items():
+            if title == "outcomes":  # of the tests: those that say something
+                rows = [row for row in rows if row["outcome"] != "PASSED"]
+            heads = list(dict.fromkeys(key for row in rows for key in row))
+            lines += [
+                "",
+                f"### {title}",
+                "",
+                f"| {' | '.join(heads)} |",
+                f"|{' --- |' * len(heads)}",
+            ]
+            lines += [f"| {' | '.join(show(row.get(key)) for key in heads)} |" for row in rows]
+        lines += ["", *(f"- failed: {error.splitlines()[-1]}" for error in section["errors"])]
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines))
+
+
+def show(value: object) -> str:
+    """A cell: four figures of a number, nothing for None."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "" if value is None else str(value).replace("|", "/")
+
+
+# ---------------------------------------------------------------------------------------------
+# A section's process.
+
+
+def run_section(arguments: argparse.Namespace) -> None:
+    """Run one section; whatever it raises is kept with what it has found before."""
+    path = arguments.scratch / f"{arguments.section}.json"
+    record = Record(path, time.monotonic() + arguments.seconds)
+    sections: dict[str, Callable[[argparse.Namespace, Record], None]] = {
+        "environment": measure_environment,
+        "tests": run_tests,
+        "scan": measure_scan,
+        "step": measure_steps,
+        "inference": measure_inference,
+        "train": train,
+        "compile": measure_compiled,
+    }
+    try:
+        sections[arguments.section](arguments, record)
+    except BaseException:
+        record.errors.append(traceback.format_exc(limit=-8).strip())
+        record.put()
+        raise
+
+
+def measure_environment(arguments: argparse.Namespace, record: Record) -> None:
+    """Device, versions, and the ceilings that times are compared with."""
+    import torch
+
+    record.put(python=platform.python_version(), processor=read_processor(), cores=os.cpu_count())
+    record.put(**{name: read_version(name) for name in PACKAGES})
+    device = torch.device(arguments.device)
+    if device.type == "cuda":
+        found = torch.cuda.get_device_properties(device)
+        record.put(
+            device=found.name, multiprocessors=found.multi_processor_count,
+            memory_gib=round(found.total_memory / 2**30, 1), l2_mib=found.L2_cache_size / 2**20,
+            cudnn=torch.backends.cudnn.version(), cuda=torch.version.cuda,
+            precision_of_convolutions=torch.backends.cudnn.conv.fp32_precision,
+            precision_of_products=torch.backends.cuda.matmul.fp32_precision,
+        )  # fmt: skip
+    with record.attempt("nvidia-smi"):
+        record.put(nvidia_smi=ask_nvidia_smi() if device.type == "cuda" else "")
+    count = 2**20 if arguments.tiny else 2**29  # floats: 2 GiB, far beyond the cache
+    with record.attempt("copy"):
+        source = torch.rand(count, device=device)
+        target = torch.empty_like(source)
+        took = time_calls(partial(target.copy_, source), device, most=30)
+        record.row("ceilings", what="copy, read and written", per_second=8 * count / took.median,
+                   unit="B/s")  # fmt: skip
+        del source, target
+    side = 256 if arguments.tiny else 8192
+    for name, dtype, precision in (
+        ("bfloat16", torch.bfloat16, "ieee"),
+        ("float32, TF32", torch.float32, "tf32"),
+        ("float32", torch.float32, "ieee"),
+    ):
+        with record.attempt(f"product in {name}"), float32_by(precision):
+            a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+            took = time_calls(partial(torch.mm, a, b), device, most=20)
+            rate = 2 * side**3 / took.median
+            record.row("ceilings", what=f"product of {side}^2 in {name}", per_second=rate,
+                       unit="FLOP/s")  # fmt: skip
+    with record.attempt("nvidia-smi"):
+        record.put(nvidia_smi_after=ask_nvidia_smi() if device.type == "cuda" else "")
+
+
+def ask_nvidia_smi() -> str:
+    """Driver, clocks, power and memory, read only."""
+    fields = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.draw,temperature.gpu"
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    return (done.stdout or done.stderr).strip()
+
+
+def run_tests(arguments: argparse.Namespace, record: Record) -> None:
+    """The tests marked gpu: of each file that has some, outcomes by name."""
+    root = HERE.parent
+    files = [
+        str(path.relative_to(root))
+        for path in sorted((root / "tests").rglob("test_*.py"))
+        if "mark.gpu" in path.read_text(encoding="utf-8") and "benchmarks" not in path.parts
+    ]
+    command = [sys.executable, "-m", "pytest", "-v", "-rfE", "--tb=short", "-p", "no:cacheprovider"]
+    command += ["--continue-on-collection-errors", "-m", "gpu", *files]
+    process = subprocess.Popen(
+        command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    counts: dict[str, int] = {}
+    assert process.stdout is not None
+    for line in process.stdout:
+        print(line.rstrip(), flush=True)
+        found = re.match(r"(tests/\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)", line)
+        if found:
+            counts[found[2]] = counts.get(found[2], 0) + 1
+            record.row("outcomes", test=found[1], outcome=found[2])
+        elif line.startswith(("FAILED ", "ERROR ")):
+            record.errors.append(line.strip())
+    record.put(exit_status=process.wait(), **counts)
+
+
+def measure_scan(arguments: argparse.Namespace, record: Record) -> None:
+    """Every backend of the scan, and each of the Triton backend's configurations."""
+    import scan
+    import torch
+
+    device = torch.device(arguments.device)
+    shapes = [(b, 256, 384, 16) for b in (4, 8, 32)]
+    if arguments.tiny:
+        shapes = [(1, 64, 32, 16)]
+    for dtype in (torch.float32, torch.bfloat16):
+        for shape in shapes:
+            inputs = scan.draw_inputs(shape, str(device), dtype)
+            for name, way in list_scan_ways(arguments.device).items():
+                slow = name in (scan.LOOP, "torch", "parallel")
+                if slow and (dtype, shape) != (torch.float32, shapes[0]):
+                    continue
+                measured: Row = {}  # no graph of the slow ones: they launch thousands of kernels
+                with record.attempt(f"{name} {shape} {dtype}"):
+                    record.require(5)
+                    for label, run in (("forward", scan.run_forward), ("both", scan.run_both_ways)):
+                        call = partial(run, way, inputs)
+                        took = time_calls(call, device, most=3 if slow else 50)
+                        measured[f"{label}, us"] = took.median * 1e6
+                        if not slow:
+                            measured[f"{label}, graph, us"] = time_graph(call, device)
+                if measured:
+                    record.row("scan", backend=name, batch=shape[0],
+                               dtype=str(dtype).removeprefix("torch."), **measured)  # fmt: skip
+
+
+def list_scan_ways(device: str) -> dict[str, Callable[..., Any]]:
+    """The loop and all backends; scan.py's `list_variants`, where it has one, adds to them."""
+    import scan
+
+    ways = scan.list_scans(device)
+    variants = getattr(scan, "list_variants", None)
+    if variants is not None and device == "cuda":
+        ways |= variants(device)
+    return ways
+
+
+def measure_steps(arguments: argparse.Namespace, record: Record) -> None:
+    """Training steps: ours by the package's own parts on one batch, the authors' beside them."""
+    from almrr_pipeline.model.almrr import ALMRR
+
+    backbone, settings, size = build_parts(arguments)
+    model = ALMRR(backbone, settings, image_size=size)
+    record.put(trained_parameters=sum(one.numel() for one in model.trainable_parameters()))
+    batches = (2,) if arguments.tiny else (32, 8, 4)
+    precisions = ("32-true", "bf16-mixed")
+    plain = {"deterministic": True, "channels_last": False}
+    for batch in batches:
+        for precision in precisions:
+            time_ours(arguments, record, model, batch, {"precision": precision, **plain})
+    for batch in batches:
+        for precision in precisions:
+            time_authors(arguments, record, batch, precision)
+    for precision in reversed(precisions):
+        for changed in (
+            {"channels_last": True, "deterministic": True},
+            {"channels_last": True, "deterministic": False},
+            {"channels_last": False, "deterministic": False},
+        ):
+            for batch in (batches[0], batches[-1]):
+                time_ours(arguments, record, model, batch, {"precision": precision, **changed})
+                if arguments.tiny:
+                    return
+
+
+def measure_compiled(arguments: argparse.Namespace, record: Record) -> None:
+    """Training steps under torch.compile."""
+    from almrr_pipeline.model.almrr import ALMRR
+
+    backbone, settings, size = build_parts(arguments)
+    model = ALMRR(backbone, settings, image_size=size)
+    for precision in ("bf16-mixed", "32-true"):
+        changes = {"precision": precision, "compile": True}
+        time_ours(arguments, record, model, 2 if arguments.tiny else 32, changes)
+
+
+def time_ours(
+    arguments: argparse.Namespace,
+    record: Record,
+    model: Any,
+    batch: int,
+    changes: Row,  # noqa: ANN401
+) -> None:
+    """A row of our step: what `fit` does in a step, but for the making of the batch."""
+    import torch
+
+    from almrr_pipeline.config import TrainSettings
+    from almrr_pipeline.training.optim import build_optimizer, clip_gradient
+    from almrr_pipeline.training.runtime import training_environment
+    from almrr_pipeline.training.train import TrainingStep
+
+    device = torch.device(arguments.device)
+    accelerator = "gpu" if device.type == "cuda" else "cpu"
+    settings = TrainSettings(batch_size=batch, accelerator=accelerator, devices=1, **changes)
+    label = f"ours, batch {batch}, {changes}"
+    with record.attempt(label), training_environment(model, settings) as (fabric, _):
+        record.require(8)
+        optimizer = build_optimizer(model, settings)
+        forward, optimizer = fabric.setup(TrainingStep(model, settings), optimizer)
+        given = draw_batch(batch, model.image_size, device)
+
+        def step() -> None:
+            losses = forward(given)
+            optimizer.zero_grad()
+            fabric.backward(losses[0])
+            clip_gradient(fabric, model, optimizer, settings.gradient_clip)
+            optimizer.step()
+
+        begun = time.monotonic()
+        step()
+        first = time.monotonic() - begun
+        took = time_calls(step, device, most=30, seconds=2.5)
+        record.row("training step", batch=batch, way="ours", **changes, ms=took.median * 1e3,
+                   quartiles=f"{took.low * 1e3:.4g}-{took.high * 1e3:.4g}",
+                   images_per_second=batch / took.median, peak_gb=peak_memory(step, device),
+                   first_s=first)  # fmt: skip
+    free_memory()
+
+
+def time_authors(arguments: argparse.Namespace, record: Record, batch: int, precision: str) -> None:
+    """Rows of the authors' step, with mamba-ssm's reference scan and with ours in its place."""
+    import model as model_benchmark
+    import torch
+    from baselines.authors import AuthorsALMRR
+
+    device = torch.device(arguments.device)
+    backbone, settings, size = build_parts(arguments)
+    for name, scan in model_benchmark.SCANS:
+        with record.attempt(f"{name}, batch {batch}, {precision}"):
+            record.require(12)
+            authors = AuthorsALMRR(backbone, settings, image_size=size, scan=scan)
+            images = [torch.rand(batch, 3, *size, device=device) for _ in range(2)]
+            mask = (torch.rand(batch, *size, device=device) > 0.9).float()
+            step = model_benchmark.build_step(authors, *images, mask)
+            with half_precision(device, enabled=precision == "bf16-mixed"):
+                took = time_calls(step, device, most=8, seconds=2.0)
+                record.row("training step", batch=batch, way=name, precision=precision,
+                           ms=took.median * 1e3,
+                           quartiles=f"{took.low * 1e3:.4g}-{took.high * 1e3:.4g}",
+                           images_per_second=batch / took.median,
+                           peak_gb=peak_memory(step, device))  # fmt: skip
+        authors = images = mask = step = None  # before the next one takes as much
+        free_memory()
+
+
+def measure_inference(arguments: argparse.Namespace, record: Record) -> None:
+    """Anomaly maps by every way, at three precisions."""
+    import model as model_benchmark
+    import torch
+    from baselines.authors import AuthorsALMRR
+
+    from almrr_pipeline.inference.fuse import fuse
+    from almrr_pipeline.model.almrr import ALMRR
+
+    device = torch.device(arguments.device)
+    backbone, settings, size = build_parts(arguments)
+    ours = ALMRR(backbone, settings, image_size=size).eval()
+    ways: dict[str, Callable[..., Any]] = {"ours, fused": fuse(ours).to(device)}
+    record.put(fused=True)
+    ways |= {"ours": ours.to(device), model_benchmark.BACKBONE: backbone}
+    authors = AuthorsALMRR(backbone, settings, image_size=size).eval().to(device)
+    ways |= {name: partial(run_authors, authors, scan) for name, scan in model_benchmark.SCANS}
+    for batch in (1,) if arguments.tiny else (1, 8, 32):
+        images = torch.rand(batch, 3, *size, device=device)
+        for precision in ("float32", "float32, TF32", "bfloat16"):
+            for name, way in ways.items():
+                label = f"{name}, batch {batch}, {precision}"
+                mode = "tf32" if precision == "float32, TF32" else "ieee"
+                half = half_precision(device, enabled=precision == "bfloat16")
+                slow = name == model_benchmark.AUTHORS
+                with record.attempt(label), torch.no_grad(), float32_by(mode), half:
+                    record.require(4)
+                    call = partial(way, images)
+                    took = time_calls(call, device, most=3 if slow else 30, seconds=1.0)
+                    record.row("inference", batch=batch, way=name, precision=precision,
+                               ms=took.median * 1e3,
+                               quartiles=f"{took.low * 1e3:.4g}-{took.high * 1e3:.4g}",
+                               images_per_second=batch / took.median,
+                               peak_gb=peak_memory(call, device))  # fmt: skip
+        free_memory()
+
+
+def run_authors(authors: Any, scan: str, images: Any) -> Any:  # noqa: ANN401 (module and tensors)
+    """The authors' formulation with one scan."""
+    authors.scan = scan
+    return authors(images)
+
+
+def train(arguments: argparse.Namespace, record: Record) -> None:
+    """Real trainings: see gpu_training.py."""
+    import gpu_training
+
+    gpu_training.train_all(arguments, record)
+
+
+# ---------------------------------------------------------------------------------------------
+# What the sections share.
+
+
+def build_parts(arguments: argparse.Namespace) -> tuple[Any, Any, tuple[int, int]]:
+    """Backbone with random weights, model settings and image size: the paper's, or tiny ones."""
+    import torch
+
+    from almrr_pipeline.config import BackboneSettings, ModelSettings
+    from almrr_pipeline.model.backbone import build_backbone
+
+    torch.manual_seed(0)
+    if arguments.tiny:
+        tiny = ModelSettings(
+            latent=16, dim=16, depth=1, state=4, decoder=(8, 8), refinement_width=4
+        )
+        return build_backbone(BackboneSettings(name="test_resnet"), weights=None), tiny, (128, 128)
+    return build_backbone(BackboneSettings(), weights=None), ModelSettings(), (256, 256)
+
+
+def draw_batch(batch: int, size: tuple[int, int], device: Any) -> dict[str, Any]:  # noqa: ANN401
+    """A batch as the loader gives it, of noise."""
+    import torch
+
+    shape = (batch, *size, 3)
+    images = {
+        name: torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+        for name in ("normal", "augmented")
+    }
+    return {**images, "mask": (torch.rand(batch, *size, device=device) > 0.9).to(torch.uint8)}
+
+
+def time_calls(
+    call: Callable[[], object],
+    device: Any,
+    *,
+    most: int,
+    seconds: float = 1.0,  # noqa: ANN401
+) -> Any:  # noqa: ANN401 (timing.Timing)
+    """Median and quartiles of a call: at least three calls, up to `most`, within the seconds."""
+    import torch
+    from timing import Timing, measure
+
+    if device.type != "cuda":
+        return measure(call, repeats=2, warmup=1)
+    for _ in range(2):  # memory is taken, kernels are compiled, algorithms are chosen
+        call()
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    count = int(min(most, max(3, seconds / (time.perf_counter() - begun))))
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    events[0].record()
+    for event in events[1:]:
+        call()
+        event.record()
+    torch.cuda.synchronize()
+    took = [start.elapsed_time(stop) / 1e3 for start, stop in pairwise(events)]
+    low, median, high = quantiles(took, n=4, method="inclusive")
+    return Timing(median, low, high)
+
+
+def time_graph(call: Callable[[], object], device: Any) -> float | None:  # noqa: ANN401
+    """Microseconds of a call as a CUDA graph: the median, without the host's launches."""
+    if device.type != "cuda":
+        return None
+    import torch
+    from triton.testing import do_bench_cudagraph
+
+    with torch.cuda.device(device):
+        return float(do_bench_cudagraph(call, rep=10, return_mode="median")) * 1e3
+
+
+def peak_memory(call: Callable[[], object], device: Any) -> float | None:  # noqa: ANN401
+    """GB that torch's allocator holds at most during a call, weights included."""
+    if device.type != "cuda":
+        return None
+    import torch
+
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() / 1e9
+
+
+def free_memory() -> None:
+    """Return what is no longer used, so that the next measurement starts alike."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def float32_by(precision: str) -> Iterator[None]:
+    """Float32 products and convolutions by "ieee" or by "tf32"; restored afterwards."""
+    import torch
+
+    owners = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+    before = [owner.fp32_precision for owner in owners]
+    try:
+        for owner in owners:
+            owner.fp32_precision = precision
+        yield
+    finally:
+        for owner, value in zip(owners, before, strict=True):
+            owner.fp32_precision = value
+
+
+def half_precision(device: Any, *, enabled: bool) -> Any:  # noqa: ANN401
+    """Autocast to bfloat16, or nothing."""
+    import torch
+
+    return torch.autocast(device.type, torch.bfloat16) if enabled else nullcontext()
+
+
+def read_processor() -> str:
+    """The processor's name."""
+    from run import read_processor as read
+
+    return read()
+
+
+def read_version(package: str) -> str:
+    """An installed package's version."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"
+
+
+if __name__ == "__main__":
+    main()
