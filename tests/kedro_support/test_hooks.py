@@ -62,7 +62,7 @@ def track_a_run(project: Path, ranks: dict[str, str]) -> None:
 def test_processes_that_train_together_make_one_run_in_a_fresh_database(
     project: Path, tmp_path: Path, processes: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     shutil.copytree(project / "conf", tmp_path / "conf")
     shutil.copy(project / "params.yaml", tmp_path)
     fork = multiprocessing.get_context("fork")  # spares each the import of MLflow

@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any, TypeVar
 
 import click
 from kedro.framework.cli.project import run as kedro_run
 
 from almrr_pipeline.common.errors import AlmrrError
 
-TERMINATED = 128 + signal.SIGTERM
-"""Exit status of a process that SIGTERM has ended, as shells and SLURM know it."""
+Kind = TypeVar("Kind", bound=BaseException)
+TERMINATED = 128 + signal.SIGTERM  # as shells and SLURM know a process that SIGTERM has ended
 
 
-def user_error(error: BaseException) -> AlmrrError | None:
-    """The first AlmrrError in a chain of causes; Kedro wraps errors of loading and saving."""
-    return next((link for link in _chain(error) if isinstance(link, AlmrrError)), None)
-
-
-def is_interruption(error: BaseException) -> bool:
-    """Whether SIGTERM has ended a training, which a further run resumes."""
-    from almrr_pipeline.training.train import TrainingInterrupted  # slow: brings torch
-
-    return any(isinstance(link, TrainingInterrupted) for link in _chain(error))
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
+def _find(kind: type[Kind], error: BaseException | None) -> Iterator[Kind]:
+    """The errors of a type in a chain of causes: Kedro wraps errors of loading and saving."""
     while error is not None:
-        yield error
+        if isinstance(error, kind):
+            yield error
         error = error.__cause__ or error.__context__
 
 
@@ -41,25 +32,17 @@ def _with_plain_endings(command: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return command(*args, **kwargs)
         except Exception as error:
-            if found := user_error(error):
+            for found in _find(AlmrrError, error):
                 raise click.ClickException(str(found)) from None
-            if is_interruption(error):
+            from almrr_pipeline.training.train import TrainingInterrupted  # slow: brings torch
+
+            if any(_find(TrainingInterrupted, error)):  # a further run resumes the training
                 sys.exit(TERMINATED)
             raise
 
     return run_plainly
 
 
-@click.group(name="almrr_pipeline")
-def cli() -> None:
-    """Commands of this project."""
-
-
-run = click.Command(
-    name="run",
-    callback=_with_plain_endings(cast(Callable[..., Any], kedro_run.callback)),
-    params=kedro_run.params,
-    help=kedro_run.help,
-    short_help=kedro_run.short_help,
-)
-cli.add_command(run)
+run = copy.copy(kedro_run)
+run.callback = _with_plain_endings(kedro_run.callback)  # type: ignore[arg-type]
+cli = click.Group("almrr_pipeline", {"run": run}, help="Commands of this project.")

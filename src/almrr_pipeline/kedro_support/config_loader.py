@@ -39,9 +39,8 @@ class ParamsYamlLoader(OmegaConfigLoader):
         """The checked parameters, typed."""
         path = Path(self.conf_source).resolve().parent / "params.yaml"
         if not path.is_file():
-            raise AlmrrError(
-                f"There is no {path}; compose one with `dvc exp run -S suite=sample` or restore it."
-            )
+            advice = "compose one with `dvc exp run -S suite=sample` or restore it"
+            raise AlmrrError(f"There is no {path}; {advice}.")
         layers = OmegaConf.create(super().__getitem__("parameters"))
         merged = OmegaConf.merge(OmegaConf.load(path), layers)
         values: dict[str, Any] = OmegaConf.to_container(merged, resolve=True)  # type: ignore[assignment]
@@ -58,6 +57,5 @@ def project_root() -> Path:
 
 def tracking_uri(project: Path) -> str:
     """MLflow's address: MLFLOW_TRACKING_URI, else a database in the project, absolute."""
-    return (
-        os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(project / 'mlflow.db').as_posix()}"
-    )
+    database = (project / "mlflow.db").as_posix()
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{database}"

@@ -34,32 +34,28 @@ class FolderDataset(AbstractDataset[Path, Any]):
             holds: dotted name of a class with a method `load(folder: Path)`.
             metadata: for Kedro-Viz and other tools; not used here.
         """
-        self._folder = Path(filepath)
-        self._holds = holds
-        self.metadata = metadata
+        self._path, self._holds, self.metadata = Path(filepath), holds, metadata
 
     def load(self) -> Any:  # noqa: ANN401  whatever the class that `holds` names returns
         """Return the folder's path, or the object it holds."""
-        return load_obj(self._holds).load(self._folder) if self._holds else self._folder
+        return load_obj(self._holds).load(self._path) if self._holds else self._path
 
     def save(self, data: Path) -> None:
         """Move a finished folder into place."""
-        move_folder_into_place(data, self._folder)
+        move_folder_into_place(data, self._path)
 
     def _exists(self) -> bool:
-        return self._folder.is_dir()
+        return self._path.is_dir()
 
     def _describe(self) -> dict[str, Any]:
-        return {"filepath": self._folder.as_posix(), "holds": self._holds}
+        return {"filepath": self._path.as_posix(), "holds": self._holds}
 
 
 class ArrayDataset(AbstractDataset[Array, Array]):
     """A numpy array in an .npy file, memory-mapped when it is loaded."""
 
-    def __init__(self, *, filepath: str, metadata: dict[str, Any] | None = None) -> None:
-        """Name the file; `metadata` is for Kedro-Viz and other tools."""
+    def __init__(self, *, filepath: str) -> None:
         self._path = Path(filepath)
-        self.metadata = metadata
 
     def load(self) -> Array:
         """Open the array for reading."""

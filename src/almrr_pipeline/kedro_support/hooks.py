@@ -48,8 +48,7 @@ class TrackingHook(MlflowHook):  # type: ignore[misc]  # kedro-mlflow is not typ
             super().before_pipeline_run(run_params=run_params, pipeline=pipeline, catalog=catalog)
         if not self._is_mlflow_enabled:
             return
-        namespaces = {node.namespace or "" for node in pipeline.nodes}
-        runs = sorted(name for name in namespaces if _is_run(name))
+        runs = sorted({str(node.namespace) for node in pipeline.nodes if _is_run(node)})
         named: list[str] = list(run_params.get("namespaces") or ())
         self._has_children = len(named) != 1 or len(runs) > 1
         self._children: dict[str, str] = {}
@@ -65,13 +64,13 @@ class TrackingHook(MlflowHook):  # type: ignore[misc]  # kedro-mlflow is not typ
     ) -> None:
         """In a run with children, let what a node logs go to the child of its category and seed."""
         super().before_node_run(node=node, catalog=catalog, inputs=inputs, is_async=is_async)
-        if self._logs_to_child(node):
+        if self._is_mlflow_enabled and self._has_children and _is_run(node):
             self._start_child(str(node.namespace))
 
     @hook_impl
     def after_node_run(self, node: Node) -> None:
         """Return to the parent run."""
-        if self._logs_to_child(node):
+        if self._is_mlflow_enabled and self._has_children and _is_run(node):
             mlflow.end_run()
 
     @hook_impl
@@ -90,9 +89,6 @@ class TrackingHook(MlflowHook):  # type: ignore[misc]  # kedro-mlflow is not typ
                 for seed, metrics in seeds.items():
                     self._log_child(f"{category}.seed_{seed}", metrics)
 
-    def _logs_to_child(self, node: Node) -> bool:
-        return self._is_mlflow_enabled and self._has_children and _is_run(node.namespace)
-
     def _log_child(self, namespace: str, metrics: Mapping[str, Any]) -> None:
         self._start_child(namespace)
         mlflow.log_metrics(numbers(metrics))
@@ -100,18 +96,16 @@ class TrackingHook(MlflowHook):  # type: ignore[misc]  # kedro-mlflow is not typ
 
     def _start_child(self, namespace: str) -> None:
         """Open the child run of a category and seed, again if there is one."""
-        if namespace in self._children:
-            mlflow.start_run(run_id=self._children[namespace], nested=True)
-            return
-        run = mlflow.start_run(run_name=namespace, nested=True)
-        self._children[namespace] = run.info.run_id
-        self._describe_run([namespace.partition(".")[0]], [namespace])
+        known = self._children.get(namespace)
+        run = mlflow.start_run(run_id=known, run_name=namespace, nested=True)
+        if known is None:
+            self._children[namespace] = run.info.run_id
+            self._describe_run([namespace.partition(".")[0]], [namespace])
 
     def _describe_run(self, categories: list[str], runs: list[str]) -> None:
         """Log the parameters (of one category its own) and the tags of the active run."""
-        own = self._parameters
-        if len(categories) == 1:
-            own = own.for_category(categories[0])
+        every = self._parameters
+        own = every.for_category(categories[0]) if len(categories) == 1 else every
         mlflow.log_params(flatten(own.redacted()))
         seeds = dict.fromkeys(run.rpartition(".seed_")[2] for run in runs)
         names = {"category": "+".join(categories), "seed": "+".join(seeds)}
@@ -121,9 +115,9 @@ class TrackingHook(MlflowHook):  # type: ignore[misc]  # kedro-mlflow is not typ
         """Skip kedro-mlflow's own logging, which would write a typed section as one string."""
 
 
-def _is_run(namespace: str | None) -> bool:
-    """Whether a namespace is that of a category and seed: CATEGORY.seed_N."""
-    return namespace is not None and "." in namespace
+def _is_run(node: Node) -> bool:
+    """Whether a node is one of a category and seed: its namespace is CATEGORY.seed_N."""
+    return "." in (node.namespace or "")
 
 
 class FetchChecks:
