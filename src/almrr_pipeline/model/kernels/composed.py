@@ -1,15 +1,50 @@
-"""Linear operations composed into one: resizing with pooling, and the MFRM's two convolutions."""
+"""Linear operations as matrices: resizing, with pooling or not, and the MFRM's two convolutions."""
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from almrr_pipeline.model.kernels.scan.reference import without_autocast
 
-def bilinear_matrix(length: int, size: int) -> Tensor:
+
+def resize_bilinear(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear resize with align_corners=True: (B, C, n, m) -> (B, C, *size), in the dtype of x.
+
+    On CUDA two products with constant matrices: the backward pass of `F.interpolate` adds there in
+    an order that changes from run to run, or is many operations where it must not.
+    """
+    if x.device.type != "cuda":
+        return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
+    # A kept matrix must be no part of a graph and no fake tensor.
+    keep = not torch.compiler.is_compiling() and type(x) in (Tensor, nn.Parameter)
+    make = _kept_matrix if keep else _make_matrix
+    rows, columns = (
+        make(length, target, x.device, x.dtype)
+        for length, target in zip(x.shape[2:], size, strict=True)
+    )
+    with without_autocast(x):  # float32, such as probabilities, stays float32
+        return apply_separably(x, rows, columns)
+
+
+@cache
+def _kept_matrix(length: int, size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):  # the next caller may differentiate
+        # From the host's memory: a copy that is complete for all streams.
+        return bilinear_matrix(length, size).to(dtype).to(device)
+
+
+def _make_matrix(length: int, size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return bilinear_matrix(length, size, device).to(dtype)
+
+
+def bilinear_matrix(length: int, size: int, device: torch.device | None = None) -> Tensor:
     """Linear resize with align_corners=True: float64 (size, length), each row sums to 1."""
-    unit = torch.eye(length, dtype=torch.float64)[None]  # (1, length as channels, length)
+    # (1, length as channels, length)
+    unit = torch.eye(length, dtype=torch.float64, device=device)[None]
     return F.interpolate(unit, size=size, mode="linear", align_corners=True)[0].T  # (size, length)
 
 
