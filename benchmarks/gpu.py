@@ -33,6 +33,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -48,9 +49,10 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
+from unittest import mock
 
 HERE = Path(__file__).resolve().parent
-LIMITS = {"environment": 40, "tests": 75, "scan": 75, "step": 140, "inference": 75, "train": 600}
+LIMITS = {"environment": 40, "tests": 100, "scan": 75, "step": 150, "inference": 75, "train": 600}
 """Seconds of a section, the start of its process included; the budget can leave it less."""
 COMPILE = {"compile": 180}
 GRACE = 8.0
@@ -289,17 +291,21 @@ def measure_environment(arguments: argparse.Namespace, record: Record) -> None:
     import torch
 
     record.put(python=platform.python_version(), processor=read_processor(), cores=os.cpu_count())
+    record.put(scratch_gb_free=shutil.disk_usage(tempfile.gettempdir()).free / 1e9)
     record.put(**{name: read_version(name) for name in PACKAGES})
     device = torch.device(arguments.device)
     if device.type == "cuda":
-        found = torch.cuda.get_device_properties(device)
-        record.put(
-            device=found.name, multiprocessors=found.multi_processor_count,
-            memory_gib=round(found.total_memory / 2**30, 1), l2_mib=found.L2_cache_size / 2**20,
-            cudnn=torch.backends.cudnn.version(), cuda=torch.version.cuda,
-            precision_of_convolutions=torch.backends.cudnn.conv.fp32_precision,
-            precision_of_products=torch.backends.cuda.matmul.fp32_precision,
-        )  # fmt: skip
+        with record.attempt("properties"):
+            record.put(device=torch.cuda.get_device_name(device), cuda=torch.version.cuda)
+            found = torch.cuda.get_device_properties(device)
+            record.put(
+                multiprocessors=found.multi_processor_count,
+                memory_gib=round(found.total_memory / 2**30, 1),
+                l2_mib=getattr(found, "L2_cache_size", 0) / 2**20,
+                cudnn=torch.backends.cudnn.version(),
+                precision_of_convolutions=torch.backends.cudnn.conv.fp32_precision,
+                precision_of_products=torch.backends.cuda.matmul.fp32_precision,
+            )
     with record.attempt("nvidia-smi"):
         record.put(nvidia_smi=ask_nvidia_smi() if device.type == "cuda" else "")
     count = 2**20 if arguments.tiny else 2**29  # floats: 2 GiB, far beyond the cache
@@ -361,44 +367,72 @@ def run_tests(arguments: argparse.Namespace, record: Record) -> None:
 
 
 def measure_scan(arguments: argparse.Namespace, record: Record) -> None:
-    """Every backend of the scan, and each of the Triton backend's configurations."""
+    """Every backend of the scan; then the Triton backend with each of its constants changed."""
     import scan
     import torch
 
     device = torch.device(arguments.device)
-    shapes = [(b, 256, 384, 16) for b in (4, 8, 32)]
-    if arguments.tiny:
-        shapes = [(1, 64, 32, 16)]
+    shapes = [(1, 64, 32, 16)] if arguments.tiny else [(b, 256, 384, 16) for b in (4, 8, 32)]
     for dtype in (torch.float32, torch.bfloat16):
         for shape in shapes:
             inputs = scan.draw_inputs(shape, str(device), dtype)
-            for name, way in list_scan_ways(arguments.device).items():
+            for name, way in scan.list_scans(arguments.device).items():
                 slow = name in (scan.LOOP, "torch", "parallel")
                 if slow and (dtype, shape) != (torch.float32, shapes[0]):
                     continue
-                measured: Row = {}  # no graph of the slow ones: they launch thousands of kernels
                 with record.attempt(f"{name} {shape} {dtype}"):
                     record.require(5)
-                    for label, run in (("forward", scan.run_forward), ("both", scan.run_both_ways)):
-                        call = partial(run, way, inputs)
-                        took = time_calls(call, device, most=3 if slow else 50)
-                        measured[f"{label}, us"] = took.median * 1e6
-                        if not slow:
-                            measured[f"{label}, graph, us"] = time_graph(call, device)
-                if measured:
-                    record.row("scan", backend=name, batch=shape[0],
-                               dtype=str(dtype).removeprefix("torch."), **measured)  # fmt: skip
+                    record.row("scan", backend=name, **time_scan(way, inputs, slow=slow))
+    if device.type == "cuda":
+        sweep_constants(record)
 
 
-def list_scan_ways(device: str) -> dict[str, Callable[..., Any]]:
-    """The loop and all backends; scan.py's `list_variants`, where it has one, adds to them."""
+def time_scan(way: Callable[..., Any], inputs: Any, *, slow: bool = False) -> Row:  # noqa: ANN401
+    """Times of a scan in microseconds; no graph of slow ones, which launch thousands of kernels."""
     import scan
 
-    ways = scan.list_scans(device)
-    variants = getattr(scan, "list_variants", None)
-    if variants is not None and device == "cuda":
-        ways |= variants(device)
-    return ways
+    u = inputs.required[0]
+    row: Row = {"batch": len(u), "dtype": str(u.dtype).removeprefix("torch.")}
+    for label, run in (("forward", scan.run_forward), ("both", scan.run_both_ways)):
+        call = partial(run, way, inputs)
+        row[f"{label}, us"] = time_calls(call, u.device, most=3 if slow else 50).median * 1e6
+        row[f"{label}, graph, us"] = None if slow else time_graph(call, u.device)
+    return row
+
+
+def sweep_constants(record: Record) -> None:
+    """Halve and double each constant of the Triton backend by itself, at batch 4 and 32."""
+    import scan
+    import torch
+
+    from almrr_pipeline.model.kernels.scan import selective_scan, triton_backend
+
+    way = partial(selective_scan, backend="triton")
+    constants = {
+        name: value
+        for name, value in vars(triton_backend).items()
+        if re.fullmatch(r"_[A-Z][A-Z_]+", name) and type(value) is int
+    }
+    record.put(triton_constants=str(constants))
+    for batch in (4, 32):
+        inputs = scan.draw_inputs((batch, 256, 384, 16), "cuda", torch.float32)
+        expected = scan.run_both_ways(way, inputs)
+        for name, value in constants.items():
+            for changed in (value // 2, value * 2) if value > 1 else (2, 4):
+                with (
+                    record.attempt(f"{name} {changed}"),
+                    mock.patch.object(triton_backend, name, changed),
+                ):
+                    record.require(10)
+                    found = scan.run_both_ways(way, inputs)
+                    worst = max(
+                        float((a - b).norm() / b.norm())
+                        for a, b in zip(found, expected, strict=True)
+                    )
+                    times = time_scan(way, inputs)
+                    record.row(
+                        "constants", changed=f"{name} = {changed}", difference=worst, **times
+                    )
 
 
 def measure_steps(arguments: argparse.Namespace, record: Record) -> None:
@@ -443,9 +477,9 @@ def measure_compiled(arguments: argparse.Namespace, record: Record) -> None:
 def time_ours(
     arguments: argparse.Namespace,
     record: Record,
-    model: Any,
+    model: Any,  # noqa: ANN401
     batch: int,
-    changes: Row,  # noqa: ANN401
+    changes: Row,
 ) -> None:
     """A row of our step: what `fit` does in a step, but for the making of the batch."""
     import torch
@@ -593,10 +627,10 @@ def draw_batch(batch: int, size: tuple[int, int], device: Any) -> dict[str, Any]
 
 def time_calls(
     call: Callable[[], object],
-    device: Any,
+    device: Any,  # noqa: ANN401
     *,
     most: int,
-    seconds: float = 1.0,  # noqa: ANN401
+    seconds: float = 1.0,
 ) -> Any:  # noqa: ANN401 (timing.Timing)
     """Median and quartiles of a call: at least three calls, up to `most`, within the seconds."""
     import torch

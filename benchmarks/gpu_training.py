@@ -19,7 +19,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -83,21 +83,22 @@ class Training:
 
 
 def train_all(arguments: argparse.Namespace, record: Record) -> None:
-    """Train on every dataset, one after the other, while others are prepared or evaluated."""
+    """Train on one dataset after the other, as they are ready; others are prepared or evaluated."""
     logging_to_stdout()
     names = arguments.datasets.split(",")
     minutes = {k: float(v) for k, _, v in (one.partition("=") for one in arguments.minutes)}
     trainings = [plan(name, arguments) for name in names]
     evaluations: dict[str, Future[dict[str, Any]]] = {}
     with ProcessPoolExecutor(len(names) + 1, mp_context=get_context("spawn")) as pool:
-        prepared = [pool.submit(prepare, one, arguments.seed) for one in trainings]
-        for place, (one, ready) in enumerate(zip(trainings, prepared, strict=True)):
+        prepared = {pool.submit(prepare, one, arguments.seed): one for one in trainings}
+        for place, ready in enumerate(as_completed(prepared, timeout=max(1.0, record.left()))):
+            one = prepared[ready]
             with record.attempt(f"training on {one.name}"):
-                manifest, synthetic_set, seconds = ready.result(timeout=max(1.0, record.left()))
+                manifest, synthetic_set, seconds = ready.result()
                 record.put(**{f"{one.name}: seconds to fetch and to synthesize": seconds})
-                left = record.left() - RESERVE * (len(names) - place)
-                share = left / (len(names) - place)
-                share = min(left, 60 * minutes.get(one.name, share / 60))
+                remaining = len(names) - place
+                left = record.left() - RESERVE * remaining
+                share = min(left, 60 * minutes.get(one.name, left / remaining / 60))
                 model = train_one(one, synthetic_set, share, arguments, record)
                 predict(one, model, manifest, arguments, record)
                 evaluations[one.name] = pool.submit(
@@ -166,7 +167,7 @@ def train_one(
     steps = max(2, min(settings.steps, possible))
     settings = settings.model_copy(update={"steps": steps})
     rows: list[dict[str, float]] = []
-    started, ended = time.monotonic(), "completed"
+    started, ended, done = time.monotonic(), "completed", steps
     with stopped_after(left + 5):
         try:
             fit(
@@ -180,16 +181,17 @@ def train_one(
             )
         except TrainingInterrupted as stop:
             ended = str(stop)
+            done = int("".join(filter(str.isdigit, ended)))
     took = time.monotonic() - started
     pd.DataFrame(rows).to_csv(training.folder / "history.csv", index=False)
     last = rows[-1] if rows else {}
     record.row(
-        "training", dataset=training.name, steps=steps, batch=settings.batch_size,
+        "training", dataset=training.name, steps=steps, done=done, batch=settings.batch_size,
         precision=settings.precision, deterministic=settings.deterministic,
         samples=len(synthetic_set),
-        epochs=steps * settings.batch_size / len(synthetic_set), ms_a_step=1e3 * took / steps,
+        epochs=done * settings.batch_size / len(synthetic_set), ms_a_step=1e3 * took / max(1, done),
         probed_ms=1e3 * step, probed_overhead_s=overhead, seconds=took,
-        images_per_second=steps * settings.batch_size / took,
+        images_per_second=done * settings.batch_size / took,
         peak_gb=torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None,
         loss=last.get("loss"), reconstruction=last.get("reconstruction"),
         refinement=last.get("refinement"), ended=ended,
