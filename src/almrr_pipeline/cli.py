@@ -7,6 +7,7 @@ only after the paths have been checked.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,33 +22,26 @@ if TYPE_CHECKING:
 SCAN_BACKENDS = ("auto", "mamba_ssm", "triton", "numba", "torch")
 """Those of `config.ScanBackend`, which would bring pydantic; a test compares the two."""
 EXPORT_SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
-_LISTED_UNREADABLE = 20
-"""Unreadable images named at the end; more are counted."""
+_LISTED_UNREADABLE = 20  # images named at the end; more are counted
 
 _folder = click.Path(path_type=Path)
 _model_folder = click.argument("model_folder", type=_folder)
 _images = click.argument("images", type=_folder, nargs=-1, required=True)
-_recursive = click.option(
-    "-r", "--recursive", is_flag=True, help="Look for images in sub-folders too."
-)
-_device = click.option(
-    "--device",
-    default="auto",
-    metavar="NAME",
-    help="auto (CUDA if there is one, else the CPU), cpu, cuda, cuda:1, mps, ...",
-)
-_batch_size = click.option(
-    "--batch-size",
-    type=click.IntRange(min=1),
-    default=8,
-    help="Images (or tiles) per forward pass.",
-)
-_scan_backend = click.option(
-    "--scan-backend",
-    type=click.Choice(SCAN_BACKENDS),
-    default="auto",
-    help="Implementation of the selective scan.",
-)
+_recursive = click.option("-r", "--recursive", is_flag=True, help="Look into sub-folders too.")
+
+
+def _predictor_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Options that are arguments of `Predictor` under the same names."""
+    backends, at_least_one = click.Choice(SCAN_BACKENDS), click.IntRange(min=1)
+    device = "auto (CUDA if there is one, else the CPU), cpu, cuda, cuda:1, mps, ..."
+    scan, batch = "Implementation of the selective scan.", "Images (or tiles) per forward pass."
+    for option in (  # the last one is listed first
+        click.option("--scan-backend", type=backends, default="auto", help=scan),
+        click.option("--batch-size", type=at_least_one, default=8, help=batch),
+        click.option("--device", default="auto", metavar="NAME", help=device),
+    ):
+        command = option(command)
+    return command
 
 
 class _Group(click.Group):
@@ -69,9 +63,7 @@ class _Group(click.Group):
     },
 )
 @click.version_option(package_name="almrr-pipeline", prog_name="almrr")
-@click.option(
-    "-v", "--verbose", is_flag=True, help="Log the device, the scan backend and each step."
-)
+@click.option("-v", "--verbose", is_flag=True, help="Log device, scan backend and each step.")
 def almrr(verbose: bool) -> None:
     """Find and outline defects on textured surfaces with a trained model.
 
@@ -101,9 +93,7 @@ def almrr(verbose: bool) -> None:
     default="none",
     help="Also write the anomaly maps: npy is float32 in [0, 1], png is 16-bit gray.",
 )
-@click.option(
-    "--no-overlays", is_flag=True, help="Write no overlays: scores.csv comes much sooner."
-)
+@click.option("--no-overlays", is_flag=True, help="No overlays: scores.csv comes much sooner.")
 @click.option(
     "--threshold",
     type=click.FloatRange(min=0.0),
@@ -116,9 +106,7 @@ def almrr(verbose: bool) -> None:
     metavar="VALUE",
     help="Outline where the map is above this value, in place of the model's threshold.",
 )
-@_device
-@_batch_size
-@_scan_backend
+@_predictor_options
 @click.option("--overwrite", is_flag=True, help="Replace the results of an earlier run.")
 def predict(
     model_folder: Path,
@@ -129,10 +117,8 @@ def predict(
     no_overlays: bool,
     threshold: float | None,
     pixel_threshold: float | None,
-    device: str,
-    batch_size: int,
-    scan_backend: str,
     overwrite: bool,
+    **options: Any,  # noqa: ANN401 - those of _predictor_options
 ) -> None:
     """Predict IMAGES (images, or folders of images) with the model in MODEL_FOLDER.
 
@@ -166,14 +152,8 @@ def predict(
 
     from almrr_pipeline.inference.predictor import Predictor
 
-    predictor = Predictor(
-        model_folder,
-        device=device,
-        batch_size=batch_size,
-        scan_backend=scan_backend,
-        image_threshold=threshold,
-        pixel_threshold=pixel_threshold,
-    )
+    options |= {"image_threshold": threshold, "pixel_threshold": pixel_threshold}
+    predictor = Predictor(model_folder, **options)
     summary = predict_files(
         predictor, paths, output, overlays=not no_overlays, maps=maps, overwrite=overwrite
     )
@@ -191,17 +171,13 @@ def predict(
     help="Largest fraction of normal images that may be called anomalous.",
 )
 @_recursive
-@_device
-@_batch_size
-@_scan_backend
+@_predictor_options
 def calibrate(
     model_folder: Path,
     images: tuple[Path, ...],
     false_alarm_rate: float,
     recursive: bool,
-    device: str,
-    batch_size: int,
-    scan_backend: str,
+    **options: Any,  # noqa: ANN401 - those of _predictor_options
 ) -> None:
     """Choose new thresholds for the model in MODEL_FOLDER, from IMAGES of normal surfaces.
 
@@ -220,21 +196,14 @@ def calibrate(
     config = InferenceConfig.load(model_folder)
     paths = find_images(images, recursive=recursive)
 
-    from almrr_pipeline.inference.calibration import calibrate as choose_thresholds
+    from almrr_pipeline.inference.calibration import calibrate as choose
     from almrr_pipeline.inference.predictor import Predictor
 
-    predictor = Predictor(
-        model_folder, device=device, batch_size=batch_size, scan_backend=scan_backend
-    )
-    thresholds = choose_thresholds(
-        predictor.map_predictor,
-        paths,
-        smoothing=config.smoothing,
-        false_alarm_rate=false_alarm_rate,
-    )
+    maps, smoothing = Predictor(model_folder, **options).map_predictor, config.smoothing
+    thresholds = choose(maps, paths, smoothing=smoothing, false_alarm_rate=false_alarm_rate)
     config.model_copy(update={"thresholds": thresholds}).save(model_folder)
-    click.echo(f"Image threshold {thresholds.image.value:.6g}. {thresholds.image.guarantee}")
-    click.echo(f"Pixel threshold {thresholds.pixel.value:.6g}. {thresholds.pixel.guarantee}")
+    for name, threshold in (("Image", thresholds.image), ("Pixel", thresholds.pixel)):
+        click.echo(f"{name} threshold {threshold.value:.6g}. {threshold.guarantee}")
 
 
 @almrr.command(short_help="One file that runs without this package: ONNX or torch.export.")
@@ -308,11 +277,9 @@ def categories() -> None:
     by_license: dict[str, list[str]] = {}
     for name in known_categories():
         by_license.setdefault(dataset_for(name).license, []).append(name)
-    indent = "    "
     for terms, names in by_license.items():
-        click.echo("\n".join(names))
-        text = click.wrap_text(terms, width=100, initial_indent=indent, subsequent_indent=indent)
-        click.echo(text + "\n")
+        text = click.wrap_text(terms, 100, initial_indent="    ", subsequent_indent="    ")
+        click.echo("\n".join([*names, text, ""]))
 
 
 def main() -> None:
@@ -322,19 +289,16 @@ def main() -> None:
 
 def _print_summary(summary: Summary, predictor: Predictor, output: Path, *, chosen: bool) -> None:
     count, threshold = len(summary.verdicts), predictor.image_threshold
-    anomalous = sum(verdict.is_anomalous is True for verdict in summary.verdicts)
-    stored = predictor.config.thresholds
+    stored = predictor.config.image_threshold
     if threshold is None:
-        reason = stored.image.undefined if stored else "the model was never calibrated"
-        click.echo(
-            f"{count} images scored, none judged: there is no threshold ({reason}). "
-            "Give one by --threshold."
-        )
+        reason = stored.undefined if stored else "the model was never calibrated"
+        missing = f"there is no threshold ({reason}). Give one by --threshold."
+        click.echo(f"{count} images scored, none judged: {missing}")
     else:
+        anomalous = sum(verdict.is_anomalous is True for verdict in summary.verdicts)
         click.echo(f"{count} images: {anomalous} anomalous, {count - anomalous} normal.")
-        guarantee = "Chosen by --threshold, without a guarantee."
-        if stored and not chosen:
-            guarantee = stored.image.guarantee
+        chosen_here = "Chosen by --threshold, without a guarantee."
+        guarantee = stored.guarantee if stored and not chosen else chosen_here
         click.echo(f"Threshold {threshold:.6g}. {guarantee}")
     highest = max(summary.verdicts, key=lambda verdict: verdict.score)
     click.echo(f"Highest score {highest.score:.6g}: {highest.image}")
@@ -343,15 +307,11 @@ def _print_summary(summary: Summary, predictor: Predictor, output: Path, *, chos
 
 def _report_unreadable(summary: Summary) -> None:
     """Name the images that could not be read and exit with 1, if there are any."""
-    if not summary.unreadable:
-        return
-    named = [str(image) for image in summary.unreadable][:_LISTED_UNREADABLE]
-    more = len(summary.unreadable) - len(named)
-    total = len(summary.unreadable) + len(summary.verdicts)
-    raise click.ClickException(
-        f"{len(summary.unreadable)} of {total} images could not be read: {', '.join(named)}"
-        + (f" and {more} more." if more else ".")
-    )
+    if count := len(summary.unreadable):
+        named = ", ".join(str(image) for image in [*summary.unreadable][:_LISTED_UNREADABLE])
+        more = f" and {count - _LISTED_UNREADABLE} more" if count > _LISTED_UNREADABLE else ""
+        total = count + len(summary.verdicts)
+        raise AlmrrError(f"{count} of {total} images could not be read: {named}{more}.")
 
 
 def __getattr__(name: str) -> click.Command:
