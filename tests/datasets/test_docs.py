@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from almrr_pipeline.config import DataSettings
-from almrr_pipeline.datasets import dtd
+from almrr_pipeline.datasets.dtd import Dtd
 from almrr_pipeline.datasets.obtain import ArchivedDataset
 from almrr_pipeline.datasets.registry import DATASETS, dataset_for, known_categories
 
@@ -33,7 +33,7 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def test_every_category_and_dataset_is_named(text: str) -> None:
-    for name in [*known_categories(), *DATASETS, dtd.NAME]:
+    for name in [*known_categories(), *DATASETS, Dtd.name]:
         assert f"`{name}`" in text
 
 
@@ -59,8 +59,8 @@ def test_the_counts_are_those_that_are_checked(text: str) -> None:
 
 def test_the_addresses_and_checksums_are_those_that_are_asked(text: str) -> None:
     datasets = [dataset for dataset in DATASETS.values() if isinstance(dataset, ArchivedDataset)]
-    specs = [dataset.spec(category) for dataset in datasets for category in dataset.categories]
-    archives = {archive for spec in [*specs, dtd._SPEC] for archive in spec.archives}
+    lists = [dataset.archives(category) for dataset in datasets for category in dataset.categories]
+    archives = {archive for each in [*lists, Dtd().archives(Dtd.name)] for archive in each}
     assert len(archives) == 15 + 4
     for archive in archives:
         if not archive.key.startswith("mvtec_") or archive.key == "mvtec_ad":

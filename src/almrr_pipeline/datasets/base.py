@@ -5,6 +5,7 @@ A new dataset is one file that implements `Dataset`, and one line in `datasets/r
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -37,15 +38,23 @@ class FetchRequest:
 
 
 class Dataset(Protocol):
-    """A dataset, or a family of them, that can be fetched category by category.
-
-    `name` is its key in `data.paths`, `data.addresses` and `data.sha256`; `categories` are ids such
-    as `mvtec_carpet`; `license` is a sentence that names the terms and what to cite.
-    """
+    """A dataset, or a family of them, that can be fetched category by category."""
 
     name: str
-    categories: tuple[str, ...]
+    """Its key in `data.paths`, `data.addresses` and `data.sha256`."""
+    counts: Mapping[str, Counts] = {}
+    """Published numbers of images by category id, such as `mvtec_carpet`."""
     license: str
+    """A sentence that names the terms and what to cite."""
+
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """The ids of all categories that are known beforehand."""
+        return tuple(self.counts)
+
+    def expected(self, category: str) -> Counts | None:
+        """Return the published numbers of images, or None where there are none."""
+        return self.counts.get(category)
 
     def check(self, category: str, request: FetchRequest) -> None:
         """Raise AlmrrError if something known beforehand would stop `fetch`, such as a license."""
@@ -65,8 +74,4 @@ class Dataset(Protocol):
         Raises:
             AlmrrError: the folder does not have the layout of the dataset.
         """
-        ...
-
-    def expected(self, category: str) -> Counts | None:
-        """Return the published numbers of images, or None where there are none."""
         ...

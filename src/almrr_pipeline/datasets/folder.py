@@ -1,20 +1,26 @@
-"""The user's own images: `folder_NAME`, from the folder or archive at `data.paths.folder_NAME`."""
+"""MVTec AD's folder layout, used by many datasets, and the user's own images in it or a flat one.
+
+Newer ones (MVTec LOCO AD, MVTec AD 2) also have validation/good, normal images not to train on.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.common.files import find_folder, list_folders
 from almrr_pipeline.common.images import list_images
 from almrr_pipeline.datasets.base import FetchRequest
-from almrr_pipeline.datasets.layout import NORMAL_NAMES, list_normal, list_test
 from almrr_pipeline.datasets.manifest import Item
-from almrr_pipeline.datasets.obtain import Archive, ArchivedDataset, DownloadSpec
+from almrr_pipeline.datasets.obtain import Archive, ArchivedDataset
 from almrr_pipeline.datasets.specimens import SPECIMENS_FILE, read_specimens
 
 PREFIX = "folder_"
+GOOD = "good"
+_NORMAL_NAMES = (GOOD, "normal")
+"""Names of a folder of normal images."""
 _LAYOUTS = (("train", "ground_truth"), ("normal", "masks"))
 """Folder of the training images and folder of the masks."""
 _EXPECTED = (
@@ -28,12 +34,11 @@ class Folder(ArchivedDataset):
     """Any number of categories folder_NAME; masks, specimens.csv and the test set are optional."""
 
     name = "folder"
-    categories = ()
     license = "Images of your own: their terms are yours."
 
-    def spec(self, category: str) -> DownloadSpec:
+    def archives(self, category: str) -> tuple[Archive]:
         """Return the archive's name in a mirror; there is no public address."""
-        return DownloadSpec(category, category, (Archive(category, f"{category}.zip", ()),))
+        return (Archive(category, f"{category}.zip", ()),)
 
     def extract(self, category: str, folder: Path) -> list[Path]:
         """Return the folders of images and masks, and specimens.csv."""
@@ -53,33 +58,63 @@ class Folder(ArchivedDataset):
     def items(self, category: str, folder: Path) -> list[Item]:
         """Return the folder's own split; defective images need masks if there is a mask folder."""
         train, masks = _LAYOUTS[0] if (folder / "train").is_dir() else _LAYOUTS[1]
-        ground_truth = folder / masks if (folder / masks).is_dir() else None
-        items = [
-            *list_normal(_normal_folder(folder / train), "train"),
-            *_list_validation(folder / "validation"),
-            *list_test(folder / "test", ground_truth),
-        ]
+        items = list_items(folder, train, masks if (folder / masks).is_dir() else None)
         specimens = read_specimens(folder)
         return [replace(item, specimen=specimens.get(item.image, "")) for item in items]
 
-    def expected(self, category: str) -> None:
-        """Return None: there are no published numbers."""
 
+def list_items(
+    folder: Path, train: str = "train", masks: str | None = "ground_truth"
+) -> list[Item]:
+    """Return all images of a folder of this layout, where each image has its split's folder.
 
-def _list_validation(validation: Path) -> list[Item]:
-    """List the validation images, if there is a folder of them; it may not be empty."""
-    items = list_normal(_normal_folder(validation), "validation")
-    if validation.is_dir() and not items:
-        raise AlmrrError(f"{validation} holds no image; put normal ones into it, or remove it.")
+    `test` contains `good` (or `normal`) and a folder per defect type. `masks`, None for a dataset
+    without masks, contains DEFECT/STEM_mask or DEFECT/STEM; a missing mask is listed as well, so
+    that `build_manifest` reports it.
+
+    Raises:
+        AlmrrError: an image's label is unknown, or the folder of validation images is empty.
+    """
+    items = list_normal(_normal_folder(folder / train), "train")
+    validation = list_normal(_normal_folder(folder / "validation"), "validation")
+    if (folder / "validation").is_dir() and not validation:
+        advice = "put normal ones into it, or remove it"
+        raise AlmrrError(f"{folder / 'validation'} holds no image; {advice}.")
+    items += validation
+    test = folder / "test"
+    if stray := list_images(test):
+        advice = f"move it into {test / GOOD}, or into a folder named after its defect type"
+        raise AlmrrError(f"{stray[0]} is next to the folders of {test}; {advice}.")
+    for inner in list_folders(test):
+        if inner.name in _NORMAL_NAMES:
+            items += list_normal(inner, "test")
+            continue
+        for path in list_images(inner):
+            mask = _find_mask(path, folder / masks / inner.name) if masks else None
+            items.append(Item(path, mask, "test", "defective", inner.name))
     return items
+
+
+def list_normal(folder: Path, split: Literal["train", "validation", "test"]) -> list[Item]:
+    """Return the images directly in `folder` as normal images of a split."""
+    return [Item(path, None, split, "normal", GOOD) for path in list_images(folder)]
 
 
 def _normal_folder(folder: Path) -> Path:
     """Return the folder that contains the normal images: its `good`, its `normal`, or itself."""
     folders = list_folders(folder)
-    odd = [inner for inner in folders if inner.name not in NORMAL_NAMES]
+    odd = [inner for inner in folders if inner.name not in _NORMAL_NAMES]
     if odd or (folders and list_images(folder)):
         where = odd[0] if odd else folder
         rule = "training and validation images are normal ones alone, in one folder"
         raise AlmrrError(f"{where}: {rule}; move defective ones to test/DEFECT.")
     return folders[0] if folders else folder
+
+
+def _find_mask(image: Path, masks: Path) -> Path:
+    """Return the mask of an image, or where it is expected."""
+    usual = masks / f"{image.stem}_mask.png"
+    if usual.is_file():
+        return usual
+    by_stem = {path.stem: path for path in list_images(masks)}
+    return by_stem.get(f"{image.stem}_mask") or by_stem.get(image.stem) or usual

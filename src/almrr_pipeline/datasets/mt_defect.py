@@ -10,9 +10,9 @@ from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.common.files import find_folder, list_folders
 from almrr_pipeline.common.images import list_images
 from almrr_pipeline.datasets.base import FetchRequest
-from almrr_pipeline.datasets.layout import GOOD
+from almrr_pipeline.datasets.folder import GOOD
 from almrr_pipeline.datasets.manifest import Counts, Item, Split
-from almrr_pipeline.datasets.obtain import Archive, ArchivedDataset, DownloadSpec
+from almrr_pipeline.datasets.obtain import Archive, ArchivedDataset
 from almrr_pipeline.datasets.same_tile import group_by_tile
 from almrr_pipeline.datasets.specimens import SPECIMENS_FILE, read_specimens, write_specimens
 
@@ -23,7 +23,6 @@ _JPEG = (".jpg",)
 """The images; the .png of the same name is the mask."""
 _TRAIN = 761
 """Training images in the literature's most cited split, about 80 % of the 952 normal ones."""
-_COUNTS = Counts(_TRAIN, 952 - _TRAIN, 392)
 _FILE = "Magnetic-tile-defect-datasets.-master.zip"
 _ADDRESS = "https://codeload.github.com/abin24/Magnetic-tile-defect-datasets./zip/refs/heads/master"
 
@@ -40,15 +39,15 @@ class MtDefect(ArchivedDataset):
     """
 
     name = "mt_defect"
-    categories = (_BY_NAME, _BY_TILE)
+    counts = dict.fromkeys((_BY_NAME, _BY_TILE), Counts(_TRAIN, 952 - _TRAIN, 392))
     license = (
         "Magnetic tile defects: no license is stated, the authors welcome its use; cite Huang, Qiu "
         "and Yuan, Surface defect saliency of magnetic tile, The Visual Computer, 2018."
     )
 
-    def spec(self, category: str) -> DownloadSpec:
-        """Return the address of the one archive."""
-        return DownloadSpec("mt_defect", "mt_defect", (Archive("mt_defect", _FILE, (_ADDRESS,)),))
+    def archives(self, category: str) -> tuple[Archive]:
+        """Return the one archive."""
+        return (Archive(self.name, _FILE, (_ADDRESS,)),)
 
     def extract(self, category: str, folder: Path) -> list[Path]:
         """Return the folders MT_*, each with its Imgs."""
@@ -79,10 +78,6 @@ class MtDefect(ArchivedDataset):
             mask, tile = path.with_suffix(".png"), tiles.get(path, "")
             items.append(Item(path, mask, "test", "defective", defect_type, tile))
         return items
-
-    def expected(self, category: str) -> Counts:
-        """Return the counts of the whole dataset under this split."""
-        return _COUNTS
 
 
 def _list_defective(folder: Path) -> dict[Path, str]:

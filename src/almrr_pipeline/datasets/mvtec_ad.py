@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.common.files import find_folder
 from almrr_pipeline.datasets.base import FetchRequest
-from almrr_pipeline.datasets.layout import list_items
+from almrr_pipeline.datasets.folder import list_items
 from almrr_pipeline.datasets.manifest import Counts, Item
-from almrr_pipeline.datasets.obtain import Archive, ArchivedDataset, DownloadSpec, has_own_path
+from almrr_pipeline.datasets.obtain import Archive, ArchivedDataset, has_own_path
 
 PREFIX = "mvtec_"
 _TERMS = "CC-BY-NC-SA-4.0"
@@ -50,19 +51,21 @@ class MvtecAd(ArchivedDataset):
     """MVTec AD with its own split; each category has an archive, and there is a bundle of all."""
 
     name = "mvtec_ad"
-    categories = tuple(PREFIX + name for name in _CATEGORIES)
+    counts: Mapping[str, Counts] = {
+        PREFIX + name: Counts(*numbers) for name, (numbers, _) in _CATEGORIES.items()
+    }
     license = (
         "MVTec AD is licensed CC BY-NC-SA 4.0: non-commercial use, share alike; cite Bergmann et "
         "al., MVTec AD, CVPR 2019, and The MVTec Anomaly Detection Dataset, IJCV 2021."
     )
 
-    def spec(self, category: str) -> DownloadSpec:
-        """Return the addresses of the category's archive and of the bundle."""
+    def archives(self, category: str) -> tuple[Archive, ...]:
+        """Return the category's archive and the bundle."""
         name = category.removeprefix(PREFIX)
         share, _, file = _CATEGORIES[name][1].rpartition("/")
         address = f"{_SHARES}/{share}/download/{file}/{name}.tar.xz"
-        own = Archive(category, f"{name}.tar.xz", (address,))
-        return DownloadSpec(category, f"mvtec_ad/{name}", (own, _BUNDLE))
+        own = Archive(category, f"{name}.tar.xz", (address,), folder=f"mvtec_ad/{name}")
+        return own, _BUNDLE
 
     def extract(self, category: str, folder: Path) -> list[Path]:
         """Return train, test, ground_truth and the license of one category."""
@@ -75,14 +78,10 @@ class MvtecAd(ArchivedDataset):
     def check(self, category: str, request: FetchRequest) -> None:
         """Raise AlmrrError if the license is not accepted; own files need no acceptance."""
         accepted = _TERMS in request.settings.accept_licenses
-        if not accepted and not has_own_path(self.spec(category), request):
+        if not accepted and not has_own_path(self.archives(category), request):
             advice = f"If you accept these terms, add {_TERMS} to data.accept_licenses."
             raise AlmrrError(f"{category}: {self.license} {advice}")
 
     def items(self, category: str, folder: Path) -> list[Item]:
         """Return the dataset's own split."""
         return list_items(folder)
-
-    def expected(self, category: str) -> Counts:
-        """Return the published numbers of images."""
-        return Counts(*_CATEGORIES[category.removeprefix(PREFIX)][0])

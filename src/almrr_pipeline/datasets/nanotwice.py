@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.common.files import find_folder
 from almrr_pipeline.common.images import list_images
-from almrr_pipeline.datasets.layout import GOOD
+from almrr_pipeline.datasets.folder import GOOD
 from almrr_pipeline.datasets.manifest import Counts, Item
-from almrr_pipeline.datasets.obtain import Archive, ArchivedDataset, DownloadSpec
+from almrr_pipeline.datasets.obtain import Archive, ArchivedDataset
 
 _NORMAL, _ANOMALOUS = "Normal", "Anomalous"
 _DEFECT_TYPE = "anomalous"
@@ -22,16 +23,16 @@ class Nanotwice(ArchivedDataset):
     """5 normal images to train on, 40 defective ones to test: image metrics are undefined."""
 
     name = "nanotwice"
-    categories = ("nanotwice",)
+    counts: Mapping[str, Counts] = {name: Counts(5, 0, 40)}
     license = (
         "NanoTWICE: no license is stated; cite Carrera, Manganini, Boracchi and Lanzarone, "
         "Defect Detection in SEM Images of Nanofibrous Materials, "
         "IEEE Transactions on Industrial Informatics, 2017."
     )
 
-    def spec(self, category: str) -> DownloadSpec:
-        """Return the address of the one archive."""
-        return DownloadSpec(category, category, (Archive(category, _FILE, (_ADDRESS,)),))
+    def archives(self, category: str) -> tuple[Archive]:
+        """Return the one archive."""
+        return (Archive(category, _FILE, (_ADDRESS,)),)
 
     def extract(self, category: str, folder: Path) -> list[Path]:
         """Return the folders Normal and Anomalous."""
@@ -49,7 +50,3 @@ class Nanotwice(ArchivedDataset):
             Item(path, masks / f"{path.stem}_gt.png", "test", "defective", _DEFECT_TYPE)
             for path in anomalous
         ]
-
-    def expected(self, category: str) -> Counts:
-        """Return the published numbers of images."""
-        return Counts(5, 0, 40)

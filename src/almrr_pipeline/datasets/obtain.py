@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
@@ -39,24 +38,19 @@ class Archive:
     sha256: str | None = None
     shared: bool = False
     """It contains other categories too: once unpacked, it is kept in the scratch folder."""
+    folder: str = ""
+    """Its content in a mirror that is a folder, such as mvtec_ad/carpet; `key` if empty."""
 
 
-@dataclass(frozen=True)
-class DownloadSpec:
-    """Where a dataset can be downloaded from."""
-
-    name: str
-    folder: str
-    """Its folder in a mirror that is a folder, such as mvtec_ad/carpet."""
-    archives: tuple[Archive, ...]
-    """In the order of preference."""
+_Place = tuple[Archive, str]
+"""An archive with the checksum to expect, and its address: http(s), a file or a folder."""
 
 
 class ArchivedDataset(Dataset):
     """Base of datasets that are published as archives; it implements `fetch`."""
 
-    def spec(self, category: str) -> DownloadSpec:
-        """Return where a category can be downloaded from."""
+    def archives(self, category: str) -> tuple[Archive, ...]:
+        """Return the archives that contain a category, in the order of preference."""
         raise NotImplementedError
 
     def extract(self, category: str, folder: Path) -> list[Path]:
@@ -69,80 +63,39 @@ class ArchivedDataset(Dataset):
         check_counts(items, expected, name=category, strict=request.settings.strict)
 
     def fetch(self, category: str, *, target: Path, request: FetchRequest) -> None:
-        """Fill `target` from the first place that has the category."""
+        """Try one place after the other until one fills `target` with what passes `verify`.
+
+        Raises:
+            AlmrrError: no place has it; lists each place and what was wrong with it.
+            DiskError: the disk is full, or cannot be written.
+        """
         self.check(category, request)
         logger.info("%s: %s", category, self.license)
-        obtain(
-            self.spec(category),
-            target=target,
-            request=request,
-            extract=partial(self.extract, category),
-            verify=partial(self.verify, category, target, request),
+        archives, failures = self.archives(category), []
+        name = archives[0].key
+        for archive, address in _find_places(archives, request):
+            shown = redact_address(address) if local_path(address) is None else address
+            logger.info("%s: looking at %s", name, shown)
+            try:
+                with _opened(archive, address, request) as (folder, is_temporary):
+                    transfer(self.extract(category, folder), target, move=is_temporary)
+                self.verify(category, target, request)
+                return
+            except DiskError:
+                raise
+            except AlmrrError as error:
+                reason = str(error).rstrip(".")
+                if has_own_path(archives, request):
+                    raise AlmrrError(f"data.paths.{archive.key}: {address}: {reason}.") from error
+                logger.warning("%s: %s: %s", name, shown, reason)
+                failures.append(f"{shown} ({reason})")
+                empty_folder(target)
+        raise AlmrrError(
+            f"{name} could not be fetched: {'; '.join(failures) or 'no address is known'}. "
+            f"Add another address to data.addresses.{name}, or download "
+            f"{' or '.join(archive.file_name for archive in archives)} by hand and set "
+            f"{' or '.join(f'data.paths.{archive.key}' for archive in archives)} to its path."
         )
-
-
-@dataclass(frozen=True)
-class _Place:
-    archive: Archive
-    address: str
-    """Path of a folder or file, or an http(s) address."""
-    sha256: str | None
-
-    @property
-    def path(self) -> Path | None:
-        return local_path(self.address)
-
-    @property
-    def shown(self) -> str:
-        """The address for messages: without secrets, but local paths in full."""
-        return redact_address(self.address) if self.path is None else self.address
-
-
-def obtain(
-    spec: DownloadSpec,
-    *,
-    target: Path,
-    request: FetchRequest,
-    extract: Callable[[Path], list[Path]],
-    verify: Callable[[], None],
-) -> None:
-    """Try one place after the other until one fills `target` with what passes `verify`.
-
-    Args:
-        spec: what is wanted and where it may be.
-        target: an existing empty folder; emptied again between two attempts.
-        request: the user's settings.
-        extract: returns the files and folders to bring into the target; AlmrrError if absent.
-        verify: raises AlmrrError if the filled target is not the dataset.
-
-    Raises:
-        AlmrrError: no place has it; lists each place and what was wrong with it.
-        DiskError: the disk is full, or cannot be written.
-    """
-    failures = []
-    for place in _find_places(spec, request):
-        logger.info("%s: looking at %s", spec.name, place.shown)
-        try:
-            with _opened(place, spec.name, request) as (folder, is_temporary):
-                transfer(extract(folder), target, move=is_temporary)
-            verify()
-            return
-        except DiskError:
-            raise
-        except AlmrrError as error:
-            reason = str(error).rstrip(".")
-            if has_own_path(spec, request):
-                setting = f"data.paths.{place.archive.key}"
-                raise AlmrrError(f"{setting}: {place.address}: {reason}.") from error
-            logger.warning("%s: %s: %s", spec.name, place.shown, reason)
-            failures.append(f"{place.shown} ({reason})")
-            empty_folder(target)
-    raise AlmrrError(
-        f"{spec.name} could not be fetched: {'; '.join(failures) or 'no address is known'}. "
-        f"Add another address to data.addresses.{spec.archives[0].key}, or download "
-        f"{' or '.join(archive.file_name for archive in spec.archives)} by hand and set "
-        f"{' or '.join(f'data.paths.{archive.key}' for archive in spec.archives)} to its path."
-    )
 
 
 def local_path(address: str) -> Path | None:
@@ -172,89 +125,79 @@ def check_path(key: str, request: FetchRequest) -> Path:
     return path
 
 
-def has_own_path(spec: DownloadSpec, request: FetchRequest) -> bool:
+def has_own_path(archives: Sequence[Archive], request: FetchRequest) -> bool:
     """Whether the user has an archive or folder of the dataset, used instead of any address."""
-    return any(request.settings.paths.get(archive.key) for archive in spec.archives)
+    return any(request.settings.paths.get(archive.key) for archive in archives)
 
 
-def _find_places(spec: DownloadSpec, request: FetchRequest) -> Iterator[_Place]:
-    for archive in spec.archives:
-        if request.settings.paths.get(archive.key):
-            path = check_path(archive.key, request)
-            yield _Place(archive, str(path), request.settings.sha256.get(archive.key))
+def _find_places(archives: Sequence[Archive], request: FetchRequest) -> Iterator[_Place]:
+    settings = request.settings
+    for archive in archives:
+        if settings.paths.get(archive.key):
+            own = replace(archive, sha256=settings.sha256.get(archive.key))
+            yield own, str(check_path(archive.key, request))
             return
-    if request.settings.mirror:
-        yield from _places_in_mirror(request.settings.mirror, spec, request)
-    for archive in spec.archives:
-        for address in request.settings.addresses.get(archive.key, archive.addresses):
-            yield _place_at(archive, address, request)
+    wanted = [replace(each, sha256=settings.sha256.get(each.key, each.sha256)) for each in archives]
+    if settings.mirror:
+        yield from _find_in_mirror(wanted, settings.mirror)
+    for archive in wanted:
+        for address in settings.addresses.get(archive.key, archive.addresses):
+            yield archive, address
 
 
-def _places_in_mirror(mirror: str, spec: DownloadSpec, request: FetchRequest) -> Iterator[_Place]:
+def _find_in_mirror(archives: Sequence[Archive], mirror: str) -> Iterator[_Place]:
     check_mirror(mirror)
     base = local_path(mirror)
     if base is None:
-        for archive in spec.archives:
-            yield _place_at(archive, f"{mirror.rstrip('/')}/{archive.file_name}", request)
+        yield from ((each, f"{mirror.rstrip('/')}/{each.file_name}") for each in archives)
         return
-    own = base / spec.folder
+    own = base / (archives[0].folder or archives[0].key)
     if own.is_dir():
-        yield _place_at(spec.archives[0], str(own), request)
-    for archive in spec.archives:
-        for folder in (base, own, own.parent):
-            if (folder / archive.file_name).is_file():
-                yield _place_at(archive, str(folder / archive.file_name), request)
-                break
-
-
-def _place_at(archive: Archive, address: str, request: FetchRequest) -> _Place:
-    return _Place(archive, address, request.settings.sha256.get(archive.key, archive.sha256))
+        yield archives[0], str(own)
+    for archive in archives:
+        files = [folder / archive.file_name for folder in (base, own, own.parent)]
+        yield from [(archive, str(file)) for file in files if file.is_file()][:1]
 
 
 @contextmanager
-def _opened(place: _Place, name: str, request: FetchRequest) -> Iterator[tuple[Path, bool]]:
+def _opened(archive: Archive, address: str, request: FetchRequest) -> Iterator[tuple[Path, bool]]:
     """Provide a folder with a place's content, and whether it is temporary."""
-    path = place.path
+    path = local_path(address)
     if path is not None and path.is_dir():
         yield path, False
     elif path is not None and not path.exists():
         raise AlmrrError("there is no such file")
-    elif place.archive.shared:
-        yield _unpack_shared(place, request), False
+    elif archive.shared:  # unpacked once; an existing folder of its name is complete
+        identity = f"{address} {archive.sha256} "
+        if path is not None:
+            identity += f"{path.stat().st_size} {path.stat().st_mtime_ns}"
+        version = hashlib.sha256(identity.encode()).hexdigest()[:12]
+        folder = request.scratch / f"{archive.key}-{version}"
+        if not folder.is_dir():
+            _unpack(archive, address, folder, request)
+        yield folder, False
     else:
-        work = request.scratch / f"unpacked-{name}"
-        remove_folder(work)  # a killed run may have left it
+        folder = request.scratch / f"unpacked-{archive.key}"
+        remove_folder(folder)  # a killed run may have left it
         try:
-            _unpack_place(place, work, request)
-            yield work, True
+            _unpack(archive, address, folder, request)
+            yield folder, True
         finally:
-            remove_folder(work)
+            remove_folder(folder)
 
 
-def _unpack_shared(place: _Place, request: FetchRequest) -> Path:
-    """Unpack an archive of several categories once; an existing folder of its name is complete."""
-    identity = f"{place.address} {place.sha256} "
-    if place.path is not None:
-        identity += f"{place.path.stat().st_size} {place.path.stat().st_mtime_ns}"
-    version = hashlib.sha256(identity.encode()).hexdigest()[:12]
-    folder = request.scratch / f"{place.archive.key}-{version}"
-    if not folder.is_dir():
-        _unpack_place(place, folder, request)
-    return folder
-
-
-def _unpack_place(place: _Place, folder: Path, request: FetchRequest) -> None:
-    path, expected = place.path, (place.sha256 or "").lower()
+def _unpack(archive: Archive, address: str, folder: Path, request: FetchRequest) -> None:
+    path, expected = local_path(address), (archive.sha256 or "").lower()
     if path is not None:
         if expected and (found := hash_file(path)) != expected:
             raise AlmrrError(f"{path.name} has the sha256 {found}, expected was {expected}")
         unpack(path, folder)
         return
     with downloaded(
-        place.address,
+        address,
         folder=request.scratch,
-        file_name=place.archive.file_name,
+        file_name=archive.file_name,
         sha256=expected or None,
         retry_policy=request.retry_policy,
-    ) as archive:
-        unpack(archive, folder)
+    ) as file:
+        unpack(file, folder)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Literal
 
 from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.datasets import dtd
 from almrr_pipeline.datasets.base import Dataset, FetchRequest
+from almrr_pipeline.datasets.dtd import Dtd
 from almrr_pipeline.datasets.folder import PREFIX as FOLDER_PREFIX
 from almrr_pipeline.datasets.folder import Folder
 from almrr_pipeline.datasets.manifest import inspect_items
@@ -21,13 +21,7 @@ from almrr_pipeline.datasets.obtain import check_mirror, check_path, local_path
 from almrr_pipeline.datasets.package_textures import write_package_textures
 from almrr_pipeline.datasets.sample import Sample
 
-_ALL: tuple[Dataset, ...] = (
-    MvtecAd(),
-    MtDefect(),
-    Nanotwice(),
-    Sample(),
-    Folder(),
-)
+_ALL: tuple[Dataset, ...] = (MvtecAd(), MtDefect(), Nanotwice(), Sample(), Folder())
 DATASETS = {dataset.name: dataset for dataset in _ALL}
 
 
@@ -58,7 +52,7 @@ def check_request(categories: Iterable[str], *, request: FetchRequest) -> None:
     for category in categories:
         dataset_for(category).check(category, request)
     check_mirror(request.settings.mirror)
-    names = [*DATASETS, *known_categories(), dtd.NAME]
+    names = [*DATASETS, *known_categories(), Dtd.name]
     for section in ("paths", "addresses", "sha256"):
         for key in getattr(request.settings, section):
             if key not in names and not key.startswith(FOLDER_PREFIX):
@@ -85,7 +79,7 @@ def fetch_category(category: str, *, target: Path, request: FetchRequest) -> Non
 def fetch_textures(name: Literal["package", "dtd"], *, target: Path, request: FetchRequest) -> None:
     """Fill the empty folder `target` with the textures that anomalies are made of; may raise."""
     if name == "dtd":
-        dtd.fetch_dtd(target=target, request=request)
+        Dtd().fetch(name, target=target, request=request)
     else:
         write_package_textures(target)
 

@@ -24,7 +24,7 @@ from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.common.progress import track
 from almrr_pipeline.datasets.base import Dataset, FetchRequest
 from almrr_pipeline.datasets.drawn_defects import DRAWINGS
-from almrr_pipeline.datasets.layout import list_items
+from almrr_pipeline.datasets.folder import list_items
 from almrr_pipeline.datasets.manifest import Counts, Item
 from almrr_pipeline.datasets.package_textures import read_package_image
 
@@ -77,7 +77,15 @@ class Sample(Dataset):
     """Brick, grass and gravel from scikit-image's wheel."""
 
     name = "sample"
-    categories = tuple(PREFIX + texture for texture in TEXTURES)
+    counts = dict.fromkeys(
+        (PREFIX + texture for texture in TEXTURES),
+        Counts(
+            TRAIN_IMAGES,
+            TEST_NORMAL_IMAGES,
+            IMAGES_PER_DEFECT_TYPE * len(DRAWINGS),
+            VALIDATION_IMAGES,
+        ),
+    )
     license = (
         "The textures brick, grass and gravel come with scikit-image and are in the public domain "
         "(CC0); cite van der Walt et al., scikit-image: image processing in Python, PeerJ 2014."
@@ -93,11 +101,6 @@ class Sample(Dataset):
     def items(self, category: str, folder: Path) -> list[Item]:
         """Return the split that the images were drawn for."""
         return list_items(folder)
-
-    def expected(self, category: str) -> Counts:
-        """Return the numbers of images that `fetch` draws."""
-        defective = IMAGES_PER_DEFECT_TYPE * len(DRAWINGS)
-        return Counts(TRAIN_IMAGES, TEST_NORMAL_IMAGES, defective, VALIDATION_IMAGES)
 
 
 def write_category(photograph: Floats, target: Path, *, seed: tuple[int, int]) -> None:
