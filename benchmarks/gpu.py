@@ -57,6 +57,8 @@ LIMITS = {"environment": 40, "tests": 100, "scan": 75, "step": 150, "inference":
 COMPILE = {"compile": 180}
 GRACE = 8.0
 """Seconds between the end of a section's time, at which it stops itself, and its being killed."""
+LEAST = 5.0
+"""Seconds below which a section is not begun."""
 PACKAGES = ("torch", "triton", "timm", "lightning", "numpy", "numba", "mamba-ssm")
 Row = dict[str, Any]
 
@@ -175,7 +177,7 @@ def read_pairs(given: Sequence[str]) -> dict[str, float]:
 
 def start_section(name: str, seconds: float, scratch: Path, log: Any) -> dict[str, Any]:  # noqa: ANN401
     """Run a section in a process of its own; returns what it found, also if it was killed."""
-    if seconds < 5:
+    if seconds < LEAST:
         return {"status": "skipped", "seconds": 0, "errors": ["the budget was used up"]}
     begun = time.monotonic()
     command = [sys.executable, __file__, *sys.argv[1:], "--section", name]
@@ -280,6 +282,10 @@ def run_section(arguments: argparse.Namespace) -> None:
     }
     try:
         sections[arguments.section](arguments, record)
+    except SystemExit as end:
+        record.errors.append(str(end))
+        record.put()
+        raise
     except BaseException:
         record.errors.append(traceback.format_exc(limit=-8).strip())
         record.put()
@@ -449,7 +455,7 @@ def measure_steps(arguments: argparse.Namespace, record: Record) -> None:
         for precision in precisions:
             time_ours(arguments, record, model, batch, {"precision": precision, **plain})
     for batch in batches:
-        for precision in precisions:
+        for precision in precisions[:1] if arguments.tiny else precisions:
             time_authors(arguments, record, batch, precision)
     for precision in reversed(precisions):
         for changed in (
@@ -562,7 +568,7 @@ def measure_inference(arguments: argparse.Namespace, record: Record) -> None:
     ways |= {name: partial(run_authors, authors, scan) for name, scan in model_benchmark.SCANS}
     for batch in (1,) if arguments.tiny else (1, 8, 32):
         images = torch.rand(batch, 3, *size, device=device)
-        for precision in ("float32", "float32, TF32", "bfloat16"):
+        for precision in ("float32", "float32, TF32", "bfloat16")[: 1 if arguments.tiny else 3]:
             for name, way in ways.items():
                 label = f"{name}, batch {batch}, {precision}"
                 mode = "tf32" if precision == "float32, TF32" else "ieee"
@@ -588,6 +594,8 @@ def run_authors(authors: Any, scan: str, images: Any) -> Any:  # noqa: ANN401 (m
 
 def train(arguments: argparse.Namespace, record: Record) -> None:
     """Real trainings: see gpu_training.py."""
+    if arguments.data is None or not any((arguments.data / "weights").glob("*.pth")):
+        sys.exit(f"--data {arguments.data}: there is no weights/*.pth; name the folder that has it")
     import gpu_training
 
     gpu_training.train_all(arguments, record)
@@ -637,7 +645,7 @@ def time_calls(
     from timing import Timing, measure
 
     if device.type != "cuda":
-        return measure(call, repeats=2, warmup=1)
+        return measure(call, repeats=1, warmup=0)
     for _ in range(2):  # memory is taken, kernels are compiled, algorithms are chosen
         call()
     torch.cuda.synchronize()

@@ -89,7 +89,8 @@ def train_all(arguments: argparse.Namespace, record: Record) -> None:
     minutes = {k: float(v) for k, _, v in (one.partition("=") for one in arguments.minutes)}
     trainings = [plan(name, arguments) for name in names]
     evaluations: dict[str, Future[dict[str, Any]]] = {}
-    with ProcessPoolExecutor(len(names) + 1, mp_context=get_context("spawn")) as pool:
+    processes = 1 if arguments.tiny else len(names) + 1
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         prepared = {pool.submit(prepare, one, arguments.seed): one for one in trainings}
         for place, ready in enumerate(as_completed(prepared, timeout=max(1.0, record.left()))):
             one = prepared[ready]
