@@ -138,6 +138,10 @@ class ModelSettings(Section):
     # the FRM's input, from F and F_hat: channel means (the paper), or a learned projection
     refinement_input: Literal["mean", "projection"] = "mean"
     refinement_channels: Positive = 1  # channels of that projection; 1 for `mean`
+    residual_channels: Count = 0  # mixtures of log(1 + (F - F_hat)^2) as further inputs of the FRM
+    prior: OpenFraction | None = (
+        None  # probability of an anomaly that the FRM's last layer starts at
+    )
     standardize: bool = False  # the features' channels, by the normal training images
 
     @model_validator(mode="after")
@@ -160,7 +164,8 @@ class TrainSettings(Section):
     reconstruction_weight: NonNegative = 1.0
     refinement_weight: NonNegative = 1.0
     gradient_clip: NonNegative = 1.0  # largest norm of the gradient; 0 switches clipping off
-    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    # 32-true is float32 on a GPU too, tf32 lets its products and convolutions round to TF32
+    precision: Literal["32-true", "tf32", "bf16-mixed", "16-mixed"] = "32-true"
     flips: bool = True  # flip samples at random when they are loaded
     rot90: bool = True  # rotate them too, where square; not for a texture with one direction
     accelerator: str = "auto"
@@ -173,7 +178,7 @@ class TrainSettings(Section):
     selection: Literal["last", "validation"] = "last"
     deterministic: bool = True  # deterministic algorithms of torch (on a CPU they cost nothing)
     compile: bool = False  # torch.compile the trained modules
-    channels_last: bool = False
+    channels_last: bool | Literal["auto"] = "auto"  # channels innermost; auto: on GPUs, if mixed
 
 
 class InferenceSettings(Section):

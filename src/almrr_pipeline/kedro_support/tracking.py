@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +44,18 @@ def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def log_live(step: int, values: Mapping[str, float]) -> None:
-    """Log the losses of a training step, if an MLflow run is active."""
-    if mlflow.active_run():
-        mlflow.log_metrics(dict(values), step=step)
+def live_logger() -> Callable[[int, Mapping[str, float]], None]:
+    """A function that logs a training step's losses to the run that is active now, if any.
+
+    Any thread may call it; MLflow's active run is known to this one alone.
+    """
+    run = mlflow.active_run()
+
+    def log(step: int, values: Mapping[str, float]) -> None:
+        if run is not None:
+            mlflow.log_metrics(dict(values), step=step, run_id=run.info.run_id)
+
+    return log
 
 
 def run_tags(project: Path, *, stage: str, category: str, seed: str) -> dict[str, str]:

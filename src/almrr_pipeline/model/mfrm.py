@@ -12,7 +12,11 @@ from torch.nn import functional as F  # noqa: N812
 
 from almrr_pipeline.config import ModelSettings
 from almrr_pipeline.model.bimamba import MambaEncoder
-from almrr_pipeline.model.kernels.composed import compose_convolutions, composing_pays
+from almrr_pipeline.model.kernels.composed import (
+    compose_convolutions,
+    composing_pays,
+    resize_bilinear,
+)
 
 POSITION_STD = 0.02
 """Initial std of the position embedding, Vision Mamba's."""
@@ -83,10 +87,12 @@ class Decoder(nn.Module):
         x = self.stage1(x)  # (B, decoder[0], rows + 2, columns + 2)
         x = self.stage2(x)  # (B, decoder[1], rows + 4, columns + 4)
         x = self.stage3(x)  # (B, latent, 2 rows + 7, 2 columns + 7)
-        if x.device.type == "cpu":
-            # Instance norm leaves channels outermost, where a CPU resizes them ten times slower.
-            x = x.contiguous(memory_format=torch.channels_last)
-        return F.interpolate(x, size=self.size, mode="bilinear", align_corners=True).tanh()
+        # Instance norm leaves channels outermost. A CPU resizes them ten times slower there; a GPU
+        # would mix formats where the weights have channels innermost.
+        innermost = torch.channels_last
+        if x.device.type == "cpu" or self.stage3[0].weight.is_contiguous(memory_format=innermost):
+            x = x.contiguous(memory_format=innermost)
+        return resize_bilinear(x, self.size).tanh()
 
 
 def _decoder_stage(convolution: nn.ConvTranspose2d) -> nn.Sequential:

@@ -20,7 +20,7 @@ from almrr_pipeline.datasets.manifest import training_split
 from almrr_pipeline.inference.calibration import calibrate
 from almrr_pipeline.inference.inference_config import InferenceConfig
 from almrr_pipeline.inference.map_predictor import MapPredictor
-from almrr_pipeline.kedro_support.tracking import log_live
+from almrr_pipeline.kedro_support.tracking import live_logger
 from almrr_pipeline.model.almrr import ALMRR
 from almrr_pipeline.model.backbone import build_backbone
 from almrr_pipeline.pipelines.per_category import step
@@ -72,7 +72,7 @@ def fit_model(
         seed=seed,
         scratch=_checkpoint_folder(scratch, category, seed),
         fingerprint=data_and_code,
-        on_metrics=log_live,
+        on_metrics=live_logger(),
         keep_checkpoints=True,  # until the model is in its place, see remove_checkpoints
     )
     if history is None:  # not the main process of a distributed training, which does the rest

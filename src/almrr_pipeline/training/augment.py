@@ -16,8 +16,8 @@ def apply_symmetries(images: Tensor, symmetries: Tensor) -> Tensor:
 
     Args:
         images: any type, shape (B, H, W) or (B, H, W, 3).
-        symmetries: uint8 in [0, 8), shape (B,), bits as above; `TRANSPOSE` has no effect on images
-            that are not square.
+        symmetries: integers in [0, 8), shape (B,), bits as above; `TRANSPOSE` has no effect on
+            images that are not square.
 
     Returns:
         Images of the same shape and type.

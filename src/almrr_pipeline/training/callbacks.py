@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -52,6 +54,8 @@ class History:
         self._on_metrics = on_metrics
         self._window: list[Tensor] = []  # (4,) each, on the training's device
         self._extra: dict[str, float] = {}
+        self._thread = ThreadPoolExecutor(1) if fabric.device.type != "cpu" else None
+        self._reports: deque[Future[None]] = deque()  # calls of on_metrics in that thread
 
     def add(self, name: str, value: float) -> None:
         """Put a value that is measured now and then into the next row: of several, the largest."""
@@ -93,7 +97,12 @@ class History:
         steps = self._settings.steps
         logger.info("Training on %s from step %d to %d.", self._fabric.device, done, steps)
         with track(steps, unit="steps", description="training", done=done) as advance:
-            yield lambda: advance(1, **self._shown())
+            try:
+                yield lambda: advance(1, **self._shown())
+            finally:
+                if self._thread is not None:
+                    self._thread.shutdown()  # after the last report
+        self._raise_from_reports()
         line = "Trained %d steps: loss %.4f (reconstruction %.4f, refinement %.4f)."
         logger.info(line, *(self.rows[-1][name] for name in COLUMNS[:4]))
 
@@ -105,13 +114,13 @@ class History:
 
     def state_dict(self) -> dict[str, Any]:
         """Rows and the open window, as plain numbers."""
-        window = [values.tolist() for values in self._window]
-        return {"rows": self.rows, "window": window, "extra": self._extra}
+        return {"rows": self.rows, "window": _to_host(self._window), "extra": self._extra}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore rows and open window."""
         self.rows = state_dict["rows"]
-        self._window = [torch.tensor(values) for values in state_dict["window"]]
+        device = self._fabric.device
+        self._window = [torch.tensor(values, device=device) for values in state_dict["window"]]
         self._extra = state_dict["extra"]
 
     def _shown(self) -> dict[str, str]:
@@ -131,11 +140,22 @@ class History:
     def _report(self, row: Mapping[str, float]) -> None:
         if self._on_metrics is not None and self._fabric.is_global_zero:
             values = {name: value for name, value in row.items() if name != "step"}
-            self._on_metrics(int(row["step"]), values)
+            if self._thread is None:
+                self._on_metrics(int(row["step"]), values)
+            else:
+                self._raise_from_reports()
+                self._reports.append(
+                    self._thread.submit(self._on_metrics, int(row["step"]), values)
+                )
+
+    def _raise_from_reports(self) -> None:
+        """Raise what on_metrics raised in a call that has ended."""
+        while self._reports and self._reports[0].done():
+            self._reports.popleft().result()
 
 
 def _to_host(window: list[Tensor]) -> list[list[float]]:
-    return torch.stack([values.cpu() for values in window]).tolist() if window else []
+    return torch.stack(window).tolist() if window else []
 
 
 def check_finite(values: Mapping[str, float], *, step: int, settings: TrainSettings) -> None:

@@ -124,18 +124,22 @@ class SyntheticBatches(Dataset[Batch]):
     def __getitem__(self, step: int) -> Batch:
         """The batch of a step, on the synthetic set's device."""
         samples = self._order.samples(step)
-        rows = {"normal": self._normal_index[samples], "augmented": samples, "mask": samples}
-        gathered = {name: self._gather(name, indices) for name, indices in rows.items()}
         drawn = self._order.symmetries(step)
+        # In one tensor, so that a GPU gets them by one copy that the host does not wait for.
+        numbers = torch.from_numpy(np.stack([self._normal_index[samples], samples, drawn]))
+        if self._device is not None and self._device.type == "cuda":
+            numbers = numbers.pin_memory()
+        normal, augmented, symmetries = numbers.to(self._device or "cpu", non_blocking=True)
+        rows = {"normal": normal, "augmented": augmented, "mask": augmented}
+        gathered = {name: self._gather(name, indices) for name, indices in rows.items()}
         if drawn.any():
-            symmetries = torch.from_numpy(drawn).to(self._device or "cpu")
             gathered = {k: apply_symmetries(images, symmetries) for k, images in gathered.items()}
         return cast(Batch, gathered)
 
-    def _gather(self, name: str, indices: Indices) -> Tensor:
+    def _gather(self, name: str, indices: Tensor) -> Tensor:
         if self._device is None:
-            return torch.from_numpy(np.ascontiguousarray(self._mapped[name][indices]))
-        return self._resident[name].index_select(0, torch.from_numpy(indices).to(self._device))
+            return torch.from_numpy(np.ascontiguousarray(self._mapped[name][indices.numpy()]))
+        return self._resident[name].index_select(0, indices)
 
     def __getstate__(self) -> dict[str, Any]:
         """For spawned loader processes: a memory map is sent as its file's name."""

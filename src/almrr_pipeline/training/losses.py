@@ -5,12 +5,16 @@ The paper's weights are 1 : 1.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812
 
 from almrr_pipeline.config import TrainSettings
 from almrr_pipeline.model.almrr import TrainingOutput
+from almrr_pipeline.model.kernels.scan.reference import without_autocast
 
 
 def compute_losses(
@@ -38,8 +42,9 @@ def focal_loss(logits: Tensor, mask: Tensor, gamma: float = 2.0) -> Tensor:
     Returns:
         float32 scalar, at least 0.
     """
-    log_probabilities = F.log_softmax(logits.float(), dim=1)  # (B, 2, H, W)
-    log_true = log_probabilities.gather(1, mask.long().unsqueeze(1)).squeeze(1)  # (B, H, W)
+    normal, anomalous = F.log_softmax(logits.float(), dim=1).unbind(1)  # (B, H, W) each
+    # Not by `gather`, whose backward pass on a GPU sorts four million indices to be deterministic.
+    log_true = torch.where(mask.bool(), anomalous, normal)
     # 1 - p by expm1: near p = 1 the plain difference rounds to 0. The floor keeps the power's slope
     # finite at p = 1.
     missing = (-torch.expm1(log_true)).clamp_min(torch.finfo(torch.float32).tiny)
@@ -48,4 +53,28 @@ def focal_loss(logits: Tensor, mask: Tensor, gamma: float = 2.0) -> Tensor:
 
 def reconstruction_loss(reconstruction: Tensor, target: Tensor) -> Tensor:
     """Mean squared error of F_hat against phi, both (B, C, h, w): float32 scalar, at least 0."""
+    if reconstruction.device.type == "cuda" and reconstruction.dtype != torch.float16:
+        return _SquaredError.apply(reconstruction, target)  # type: ignore[no-any-return]
     return F.mse_loss(reconstruction.float(), target.float())
+
+
+class _SquaredError(torch.autograd.Function):
+    """The mean squared error without float32 copies: 3 GB of memory traffic instead of 11.
+
+    At batch 32 of the paper's widths in bfloat16. The difference is kept in the type of F_hat, the
+    sum is taken in float32. Float16 does not hold the gradient, a difference over 10^8 elements.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, reconstruction: Tensor, target: Tensor) -> Tensor:  # noqa: ANN401
+        difference = reconstruction - target.to(reconstruction.dtype)
+        ctx.save_for_backward(difference)
+        with without_autocast(difference):  # which would copy the difference in float32
+            norm = torch.linalg.vector_norm(difference, dtype=torch.float32)
+        return norm.square() / difference.numel()
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
+        (difference,) = ctx.saved_tensors
+        return difference * (gradient * (2 / difference.numel())), None

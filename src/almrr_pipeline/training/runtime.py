@@ -8,7 +8,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 
 import torch
 from lightning.fabric import Fabric
@@ -19,10 +19,16 @@ from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.config import TrainSettings
 from almrr_pipeline.model.almrr import ALMRR
 
+logger = logging.getLogger(__name__)
+
 CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 """Environment variable; cuBLAS is reproducible only with a workspace of fixed size."""
 DEEPEST_STRIDE = 128
 """Of the FRM's innermost map relative to the image: features at 4, then five halvings."""
+STOP_EVERY = 10
+"""Steps between two decisions of several GPUs whether to stop: each one waits for all of them."""
+LAUNCHED = ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE")
+"""Environment variables: the number of processes that torchrun or SLURM started on a machine."""
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 """In the messages of RuntimeErrors by which torch reports that memory ran out."""
 
@@ -36,17 +42,17 @@ def training_environment(
     Inside, the model is in training mode; afterwards it is in evaluation mode on the CPU.
     """
     with (
-        quiet_lightning(),
+        quiet_libraries(),
         isolated_randomness(),
-        algorithms(deterministic=settings.deterministic),
+        algorithms(deterministic=settings.deterministic, tf32=settings.precision == "tf32"),
         deferred_sigterm() as stop,
     ):
-        fabric = build_fabric(settings)
+        fabric = build_fabric(settings, model.image_size)
         check_processes(settings, fabric.world_size, model.image_size)
         compiling = explain_compile_errors() if settings.compile else nullcontext()
         try:
             model.train()
-            if settings.channels_last:
+            if prefers_channels_last(settings, fabric.device):
                 model.to(memory_format=torch.channels_last)
             with explain_out_of_memory(settings, fabric.world_size), compiling:
                 fabric.launch()
@@ -55,14 +61,43 @@ def training_environment(
             model.eval().cpu().to(memory_format=torch.contiguous_format)
 
 
-def build_fabric(settings: TrainSettings) -> Fabric:
+def prefers_channels_last(settings: TrainSettings, device: torch.device) -> bool:
+    """Whether images and weights shall have their channels innermost.
+
+    `auto`: on GPUs in half precision, whose tensor cores need it. In float32 cuDNN's convolutions
+    do not gain; on a CPU the model arranges its features by itself.
+    """
+    if settings.channels_last == "auto":
+        return device.type == "cuda" and settings.precision.endswith("mixed")
+    return settings.channels_last
+
+
+def choose_devices(settings: TrainSettings, image_size: tuple[int, int]) -> int | str:
+    """`devices`; for `auto` the largest number of GPUs among which a batch can be divided."""
+    for name in LAUNCHED:
+        if settings.devices == "auto" and os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    present = torch.cuda.device_count()
+    on_gpus = settings.accelerator in ("auto", "gpu", "cuda")
+    if settings.devices != "auto" or not on_gpus or present < 2:
+        return settings.devices
+    numbers = range(present, 0, -1)
+    suiting = (n for n in numbers if not misfit(settings, n * settings.nodes, image_size))
+    chosen = next(suiting, 1)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        line = "Training on %d of %d GPUs, among which train.batch_size %d can be divided."
+        logger.info(line, chosen, present, settings.batch_size)
+    return chosen
+
+
+def build_fabric(settings: TrainSettings, image_size: tuple[int, int]) -> Fabric:
     """Fabric for the settings' devices, which starts no process yet; AlmrrError without them."""
     try:
         return Fabric(
             accelerator=settings.accelerator,
-            devices=settings.devices,
+            devices=choose_devices(settings, image_size),
             num_nodes=settings.nodes,
-            precision=settings.precision,
+            precision="32-true" if settings.precision == "tf32" else settings.precision,
         )
     except (MisconfigurationException, ImportError, ValueError, RuntimeError) as error:
         names = ("accelerator", "devices", "nodes", "precision")
@@ -85,18 +120,35 @@ def check_processes(settings: TrainSettings, world_size: int, image_size: tuple[
             "`kedro run --pipelines train --namespaces CATEGORY.seed_N` or `dvc repro train`, or "
             "set train.devices to 1."
         )
+    if fault := misfit(settings, world_size, image_size):
+        raise AlmrrError(f"train.batch_size {batch_size} {fault}.")
+
+
+def misfit(settings: TrainSettings, world_size: int, image_size: tuple[int, int]) -> str:
+    """Why a batch cannot be divided among so many devices, and what to take; "" if it can."""
+    batch_size = settings.batch_size
     if batch_size % world_size:
-        raise AlmrrError(
-            f"train.batch_size {batch_size} cannot be divided equally among {world_size} devices; "
-            f"take {max(1, round(batch_size / world_size)) * world_size}."
+        return (
+            f"cannot be divided equally among {world_size} devices; "
+            f"take {max(1, round(batch_size / world_size)) * world_size}"
         )
     rows, columns = (side // DEEPEST_STRIDE for side in image_size)
     if batch_size // world_size * rows * columns < 2:
-        raise AlmrrError(
-            f"train.batch_size {batch_size} leaves {world_size} devices one sample each, which the "
-            f"FRM's batch normalization cannot work with at {image_size[0]}x{image_size[1]}; "
-            f"take {2 * world_size}."
+        return (
+            f"leaves {world_size} devices one sample each, which the FRM's batch normalization "
+            f"cannot work with at {image_size[0]}x{image_size[1]}; take {2 * world_size}"
         )
+    return ""
+
+
+def decide_to_stop(fabric: Fabric, stop: list[int], step: int) -> bool:
+    """Whether any process was asked to end: the same answer in all, after the same step.
+
+    On GPUs the processes ask each other every `STOP_EVERY` steps only.
+    """
+    if fabric.world_size > 1 and fabric.device.type != "cpu" and step % STOP_EVERY:
+        return False
+    return fabric.strategy.reduce_boolean_decision(bool(stop), all=False)
 
 
 @contextmanager
@@ -127,13 +179,24 @@ def isolated_randomness() -> Iterator[None]:
 
 
 @contextmanager
-def algorithms(*, deterministic: bool) -> Iterator[None]:
+def algorithms(*, deterministic: bool, tf32: bool = False) -> Iterator[None]:
     """Choose torch's algorithms, and restore the choice afterwards.
 
     Deterministic: an operation without a deterministic form, which only GPUs have, warns and runs.
-    Otherwise cuDNN tries its convolutions and keeps the fastest.
+    Otherwise cuDNN tries its convolutions and keeps the fastest. `tf32`: whether a GPU's products
+    and convolutions of float32 may round their operands to 10 bits, as cuDNN does by default.
     """
     with ExitStack() as stack:
+        cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+        for owner in (cuda.matmul, cudnn.conv, cudnn.rnn):
+            stack.callback(setattr, owner, "fp32_precision", owner.fp32_precision)
+        for owner in (cuda.matmul, cudnn):
+            with suppress(RuntimeError):  # the caller has set the newer flag alone
+                stack.callback(setattr, owner, "allow_tf32", owner.allow_tf32)
+            # The older flag, which torch.compile and Lightning read, raises if the two disagree.
+            owner.allow_tf32 = tf32
+        for owner in (cuda.matmul, cudnn.conv, cudnn.rnn):
+            owner.fp32_precision = "tf32" if tf32 else "ieee"
         stack.callback(
             torch.use_deterministic_algorithms,
             torch.are_deterministic_algorithms_enabled(),
@@ -158,11 +221,13 @@ def algorithms(*, deterministic: bool) -> Iterator[None]:
 
 
 @contextmanager
-def quiet_lightning() -> Iterator[None]:
-    """Keep Lightning's advice off the screen."""
+def quiet_libraries() -> Iterator[None]:
+    """Keep Lightning's advice, and one warning of torch, off the screen."""
     with warnings.catch_warnings(), ExitStack() as stack:
         warnings.simplefilter("ignore", PossibleUserWarning)
         warnings.filterwarnings("ignore", module=r"lightning\.")
+        # Of the FRM's pooling: its windows do not overlap, so that nothing is added in any order.
+        warnings.filterwarnings("ignore", message="max_pool2d_with_indices_backward_cuda")
         for name in ("lightning.fabric", "lightning.pytorch"):  # Fabric logs under both names
             logger = logging.getLogger(name)
             stack.callback(logger.setLevel, logger.level)
@@ -182,7 +247,7 @@ def explain_out_of_memory(settings: TrainSettings, world_size: int) -> Iterator[
             raise
         size = settings.batch_size
         each = f" ({size // world_size} on each of {world_size} devices)" if world_size > 1 else ""
-        cheaper = ", set train.precision to bf16-mixed" * (settings.precision == "32-true")
+        cheaper = ", set train.precision to bf16-mixed" * ("mixed" not in settings.precision)
         raise AlmrrError(
             f"Memory ran out in training with train.batch_size {size}{each}: halve the batch "
             f"size{cheaper}, or choose smaller widths in the model section. "

@@ -24,7 +24,11 @@ from almrr_pipeline.training.data import (
 )
 from almrr_pipeline.training.losses import compute_losses
 from almrr_pipeline.training.optim import build_optimizer, clip_gradient, set_learning_rate
-from almrr_pipeline.training.runtime import training_environment
+from almrr_pipeline.training.runtime import (
+    decide_to_stop,
+    prefers_channels_last,
+    training_environment,
+)
 
 NOT_DECISIVE = {"accelerator", "checkpoint_every", "devices", "nodes", "workers"}
 """Settings that may change between an interruption and the next run."""
@@ -63,7 +67,8 @@ def fit(
             the training's settings it selects the checkpoint to resume from.
         seed: of sample order, augmentation and drop path.
         on_metrics: called by the main process with the step and the values of each row as it is
-            made; after resuming, first with the rows made before.
+            made; after resuming, first with the rows made before. On a GPU from another thread, in
+            order, so that a slow one does not let the GPU wait; what it raises ends the training.
         keep_checkpoints: leave the last checkpoint for the caller to remove when the model is safe.
 
     Returns:
@@ -107,8 +112,7 @@ def fit(
                 selection.validate(step, model)
                 history.record(step, torch.stack([*losses, norm]).detach(), rate)
                 advance()
-                # Processes end after the same step if any of them was asked to.
-                stopping = fabric.strategy.reduce_boolean_decision(bool(stop), all=False)
+                stopping = decide_to_stop(fabric, stop, step)
                 if stopping or step % settings.checkpoint_every == 0 or step == settings.steps:
                     history.check(step)
                     if fabric.is_global_zero:
@@ -136,7 +140,7 @@ class TrainingStep(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """The loss of a batch and its two terms, see `compute_losses`."""
-        channels_last = self._settings.channels_last
+        channels_last = prefers_channels_last(self._settings, batch["mask"].device)
         normal = to_images(batch["normal"], channels_last=channels_last)
         augmented = to_images(batch["augmented"], channels_last=channels_last)
         return compute_losses(self._forward(normal, augmented), batch["mask"], self._settings)
