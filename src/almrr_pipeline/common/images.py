@@ -15,19 +15,22 @@ from almrr_pipeline.common.errors import AlmrrError
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
 _ANOMALOUS_ABOVE = 127
 """Half of white: lossy compression and resizing leave values between 0 and 255."""
-_WHITE_OF_16_BITS = 65535.0
-"""257 times the white of 8 bits."""
+_WHITE_OF_16_BITS = 65535.0  # 257 times the white of 8 bits
 
 
-def list_images(folder: Path, suffixes: Iterable[str] = IMAGE_SUFFIXES) -> list[Path]:
-    """Return the images directly in `folder`, sorted by name, without hidden files (._copy.png)."""
+def list_images(
+    folder: Path, suffixes: Iterable[str] = IMAGE_SUFFIXES, *, recursive: bool = False
+) -> list[Path]:
+    """Return the images in `folder`, sorted by path, without hidden ones (._copy.png, .git/)."""
     wanted = {suffix.lower() for suffix in suffixes}
     if not folder.is_dir():
         return []
     return sorted(
         path
-        for path in folder.iterdir()
-        if path.suffix.lower() in wanted and not path.name.startswith(".") and path.is_file()
+        for path in (folder.rglob("*") if recursive else folder.iterdir())
+        if path.suffix.lower() in wanted
+        and not any(name.startswith(".") for name in path.relative_to(folder).parts)
+        and path.is_file()
     )
 
 
@@ -52,11 +55,11 @@ def decode_image(data: bytes, path: Path) -> ImageArray:
     return np.array(_decoded(data, path, mode="RGB"))
 
 
-def read_mask(path: Path) -> MaskArray:
+def read_mask(path: Path, *, name: Path | None = None) -> MaskArray:
     """Read a ground truth mask; values above 127 of 255 are anomalous.
 
     The authors' code counted 255 alone. A mask of 16 bits or more without values above 255 is taken
-    for an 8-bit one, because many tools save masks so.
+    for an 8-bit one, because many tools save masks so. Errors show `name` instead of the path.
 
     Returns:
         bool, shape (H, W), upright.
@@ -64,12 +67,8 @@ def read_mask(path: Path) -> MaskArray:
     Raises:
         AlmrrError: the file is missing, empty, or not an image that can be decoded.
     """
-    return decode_mask(read_bytes(path), path)
-
-
-def decode_mask(data: bytes, path: Path) -> MaskArray:
-    """Decode a mask file's bytes as `read_mask` does; `path` only names it in an error."""
-    return np.array(_decoded(data, path, mode="L")) > _ANOMALOUS_ABOVE
+    gray = _decoded(read_bytes(path, name=name), name or path, mode="L")
+    return np.array(gray) > _ANOMALOUS_ABOVE
 
 
 def resize_image(image: ImageArray, size: tuple[int, int]) -> ImageArray:

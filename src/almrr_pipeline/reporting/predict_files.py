@@ -11,7 +11,7 @@ import csv
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import numpy as np
 from PIL import Image
 
+from almrr_pipeline.common.arrays import AnomalyMap
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.common.files import STAGING_PREFIX, staging_folder
-from almrr_pipeline.common.images import IMAGE_SUFFIXES, encode_map, read_image
+from almrr_pipeline.common.images import IMAGE_SUFFIXES, encode_map, list_images, read_image
 from almrr_pipeline.common.progress import track
 from almrr_pipeline.inference.streams import submit_ahead
 from almrr_pipeline.reporting.overlays import draw_overlay
@@ -36,32 +37,27 @@ logger = logging.getLogger(__name__)
 MapFormat: TypeAlias = Literal["npy", "png", "none"]
 
 SCORES_FILE = "scores.csv"
-OVERLAYS_FOLDER = "overlays"
-MAPS_FOLDER = "maps"
-_RESULTS = frozenset({SCORES_FILE, OVERLAYS_FOLDER, MAPS_FOLDER})
+_RESULTS = frozenset({SCORES_FILE, "overlays", "maps"})
 _WRITTEN_AHEAD = 4
 """Results that may be on their way to the disk while the network goes on."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A row of scores.csv."""
+    """A row of scores.csv; the image's path is as it was given or found."""
 
     image: Path
-    """As it was given or found."""
     score: float
     threshold: float | None
     is_anomalous: bool | None
 
 
-@dataclass
+@dataclass(frozen=True)
 class Summary:
-    """Outcome of a run."""
+    """Outcome of a run: verdicts in the order of the images, and images that cannot be read."""
 
     verdicts: list[Verdict] = field(default_factory=list)
-    """In the order of the images."""
-    unreadable: dict[Path, AlmrrError] = field(default_factory=dict)
-    """Images that could not be read, and why."""
+    unreadable: list[Path] = field(default_factory=list)
 
 
 def find_images(paths: Iterable[Path], *, recursive: bool = False) -> list[Path]:
@@ -111,17 +107,27 @@ def predict_files(
     """
     images = list(dict.fromkeys(images))
     check_output(output, images, overwrite=overwrite)
-    summary = Summary()
+    summary, names = Summary(), _name_results(images)
     progress = track(len(images), unit="images", description="predict")
     with _results_folder(output) as folder, progress as advance:
 
         def leave_out(image: ImageInput, error: AlmrrError) -> None:
             logger.warning("Left out: %s", error)
-            summary.unreadable[Path(str(image))] = error
+            summary.unreadable.append(Path(str(image)))
             advance(1)
 
+        def write(prediction: Prediction) -> Verdict:
+            image = images[prediction.index]
+            if overlays:
+                _write_overlay(
+                    predictor, image, prediction, folder / f"overlays/{names[image]}.png"
+                )
+            if maps != "none":
+                _write_map(prediction.anomaly_map, folder / f"maps/{names[image]}.{maps}")
+            threshold = predictor.image_threshold
+            return Verdict(image, prediction.score, threshold, prediction.is_anomalous)
+
         predictions = predictor.stream(images, on_unreadable=leave_out)
-        write = _ResultWriter(predictor, images, folder, _name_results(images), overlays, maps)
         for _, written in submit_ahead(write, predictions, ahead=_WRITTEN_AHEAD, threads=2):
             summary.verdicts.append(written.result())
             advance(1)
@@ -140,15 +146,13 @@ def check_output(output: Path, images: Iterable[Path], *, overwrite: bool) -> No
     """
     if output.exists() and not output.is_dir():
         raise AlmrrError(f"The output {output} is a file; name a folder.")
-    entries = {entry.name for entry in output.iterdir()} if output.exists() else set()
-    foreign = sorted(
-        name for name in entries if name not in _RESULTS and not name.startswith(STAGING_PREFIX)
-    )
-    if foreign:
-        raise AlmrrError(
-            f"The output folder {output} holds other files, such as {foreign[0]}; "
-            "name an empty or a new one."
-        )
+    entries = sorted(entry.name for entry in output.iterdir()) if output.exists() else []
+    for name in entries:
+        if name not in _RESULTS and not name.startswith(STAGING_PREFIX):
+            raise AlmrrError(
+                f"The output folder {output} holds other files, such as {name}; "
+                "name an empty or a new one."
+            )
     if entries and not overwrite:
         raise AlmrrError(
             f"The output folder {output} holds earlier results; name another, or replace them with "
@@ -163,20 +167,12 @@ def check_output(output: Path, images: Iterable[Path], *, overwrite: bool) -> No
 
 
 def _list_folder(folder: Path, recursive: bool) -> list[Path]:
-    entries = folder.rglob("*") if recursive else folder.iterdir()
-    images = sorted(
-        entry
-        for entry in entries
-        if entry.suffix.lower() in IMAGE_SUFFIXES
-        and not any(name.startswith(".") for name in entry.relative_to(folder).parts)
-        and entry.is_file()
-    )
-    if not images:
-        advice = f"expected {', '.join(sorted(IMAGE_SUFFIXES))}"
-        if not recursive and any(entry.is_dir() for entry in folder.iterdir()):
-            advice = "look into its sub-folders with --recursive"
-        raise AlmrrError(f"The folder {folder} holds no image; {advice}.")
-    return images
+    if images := list_images(folder, recursive=recursive):
+        return images
+    advice = f"expected {', '.join(sorted(IMAGE_SUFFIXES))}"
+    if not recursive and any(entry.is_dir() for entry in folder.iterdir()):
+        advice = "look into its sub-folders with --recursive"
+    raise AlmrrError(f"The folder {folder} holds no image; {advice}.")
 
 
 def _absolute(path: Path) -> Path:
@@ -204,7 +200,12 @@ def _results_folder(output: Path) -> Iterator[Path]:
     try:
         with staging_folder(output) as staged:
             yield staged
-            _publish(staged, output)
+            (output / SCORES_FILE).unlink(missing_ok=True)
+            for entry in set(output.iterdir()) - {staged}:
+                shutil.rmtree(entry)
+            for entry in sorted(staged.iterdir(), key=lambda entry: entry.name == SCORES_FILE):
+                entry.rename(output / entry.name)
+            staged.rmdir()
     except OSError as error:
         raise AlmrrError(
             f"The results cannot be written to {output} ({error}); free some space or name another."
@@ -215,57 +216,24 @@ def _results_folder(output: Path) -> Iterator[Path]:
                 folder.rmdir()
 
 
-def _publish(staged: Path, output: Path) -> None:
-    """Replace earlier results by new ones; without a scores.csv while that is going on."""
-    (output / SCORES_FILE).unlink(missing_ok=True)
-    for entry in output.iterdir():
-        if entry != staged:
-            shutil.rmtree(entry)
-    for entry in sorted(staged.iterdir(), key=lambda entry: entry.name == SCORES_FILE):
-        entry.rename(output / entry.name)
-    staged.rmdir()
+def _write_overlay(predictor: Predictor, image: Path, prediction: Prediction, target: Path) -> None:
+    overlay = draw_overlay(
+        read_image(image),  # again: holding images while a batch fills takes memory without bound
+        prediction.anomaly_map,
+        threshold=predictor.pixel_threshold,
+        score=prediction.score,
+        is_anomalous=prediction.is_anomalous,
+    )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(overlay).save(target)
 
 
-@dataclass(frozen=True)
-class _ResultWriter:
-    """Writes the overlay and the map of one image; called from several threads at once."""
-
-    predictor: Predictor
-    images: Sequence[Path]
-    folder: Path
-    names: Mapping[Path, str]
-    overlays: bool
-    maps: MapFormat
-
-    def __call__(self, prediction: Prediction) -> Verdict:
-        image = self.images[prediction.index]
-        if self.overlays:
-            target = self._target(OVERLAYS_FOLDER, image, "png")
-            self._draw(image, prediction).save(target, format="PNG")
-        if self.maps != "none":
-            target = self._target(MAPS_FOLDER, image, self.maps)
-            if self.maps == "npy":
-                np.save(target, prediction.anomaly_map)
-            else:
-                target.write_bytes(encode_map(prediction.anomaly_map))
-        threshold = self.predictor.image_threshold
-        return Verdict(image, prediction.score, threshold, prediction.is_anomalous)
-
-    def _target(self, folder: str, image: Path, suffix: str) -> Path:
-        target = self.folder / folder / f"{self.names[image]}.{suffix}"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        return target
-
-    def _draw(self, image: Path, prediction: Prediction) -> Image.Image:
-        # Read again: holding images back while a batch fills would cost memory without bound.
-        overlay = draw_overlay(
-            read_image(image),
-            prediction.anomaly_map,
-            threshold=self.predictor.pixel_threshold,
-            score=prediction.score,
-            is_anomalous=prediction.is_anomalous,
-        )
-        return Image.fromarray(overlay)
+def _write_map(anomaly_map: AnomalyMap, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.suffix == ".npy":
+        np.save(target, anomaly_map)
+    else:
+        target.write_bytes(encode_map(anomaly_map))
 
 
 def _write_scores(verdicts: Iterable[Verdict], target: Path) -> None:
