@@ -1,7 +1,6 @@
 """Images of results: panels for the report, overlays for `almrr predict`.
 
-Drawn with numpy and Pillow: a panel takes some ten milliseconds, so that a whole
-test set can be drawn.
+Drawn with numpy and Pillow: a panel takes some ten milliseconds, so that a test set can be drawn.
 """
 
 from __future__ import annotations
@@ -38,27 +37,21 @@ _GAP = 6
 _FOOT = 26
 _FONT_SIZE = 13
 _SMALLEST_OVERLAY = 360  # narrower images are enlarged in draw_overlay: the caption needs the width
+_font = cache(ImageFont.load_default)  # by size
 _HEAT_OPACITY = 0.6  # at its strongest the image still shines through
-
-
-@cache
-def _heat_table() -> ImageArray:
-    """Colors of the values 0, 1/255, ..., 1 of matplotlib's "inferno": uint8 RGB, shape (256, 3).
-
-    Its lightness rises evenly from black to pale yellow: equal steps look equal, in gray print too.
-    """
-    from matplotlib import colormaps  # slow to import, and not needed to predict without overlays
-
-    return np.asarray(colormaps["inferno"](np.arange(256), bytes=True)[:, :3])
 
 
 def color_map(anomaly_map: npt.NDArray[np.floating]) -> ImageArray:
     """Color an anomaly map (H, W) on the fixed scale 0 (black) to 1 (pale yellow): uint8 RGB.
 
-    Values outside take the color of the nearer end, NaN that of 0.
+    Values outside take the color of the nearer end, NaN that of 0. The colors are matplotlib's
+    "inferno": its lightness rises evenly, so that equal steps look equal, in gray print too.
     """
+    from matplotlib import colormaps  # slow to import, and not needed to predict without overlays
+
     values = np.clip(np.nan_to_num(anomaly_map, nan=0.0), 0.0, 1.0)
-    return np.asarray(_heat_table()[np.rint(values * 255).astype(np.uint8)])
+    colors = colormaps["inferno"](np.rint(values * 255).astype(np.int64), bytes=True)
+    return np.asarray(colors[..., :3])
 
 
 def draw_panel(
@@ -82,14 +75,14 @@ def draw_panel(
     Raises:
         AlmrrError: an argument has the wrong number of axes.
     """
-    _check_shapes(image, mask, anomaly_map)
-    size = _fit(image.shape[:2], _TILE)
+    rows, columns = _checked_size(image, mask, anomaly_map)
+    scale = _TILE / max(rows, columns)
+    size = max(1, round(rows * scale)), max(1, round(columns * scale))
     image, heat = resize_image(image, size), _resize_map(anomaly_map, size)
     truth = None if mask is None else resize_mask(mask, size)
-    outlined = _draw_outlines(image, truth, heat, threshold)
     white = np.zeros(size, bool) if truth is None else truth
     truth_tile = np.where(white[..., None], 255, _EMPTY).astype(np.uint8)
-    tiles = [image, truth_tile, color_map(heat), outlined]
+    tiles = [image, truth_tile, color_map(heat), _draw_outlines(image, truth, heat, threshold)]
     canvas = Image.new("RGB", (4 * _TILE + 5 * _GAP, size[0] + 2 * _GAP + _FOOT), _BACKGROUND)
     for column, tile in enumerate(tiles):
         left = _GAP + column * (_TILE + _GAP)
@@ -123,9 +116,9 @@ def draw_overlay(
     Raises:
         AlmrrError: an argument has the wrong number of axes.
     """
-    _check_shapes(image, None, anomaly_map)
-    factor = -(-_SMALLEST_OVERLAY // image.shape[1])
-    size = (image.shape[0] * factor, image.shape[1] * factor)
+    rows, columns = _checked_size(image, None, anomaly_map)
+    factor = -(-_SMALLEST_OVERLAY // columns)
+    size = (rows * factor, columns * factor)
     image, heat = resize_image(image, size), _resize_map(anomaly_map, size)
     opacity = _HEAT_OPACITY * heat[..., None]
     warm = np.rint((1.0 - opacity) * image + opacity * color_map(heat)).astype(np.uint8)
@@ -144,23 +137,21 @@ def outline(region: MaskArray, *, width: int) -> MaskArray:
     """Mark the line of `width` pixels just around a region; bool (H, W) in and out."""
     if not region.any():
         return np.zeros_like(region)
-    square = np.ones((3, 3), dtype=bool)
-    return np.asarray(ndimage.binary_dilation(region, square, iterations=width) & ~region)
+    grown = ndimage.binary_dilation(region, np.ones((3, 3), dtype=bool), iterations=width)
+    return np.asarray(grown & ~region)
 
 
-def _check_shapes(image: ImageArray, mask: MaskArray | None, anomaly_map: AnomalyMap) -> None:
-    colored = image.ndim == 3 and image.shape[2] == 3
-    if not colored or anomaly_map.ndim != 2 or (mask is not None and mask.ndim != 2):
+def _checked_size(
+    image: ImageArray, mask: MaskArray | None, anomaly_map: AnomalyMap
+) -> tuple[int, int]:
+    """Rows and columns of an image, after checks of the axes of all three."""
+    axes = (image.ndim, image.shape[2:], 2 if mask is None else mask.ndim, anomaly_map.ndim)
+    if axes != (3, (3,), 2, 2):
         shapes = f"{image.shape}, {None if mask is None else mask.shape}, {anomaly_map.shape}"
         raise AlmrrError(
             f"To draw takes an image (H, W, 3), a mask (H, W) and a map (H, W), not {shapes}."
         )
-
-
-def _fit(shape: tuple[int, ...], edge: int) -> tuple[int, int]:
-    """Rows and columns of an image that is scaled until its longer edge is `edge`."""
-    scale = edge / max(shape)
-    return max(1, round(shape[0] * scale)), max(1, round(shape[1] * scale))
+    return image.shape[0], image.shape[1]
 
 
 def _resize_map(anomaly_map: AnomalyMap, size: tuple[int, int]) -> AnomalyMap:
@@ -181,11 +172,6 @@ def _draw_outlines(
             drawn[outline(region, width=width + 1)] = _SHADE
             drawn[outline(region, width=width)] = color
     return drawn
-
-
-@cache
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
 
 
 def _write_feet(
