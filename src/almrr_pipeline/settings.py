@@ -7,7 +7,7 @@ from almrr_pipeline.kedro_support.config_loader import (
     project_root,
     tracking_uri,
 )
-from almrr_pipeline.kedro_support.hooks import FetchChecks, TrackingHook
+from almrr_pipeline.kedro_support.hooks import ProjectHook
 
 CONFIG_LOADER_CLASS = ParamsYamlLoader
 CONFIG_LOADER_ARGS = {
@@ -16,6 +16,6 @@ CONFIG_LOADER_ARGS = {
     "custom_resolvers": {"tracking_uri": lambda: tracking_uri(project_root())},
 }
 
-# TrackingHook replaces kedro-mlflow's own hook; both spellings of the plugin's name occur.
+# ProjectHook replaces kedro-mlflow's own hook; both spellings of the plugin's name occur.
 DISABLE_HOOKS_FOR_PLUGINS = ("kedro-mlflow", "kedro_mlflow")
-HOOKS = (FetchChecks(), TrackingHook())
+HOOKS = (ProjectHook(),)

@@ -15,7 +15,7 @@ from kedro.io import DataCatalog
 from kedro.pipeline import Node, Pipeline
 
 from almrr_pipeline.kedro_support.config_loader import ParamsYamlLoader, tracking_uri
-from almrr_pipeline.kedro_support.hooks import TrackingHook
+from almrr_pipeline.kedro_support.hooks import ProjectHook
 
 ONE_MACHINE = [
     {"RANK": "0", "GROUP_RANK": "0", "LOCAL_RANK": "0"},
@@ -49,7 +49,7 @@ def track_a_run(project: Path, ranks: dict[str, str]) -> None:
     node = Node(_train, "params:seed", "model", name="train", namespace="sample_brick.seed_0")
     pipeline, catalog = Pipeline([node]), DataCatalog()
     named = {"pipeline_names": ["train"], "namespaces": ["sample_brick.seed_0"]}
-    hook = TrackingHook()
+    hook = ProjectHook()
     hook.after_context_created(context)
     hook.before_pipeline_run(run_params=RUN | named, pipeline=pipeline, catalog=catalog)
     hook.before_node_run(node=node, catalog=catalog, inputs={}, is_async=False)

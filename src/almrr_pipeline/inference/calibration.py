@@ -32,14 +32,13 @@ def calibrate(
     smoothing: int,
     false_alarm_rate: float,
 ) -> Thresholds:
-    """Choose both thresholds.
+    """Choose both thresholds; without images both are undefined and hold the reason.
 
     Args:
         predictor: the fused model.
-        image_paths: validation images: normal, not trained on, not from the test set. May be empty:
-            then both thresholds are undefined and hold the reason.
+        image_paths: validation images: normal, not trained on, not from the test set.
         smoothing: side of the mean filter of `image_score`, in pixels.
-        false_alarm_rate: largest fraction of normal images that may be called anomalous, in (0, 1).
+        false_alarm_rate: the chosen fraction, in (0, 1).
 
     Raises:
         AlmrrError: an image cannot be read, or the rate is out of range.

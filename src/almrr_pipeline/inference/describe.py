@@ -21,8 +21,7 @@ _MODULES = {
     "residual": "residual mixtures",
     "frm": "refinement (FRM)",
 }
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-"""Last names of tensors that are measured rather than trained."""
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # measured, not trained
 
 
 def describe_model(folder: Path) -> str:
@@ -45,8 +44,8 @@ def describe_model(folder: Path) -> str:
             f"image score       largest mean over {side} x {side} pixels of the map",
             f"image threshold   {_describe_threshold(config.image_threshold)}",
             f"pixel threshold   {_describe_threshold(config.pixel_threshold)}",
-            f"parameters        {_millions(sum(counts.values()))}",
-            *(f"  {module:<24}{_millions(count)}" for module, count in counts.items()),
+            f"parameters        {sum(counts.values()) / 1e6:8.2f} M",
+            *(f"  {module:<24}{count / 1e6:8.2f} M" for module, count in counts.items()),
         ]
     )
 
@@ -73,19 +72,11 @@ def count_parameters(folder: Path) -> dict[str, int]:
 def _describe_tiling(tiling: Tiling) -> str:
     if not tiling.enabled:
         return "images are resized to it"
-    return (
-        f"images are scaled by {tiling.scale:g} and cut into tiles that overlap by "
-        f"{tiling.overlap:.0%} or more"
-    )
+    tiles = f"tiles that overlap by {tiling.overlap:.0%} or more"
+    return f"images are scaled by {tiling.scale:g} and cut into {tiles}"
 
 
 def _describe_threshold(threshold: Threshold | None) -> str:
-    if threshold is None:
-        return "none: the model was never calibrated"
-    if threshold.value is None:
-        return f"none: {threshold.undefined}"
-    return f"{threshold.value:.6g} ({threshold.guarantee})"
-
-
-def _millions(count: int) -> str:
-    return f"{count / 1e6:8.2f} M"
+    if threshold and threshold.value is not None:
+        return f"{threshold.value:.6g} ({threshold.guarantee})"
+    return f"none: {threshold.undefined if threshold else 'the model was never calibrated'}"

@@ -77,12 +77,11 @@ class ServedModel(PythonModel):
         Args:
             context: unused.
             model_input: column `image`, the bytes of an image file in any format that Pillow reads.
-            params: `anomaly_map`: whether to return each image's map too, as the base64 of a
-                16-bit gray PNG of the image's size, where 65535 stands for 1.
+            params: `anomaly_map`: whether to return each image's map too.
 
         Returns:
-            Columns score, in [0, 1]; is_anomalous, None where there is no threshold; anomaly_map on
-            request.
+            Columns score, in [0, 1]; is_anomalous, None where there is no threshold; on request
+            anomaly_map, the base64 of a 16-bit gray PNG of the image's size, 65535 standing for 1.
 
         Raises:
             AlmrrError: a row is no image; names it.

@@ -17,13 +17,8 @@ def submit_ahead(
 ) -> Iterator[tuple[Item, Future[Result]]]:
     """Apply `function` in threads to at most `ahead` items beyond the one that is being used.
 
-    The items, which may be endless, are drawn in the caller's thread.
-
-    Args:
-        function: called with one item; must be safe to call from several threads at once.
-        items: no more than `ahead` + 1 are ever in hand.
-        ahead: how far to run ahead, at least 1.
-        threads: how many calls run at the same time, at least 1.
+    The items, which may be endless, are drawn in the caller's thread; no more than `ahead` + 1 are
+    ever in hand. At most `threads` calls, one or more, run at the same time.
 
     Yields:
         Each item with its finished future, in the order of the items.

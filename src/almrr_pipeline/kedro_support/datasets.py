@@ -22,18 +22,16 @@ class FolderDataset(AbstractDataset[Path, Any]):
     A node fills a staging folder and returns its path; saving moves that folder into place, which
     replaces the one of an earlier run. Loading returns the path or, where `holds` names a class,
     what that class's `load(folder)` returns.
+
+    Args:
+        filepath: the folder; Kedro takes relative paths from the project's root.
+        holds: dotted name of a class with a method `load(folder: Path)`.
+        metadata: for Kedro-Viz and other tools; not used here.
     """
 
     def __init__(
         self, *, filepath: str, holds: str | None = None, metadata: dict[str, Any] | None = None
     ) -> None:
-        """Describe the folder.
-
-        Args:
-            filepath: the folder; Kedro takes relative paths from the project's root.
-            holds: dotted name of a class with a method `load(folder: Path)`.
-            metadata: for Kedro-Viz and other tools; not used here.
-        """
         self._path, self._holds, self.metadata = Path(filepath), holds, metadata
 
     def load(self) -> Any:  # noqa: ANN401  whatever the class that `holds` names returns

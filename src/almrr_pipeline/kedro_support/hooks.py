@@ -14,6 +14,7 @@ from kedro.pipeline import Pipeline
 from kedro.pipeline.node import Node
 from kedro_mlflow.framework.hooks import MlflowHook
 
+from almrr_pipeline.config import Parameters
 from almrr_pipeline.datasets.base import FetchRequest
 from almrr_pipeline.datasets.registry import check_request
 from almrr_pipeline.datasets.weights import check_backbone
@@ -21,9 +22,10 @@ from almrr_pipeline.kedro_support.config_loader import ParamsYamlLoader
 from almrr_pipeline.kedro_support.tracking import flatten, helps_another_process, numbers, run_tags
 
 
-class TrackingHook(MlflowHook):  # type: ignore[misc]  # kedro-mlflow is not typed
+class ProjectHook(MlflowHook):  # type: ignore[misc]  # kedro-mlflow is not typed
     """kedro-mlflow's hook, logging the parameters as a whole instead of what each node takes.
 
+    Before that it checks what is to be fetched.
     One category and seed make one run; several make a parent run, and a child for each.
     """
 
@@ -43,7 +45,9 @@ class TrackingHook(MlflowHook):  # type: ignore[misc]  # kedro-mlflow is not typ
     def before_pipeline_run(
         self, run_params: dict[str, Any], pipeline: Pipeline, catalog: DataCatalog
     ) -> None:
-        """Start the run and log its parameters and tags, in the main process of a training."""
+        """Check a fetch, start the run, and log its parameters and tags in the main process."""
+        if any("fetch" in node.tags for node in pipeline.nodes):
+            _check_fetch(self._parameters, catalog)
         if self._is_mlflow_enabled:
             super().before_pipeline_run(run_params=run_params, pipeline=pipeline, catalog=catalog)
         if not self._is_mlflow_enabled:
@@ -120,23 +124,11 @@ def _is_run(node: Node) -> bool:
     return "." in (node.namespace or "")
 
 
-class FetchChecks:
-    """Checks all categories before anything is fetched: Kedro's order of nodes is open."""
+def _check_fetch(parameters: Parameters, catalog: DataCatalog) -> None:
+    """Raise AlmrrError, in one sentence, for whatever a fetch would otherwise meet half-way.
 
-    @hook_impl
-    def after_context_created(self, context: KedroContext) -> None:
-        """Keep the parameters for the run to come."""
-        self._parameters = cast(ParamsYamlLoader, context.config_loader).parameters
-
-    @hook_impl(tryfirst=True)
-    def before_pipeline_run(
-        self, run_params: dict[str, Any], pipeline: Pipeline, catalog: DataCatalog
-    ) -> None:
-        """Raise AlmrrError, in one sentence, for whatever the run would otherwise meet half-way."""
-        del run_params
-        if not any("fetch" in node.tags for node in pipeline.nodes):
-            return
-        downloads = catalog.load("scratch_folder") / "downloads"
-        request = FetchRequest(downloads, self._parameters.data)
-        check_request(self._parameters.categories, request=request)
-        check_backbone(self._parameters.backbone)
+    All categories are checked before anything is fetched: Kedro's order of nodes is open.
+    """
+    downloads = catalog.load("scratch_folder") / "downloads"
+    check_request(parameters.categories, request=FetchRequest(downloads, parameters.data))
+    check_backbone(parameters.backbone)

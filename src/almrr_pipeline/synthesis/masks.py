@@ -46,17 +46,12 @@ class _Axis(NamedTuple):
 def perlin_noise(
     shape: tuple[int, int], *, cells: tuple[int, int], generator: np.random.Generator
 ) -> Noise:
-    """Draw Perlin noise, float32 in [-1, 1], 0 at the nodes.
+    """Draw Perlin noise, float32 in [-1, 1], 0 at the nodes, of `shape` (rows, columns) in pixels.
 
-    Pixel p of an axis with n pixels and c cells is at p c / n, so the first pixel is on a node; n
+    Pixel p of an axis with n pixels and c `cells` is at p c / n, so the first pixel is on a node; n
     need not be a multiple of c. Noise is linear in the gradients and its weights are products of
     one factor per axis: gradients are combined along x once for each row of nodes, then along y for
     each pixel.
-
-    Args:
-        shape: rows and columns, in pixels.
-        cells: grid cells along rows and columns.
-        generator: draws (cells[0] + 1) * (cells[1] + 1) angles.
     """
     nodes = (cells[0] + 1, cells[1] + 1)
     angles = generator.uniform(0.0, 2.0 * np.pi, nodes).astype(np.float32)

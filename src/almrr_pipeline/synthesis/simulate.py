@@ -47,11 +47,11 @@ def simulate_sample(
     """Simulate one sample; the order of the draws is part of what a seed stands for.
 
     Args:
-        number: of the sample; with seed (0 or more) and stream it determines all random numbers.
+        number: of the sample; with `seed` and `stream` it determines all random numbers.
         normals: normal images, uint8 in [0, 255], shape (n, H, W, 3).
         textures: anomaly textures, uint8 in [0, 255], shape (t, H, W, 3).
         settings: ranges and weights of what is drawn.
-        seed: see `number`.
+        seed: 0 or more.
         stream: of the training or the validation samples.
     """
     generator = make_generator(seed, number, stream)
@@ -77,14 +77,9 @@ def blend_anomaly(
 ) -> ImageArray:
     """Blend an anomaly into a normal image: I_a = (1 - M) I + (1 - b) M A + b M I (ALMRR, stage 1).
 
-    Images are blended by their values in [0, 1], stored as uint8 in [0, 255], shape (H, W, 3), and
-    rounded to the nearest; the ImageNet normalization belongs to the backbone and comes later.
-
-    Args:
-        normal: I; it is not changed.
-        anomaly: A.
-        mask: M, bool, shape (H, W).
-        opacity: b in [0, 1], the fraction of the normal image that shines through.
+    Images, uint8 in [0, 255], shape (H, W, 3), are blended by their values and rounded to the
+    nearest; the ImageNet normalization belongs to the backbone and comes later. M is `mask`, bool,
+    shape (H, W); b is `opacity`, in [0, 1], the fraction of the normal image that shines through.
     """
     b = np.float32(opacity)
     augmented = normal.copy()  # outside of the mask the formula leaves I as it is

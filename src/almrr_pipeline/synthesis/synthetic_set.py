@@ -75,8 +75,9 @@ class SyntheticSet:
             }
             return SyntheticSet(**arrays, description=description)
         except (OSError, ValueError, KeyError, TypeError) as error:
+            advice = "run `dvc repro synthesize`"
             raise AlmrrError(
-                f"{folder} has no complete synthetic set ({error}); run `dvc repro synthesize`."
+                f"{folder} has no complete synthetic set ({error}); {advice}."
             ) from error
 
 
@@ -112,7 +113,6 @@ def synthesize(
     _check_space(folder, arrays)
     for name, (shape, dtype) in arrays.items():
         open_memmap(folder / f"{name}.npy", mode="w+", dtype=dtype, shape=shape)
-    del arrays["textures"]  # needed while the samples are made, no part of the set
     samples = sum(arrays[name][0][0] for name in ("masks", "validation_masks"))
     work = samples + len(images.textures) + len(images.training) + len(images.validation)
     processes = count_processes(settings.workers, work=work, least_work=LEAST_WORK)
@@ -120,6 +120,7 @@ def synthesize(
     with spread_over(processes) as spread:
         writer.write_all(images, spread)
     seconds = time.perf_counter() - begun
+    del arrays["textures"]  # needed while the samples are made, no part of the set
     (folder / "textures.npy").unlink()
     text = json.dumps(_describe(writer, images, arrays), indent=2, ensure_ascii=False) + "\n"
     (folder / DESCRIPTION).write_text(text, encoding="utf-8")
@@ -133,12 +134,10 @@ def _plan_arrays(
     least, most = VALIDATION_SAMPLES
     validation_samples = min(most, max(least, samples // 10)) if images.validation else 0
     arrays: dict[str, ArraySpec] = {"textures": ((len(images.textures), *size, 3), "uint8")}
-    for prefix, paths, count in (
-        ("", images.training, samples),
-        ("validation_", images.validation, validation_samples),
-    ):
-        most_crops = max(len(paths), min(count, CROPS_PER_IMAGE * len(paths)))
-        normals = most_crops if crops else len(paths)
+    for (prefix, paths), count in zip(images.splits(), (samples, validation_samples), strict=True):
+        normals = len(paths)
+        if crops:
+            normals = max(normals, min(count, CROPS_PER_IMAGE * normals))
         arrays[f"{prefix}normals"] = ((normals, *size, 3), "uint8")
         arrays[f"{prefix}augmented"] = ((count, *size, 3), "uint8")
         arrays[f"{prefix}masks"] = ((count, *size), "uint8")
@@ -148,9 +147,7 @@ def _plan_arrays(
 
 def _check_images(images: ImagePaths) -> None:
     if not images.training:
-        raise AlmrrError(
-            "There is no normal image to train on; look at the category's manifest.csv."
-        )
+        raise AlmrrError("There is no normal image to train on; look at the category's manifest.")
     if not images.textures:
         raise AlmrrError("There is no image to serve as a texture; run `dvc repro shared`.")
     if both := sorted({*images.training} & {*images.validation}):
@@ -171,10 +168,13 @@ def _check_space(folder: Path, arrays: dict[str, ArraySpec]) -> None:
 def _describe(
     writer: SetWriter, images: ImagePaths, arrays: dict[str, ArraySpec]
 ) -> dict[str, Any]:
-    """Describe a set; nothing depends on when, where or in how many processes it was made.
+    """Describe a set, independent of when, where and in how many processes it was made.
 
     A training recognizes the set that it may resume on by the checksums.
     """
+    training, validation = (
+        [path.relative_to(images.root).as_posix() for path in paths] for _, paths in images.splits()
+    )
     hashes = {name: hash_file(writer.folder / f"{name}.npy") for name in arrays}
     return {
         **writer.settings.model_dump(mode="json", exclude={"workers"}),
@@ -186,10 +186,8 @@ def _describe(
             name: {"shape": shape, "dtype": dtype, "sha256": hashes[name]}
             for name, (shape, dtype) in arrays.items()
         },
-        "training_images": [path.relative_to(images.root).as_posix() for path in images.training],
-        "validation_images": [
-            path.relative_to(images.root).as_posix() for path in images.validation
-        ],
+        "training_images": training,
+        "validation_images": validation,
     }
 
 

@@ -30,8 +30,7 @@ Spread = Callable[..., Iterator[int]]
 SAMPLE_STREAMS = {"": Stream.TRAINING, "validation_": Stream.VALIDATION}
 CROP_STREAMS = {"": Stream.TRAINING_CROPS, "validation_": Stream.VALIDATION_CROPS}
 # Tenths of a second's work: long beside the cost of a task, short enough for smooth progress.
-_SAMPLES_PER_TASK = 32
-_IMAGES_PER_TASK = 16
+_SAMPLES_PER_TASK, _IMAGES_PER_TASK = 32, 16
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,10 @@ class ImagePaths:
     training: Sequence[Path]  # normal images to train on
     validation: Sequence[Path]  # normal images that are not trained on; may be empty
     textures: Sequence[Path]
+
+    def splits(self) -> tuple[tuple[str, Sequence[Path]], tuple[str, Sequence[Path]]]:
+        """The normal images of both splits, each after the prefix of its arrays' names."""
+        return ("", self.training), ("validation_", self.validation)
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class SetWriter:
     def write_all(self, images: ImagePaths, spread: Spread) -> None:
         """Write the textures, then the training and the validation samples."""
         self._resize("textures", images.textures, spread, "read textures")
-        for prefix, paths in (("", images.training), ("validation_", images.validation)):
+        for prefix, paths in images.splits():
             normals = f"{prefix}normals"
             if self.crop_scale is None:
                 self._resize(normals, paths, spread, "read normal images")
@@ -135,7 +138,7 @@ def scale_image(image: ImageArray, scale: float, *, at_least: tuple[int, int]) -
 
 
 def count_processes(requested: int, *, work: int, least_work: int) -> int:
-    """Return how many processes to start: as requested, by default one per core of this process.
+    """Return how many processes to start: as requested (0: one per core that may be used).
 
     There are fewer where less than `least_work` pieces of work remain for each.
     """
