@@ -48,7 +48,7 @@ from almrr_pipeline.config import (
     TrainSettings,
 )
 from almrr_pipeline.datasets.base import FetchRequest
-from almrr_pipeline.datasets.package_textures import write_package_textures
+from almrr_pipeline.datasets.textures import write_package_textures
 from almrr_pipeline.datasets.registry import dataset_for
 from almrr_pipeline.model.almrr import ALMRR
 from almrr_pipeline.model.backbone import Backbone, build_backbone

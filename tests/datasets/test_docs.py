@@ -16,9 +16,9 @@ import pytest
 import yaml
 
 from almrr_pipeline.config import DataSettings
-from almrr_pipeline.datasets.dtd import Dtd
 from almrr_pipeline.datasets.obtain import ArchivedDataset
 from almrr_pipeline.datasets.registry import DATASETS, dataset_for, known_categories
+from almrr_pipeline.datasets.textures import Dtd
 
 QUIET = {"DVC_NO_ANALYTICS": "1", "DO_NOT_TRACK": "1"}
 

@@ -15,7 +15,6 @@ from almrr_pipeline.common.images import read_image, read_mask
 from almrr_pipeline.datasets.base import FetchRequest
 from almrr_pipeline.datasets.drawn_defects import DRAWINGS
 from almrr_pipeline.datasets.manifest import build_manifest, count_items
-from almrr_pipeline.datasets.package_textures import read_package_image
 from almrr_pipeline.datasets.registry import dataset_for
 from almrr_pipeline.datasets.sample import (
     CROP,
@@ -33,6 +32,7 @@ from almrr_pipeline.datasets.sample import (
     outline_difference,
     write_category,
 )
+from almrr_pipeline.datasets.textures import read_package_image
 
 DATASET = Sample()
 CATEGORIES = ("sample_brick", "sample_grass", "sample_gravel")

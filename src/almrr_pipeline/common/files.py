@@ -23,8 +23,7 @@ _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 _BLOCK = 1 << 20
 STAGING_PREFIX = ".staging@"
 """How the names of staging folders begin, those of killed processes included."""
-_HASHED_WITHOUT_PROGRESS = 100_000_000
-"""Bytes that are hashed in less than a second."""
+_HASHED_WITHOUT_PROGRESS = 100_000_000  # bytes that are hashed in less than a second
 
 
 @contextmanager
@@ -94,10 +93,8 @@ def _is_running(pid: int) -> bool:
     try:
         if os.name == "posix":  # elsewhere signal 0 would end the process
             os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # it is another user's
-        return True
+    except OSError as error:
+        return error.errno != errno.ESRCH  # EPERM: it is another user's
     return True
 
 

@@ -20,8 +20,7 @@ class RetryPolicy:
 
     attempts: int = 5
     """Tries of one address in a row that bring no new bytes; then the next address is tried."""
-    backoff: float = 1.0
-    """Seconds before the second try; doubled before each further one."""
+    backoff: float = 1.0  # seconds before the second try; doubled before each further one
     timeout: float = 30.0
     """Seconds without an answer, or without a byte, after which a connection counts as broken."""
 
@@ -40,12 +39,10 @@ class FetchRequest:
 class Dataset(Protocol):
     """A dataset, or a family of them, that can be fetched category by category."""
 
-    name: str
-    """Its key in `data.paths`, `data.addresses` and `data.sha256`."""
+    name: str  # its key in `data.paths`, `data.addresses` and `data.sha256`
     counts: Mapping[str, Counts] = {}
     """Published numbers of images by category id, such as `mvtec_carpet`."""
-    license: str
-    """A sentence that names the terms and what to cite."""
+    license: str  # a sentence that names the terms and what to cite
 
     @property
     def categories(self) -> tuple[str, ...]:

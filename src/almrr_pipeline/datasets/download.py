@@ -1,8 +1,8 @@
 """Download of one file over HTTP, resumed after an interruption, retried and verified.
 
-Connections, redirects, proxies and retries are those of requests and urllib3. The resuming (RFC
-9110, sections 13.1.5 and 14) is written here, because neither they nor pooch continue a broken
-download: pooch's begins anew, and archives here have up to 5 GiB.
+Connections, redirects and proxies are those of requests. The resuming (RFC 9110, sections 13.1.5
+and 14) is written here, because neither requests nor pooch continue a broken download: pooch's
+begins anew, and archives here have up to 5 GiB.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from pathlib import Path
 
 import requests
 import urllib3
-from requests.adapters import HTTPAdapter
 
 from almrr_pipeline.common.errors import AlmrrError, DiskError
 from almrr_pipeline.common.files import hash_file, remove_folder, report_disk_errors
@@ -70,26 +69,27 @@ class _Download:
     def discard(self) -> None:
         remove_folder(self.folder)
 
-    def receive_checked(self, session: requests.Session, sha256: str | None) -> None:
+    def receive(self, sha256: str | None) -> None:
+        """Receive what is missing, and verify the file."""
         kept = self.size
         if kept:
             logger.info("%s: continuing after %s", self.data.name, format_amount(kept, "B"))
-        self._receive(session)
+        self._receive_all()
         if sha256 and (found := hash_file(self.data)) != sha256.lower():
             self.discard()
             name = self.data.name
             if not kept:
                 raise AlmrrError(f"{name} has the sha256 {found}, expected was {sha256.lower()}")
             logger.warning("%s: what an earlier run has left does not fit; starting over", name)
-            self.receive_checked(session, sha256)
+            self.receive(sha256)
         self.write_record(self.record.get("validator"), str(self.size))  # complete
 
-    def _receive(self, session: requests.Session) -> None:
-        """Receive what is missing; tries count only while no new bytes arrive."""
+    def _receive_all(self) -> None:
+        """Try until nothing is missing; tries count only while no new bytes arrive."""
         failures, most = 0, self.size
         while not self.size or str(self.size) != self.record.get("total"):
             try:
-                return self._receive_once(session)
+                return self._receive_once()
             except _BrokenOffError as error:
                 failures = 1 if self.size > most else failures + 1
                 most = max(most, self.size)
@@ -98,24 +98,31 @@ class _Download:
                 wait = self.policy.backoff * 2 ** (failures - 1)
                 shown = redact_address(self.address)
                 logger.warning("%s: %s; trying again in %.0f s", shown, error, wait)
-                time.sleep(wait)
+                time.sleep(wait)  # not a Retry-After, which may be an hour: try the next address
         return None
 
-    def _receive_once(self, session: requests.Session) -> None:
+    def _receive_once(self) -> None:
         headers = {"Accept-Encoding": "identity"}
         if self.size and (validator := self.record.get("validator")):
             headers |= {"Range": f"bytes={self.size}-", "If-Range": validator}
         timeout = self.policy.timeout
         try:
-            response = session.get(self.address, headers=headers, stream=True, timeout=timeout)
+            response = requests.get(self.address, headers=headers, stream=True, timeout=timeout)
+        except requests.Timeout as error:
+            raise _BrokenOffError("no answer in time") from error
+        except requests.ConnectionError as error:
+            raise _BrokenOffError(f"no connection ({_first_cause(error)})") from error
         except requests.RequestException as error:
-            raise AlmrrError(_reason(error)) from error
+            raise AlmrrError(f"no connection ({error})") from error
         with response:
+            answer = f"the server answers {response.status_code} {response.reason}"
+            if response.status_code in _BUSY:
+                raise _BrokenOffError(answer)
             if response.status_code == requests.codes.requested_range_not_satisfiable:
                 self.discard()
                 raise _BrokenOffError("the file has become shorter")
             if not response.ok:
-                raise AlmrrError(f"the server answers {response.status_code} {response.reason}")
+                raise AlmrrError(answer)
             if response.status_code != _PARTIAL_CONTENT:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self.data.write_bytes(b"")
@@ -170,17 +177,8 @@ def downloaded(
         DiskError: the disk is full, or the folder cannot be written.
     """
     download = _Download(address, folder, file_name, retry_policy)
-    retries = urllib3.Retry(  # of what fails before the first byte
-        total=retry_policy.attempts - 1,
-        backoff_factor=retry_policy.backoff,
-        status_forcelist=_BUSY,
-        raise_on_status=False,
-        respect_retry_after_header=False,  # some servers demand an hour; try the next address
-    )
-    with report_disk_errors(folder), requests.Session() as session:
-        for scheme in ("http://", "https://"):
-            session.mount(scheme, HTTPAdapter(max_retries=retries))
-        download.receive_checked(session, sha256)
+    with report_disk_errors(folder):
+        download.receive(sha256)
     try:
         yield download.data
     except DiskError:
@@ -197,14 +195,5 @@ def _validator(response: requests.Response) -> str | None:
     return etag if etag and not etag.startswith("W/") else response.headers.get("Last-Modified")
 
 
-def _reason(error: requests.RequestException) -> str:
-    """Return why there was no answer; the libraries nest the cause several layers deep."""
-    if isinstance(error, requests.Timeout):
-        return "no answer in time"
-    cause: object = error
-    while isinstance(cause, BaseException):
-        inner = getattr(cause, "reason", None) or (cause.args[0] if cause.args else None)
-        if not isinstance(inner, BaseException):
-            break
-        cause = inner
-    return f"no connection ({str(cause).rpartition(': ')[2]})"
+def _first_cause(error: BaseException) -> BaseException:
+    return error if error.__context__ is None else _first_cause(error.__context__)

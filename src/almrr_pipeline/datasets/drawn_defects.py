@@ -23,8 +23,9 @@ _Shape = tuple[int, ...]
 
 LIGHT = np.array([-0.6, -0.8]) / np.hypot(0.6, 0.8)
 """Direction of the light as a unit vector of rows and columns: from the upper left."""
-_CURVE_POINTS = 600
-"""Points of a curve, less than half a pixel apart."""
+_CURVE_POINTS = 600  # points of a curve, less than half a pixel apart
+
+_CENTERS = (0.22, 0.78)  # range of the centers of defects, as fractions of the surface's sides
 
 
 class _Curve(NamedTuple):
@@ -77,8 +78,7 @@ def draw_dent(surface: Floats, generator: Generator, strength: float) -> Floats:
     warped = ndimage.map_coordinates(surface, places, order=1, mode="nearest")
     facing = -np.tensordot(LIGHT, slope, axes=1)  # what rises toward the light faces away from it
     shading = np.where(facing > 0, 0.9, 0.75) * (0.45 + 0.55 * strength) * facing
-    dented: Floats = warped * (1.0 + shading)
-    return dented
+    return np.asarray(warped * (1.0 + shading))
 
 
 def draw_hole(surface: Floats, generator: Generator, strength: float) -> Floats:
@@ -141,15 +141,8 @@ def draw_chip(surface: Floats, generator: Generator, strength: float) -> Floats:
     return _mix(shaded, material, body)
 
 
-DRAWINGS: dict[str, Drawing] = {
-    "scratch": draw_scratch,
-    "stain": draw_stain,
-    "dent": draw_dent,
-    "hole": draw_hole,
-    "thread": draw_thread,
-    "smear": draw_smear,
-    "chip": draw_chip,
-}
+_ALL = (draw_scratch, draw_stain, draw_dent, draw_hole, draw_thread, draw_smear, draw_chip)
+DRAWINGS: dict[str, Drawing] = {draw.__name__.removeprefix("draw_"): draw for draw in _ALL}
 """Defect types by name."""
 
 
@@ -180,10 +173,6 @@ def _draw_bands(across: Floats, generator: Generator, *, width: float) -> Floats
     return bands
 
 
-def _draw_center(shape: _Shape, generator: Generator) -> Floats:
-    return generator.uniform(0.22, 0.78, 2) * shape
-
-
 def _draw_curve(shape: _Shape, generator: Generator, *, length: float, bend: float) -> _Curve:
     """Draw a smooth curve through five points; `bend` is their spread, per `length`."""
     angle = generator.uniform(0.0, np.pi)
@@ -192,7 +181,7 @@ def _draw_curve(shape: _Shape, generator: Generator, *, length: float, bend: flo
     knots = np.linspace(-0.5, 0.5, 5)
     offsets = bend * generator.uniform(-0.5, 0.5, 5)
     deflected = np.outer(knots, forward) + np.outer(offsets, aside)
-    corners = _draw_center(shape, generator) + length * deflected
+    corners = generator.uniform(*_CENTERS, 2) * shape + length * deflected
     positions = np.linspace(0.0, 1.0, _CURVE_POINTS)
     spline = interpolate.CubicSpline(knots + 0.5, corners)
     points, tangents = spline(positions), spline(positions, 1)
@@ -218,7 +207,7 @@ def _draw_outline(
     amplitude of the edge's waves per radius, `angle` that of the long axis in radians, from the
     columns' axis toward the rows'; it is drawn if it is None.
     """
-    center = _draw_center(shape, generator)
+    center = generator.uniform(*_CENTERS, 2) * shape
     if angle is None:
         angle = generator.uniform(0.0, np.pi)
     ratio = generator.uniform(0.5 + 0.5 * stretch, stretch) ** 0.5

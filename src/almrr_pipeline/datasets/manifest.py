@@ -9,31 +9,25 @@ import hashlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from itertools import combinations
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import pandas as pd
 
 from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.common.images import decode_image, decode_mask, read_bytes
+from almrr_pipeline.common.images import decode_image, read_bytes, read_mask
 from almrr_pipeline.common.progress import track
 
 logger = logging.getLogger(__name__)
 
 _OF_ITEM = ("image", "mask", "split", "label", "defect_type", "specimen")
 COLUMNS = (*_OF_ITEM, "width", "height", "sha256")
-_NAMED = 5
-"""Files that a message names before it counts the rest."""
+_NAMED = 5  # files that a message names before it counts the rest
 Split = Literal["train", "validation", "test"]
-_Role = tuple[Split, Path, str]
-"""Split, image, and what may be in one split alone."""
-_In = TypeVar("_In")
-_Out = TypeVar("_Out")
 
 
 @dataclass(frozen=True)
@@ -43,11 +37,9 @@ class Item:
     image: Path
     mask: Path | None
     """Ground truth; None for normal images, and for defective ones of a dataset without masks."""
-    split: Split
-    """Normal images of `validation` serve the thresholds alone; see `training_split`."""
+    split: Split  # normal images of `validation` serve the thresholds alone; see `training_split`
     label: Literal["normal", "defective"]
-    defect_type: str
-    """`good` for normal images."""
+    defect_type: str  # `good` for normal images
     specimen: str = ""
     """Name of the specimen, where several images show the same one; these stay in one split."""
 
@@ -67,18 +59,6 @@ class Counts:
             f"{self.train} training, {validation}{self.test_normal} normal and "
             f"{self.test_defective} defective test images"
         )
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """Properties of an image and its mask that are known after opening them."""
-
-    width: int
-    height: int
-    sha256: str
-    pixels: str
-    """sha256 of the decoded image: equal for equal images in different formats."""
-    mask_is_empty: bool
 
 
 def count_items(items: Iterable[Item]) -> Counts:
@@ -112,11 +92,8 @@ def build_manifest(
 ) -> pd.DataFrame:
     """Open every image and mask once and list them.
 
-    Args:
-        items: a category's images, all under `root`.
-        root: the data folder.
-        expected: published numbers of images, if there are any.
-        strict: refuse other numbers instead of warning.
+    `items` are a category's images, all under `root`, the data folder. Other numbers than the
+    `expected` ones are refused if `strict`, and logged otherwise.
 
     Returns:
         One row per image, sorted by split and image: image and mask (paths relative to `root`, with
@@ -133,14 +110,8 @@ def build_manifest(
     name = Path(common).name  # the category's folder
     if difference := check_counts(items, expected, name=name, strict=strict):
         logger.warning("%s", difference)
-    inspections = inspect_items(items, root=root)
-    rows, empty = [], []
-    for item, found in zip(items, inspections, strict=True):
-        paths = _relative(item.image, root), _relative(item.mask, root) if item.mask else ""
-        values = item.split, item.label, item.defect_type, item.specimen
-        rows.append((*paths, *values, found.width, found.height, found.sha256))
-        if found.mask_is_empty:
-            empty.append(item.image.name)
+    table = inspect_items(items, root=root)
+    empty = [Path(image).name for image in table.loc[table["mask_is_empty"], "image"]]
     if empty:
         logger.warning(
             "%s: the masks of %d defective images show no defect (%s): these count as defective "
@@ -149,8 +120,7 @@ def build_manifest(
             len(empty),
             ", ".join(empty[:_NAMED]),
         )
-    table = pd.DataFrame(rows, columns=list(COLUMNS))
-    return table.sort_values(["split", "image"], ignore_index=True)
+    return table[list(COLUMNS)].sort_values(["split", "image"], ignore_index=True)
 
 
 def has_validation(manifest: pd.DataFrame) -> bool:
@@ -165,12 +135,9 @@ def training_split(manifest: pd.DataFrame, *, fraction: float) -> tuple[list[str
     chooses whole specimens, or checksums where specimens are unknown: the choice does not depend on
     paths, and copies of an image stay on the same side.
 
-    Args:
-        manifest: from `build_manifest`.
-        fraction: for validation, in [0, 0.5]; unused if the dataset has validation images.
-
     Returns:
-        (training, validation): paths relative to the data folder, in the order of the manifest.
+        (training, validation): paths relative to the data folder, in the order of the manifest;
+        `fraction`, in [0, 0.5], of them for validation.
     """
     normal = manifest[(manifest["split"] == "train") & (manifest["label"] == "normal")]
     if has_validation(manifest):
@@ -198,28 +165,24 @@ def split_validation(names: Sequence[str], fraction: float) -> tuple[list[str], 
     return training, [name for name in names if name in chosen]
 
 
-def check_images(paths: Sequence[Path], *, root: Path) -> None:
-    """Decode images that belong to no protocol, such as textures; AlmrrError names broken ones."""
-    _for_each(lambda path: decode_image(*_read(path, root)).shape, paths)
+def inspect_items(items: Sequence[Item], *, root: Path) -> pd.DataFrame:
+    """Open every image and mask under `root`, in threads (decoding releases the GIL).
 
+    Returns:
+        `COLUMNS`, and `pixels`, a hash that equal images of different formats share, and
+        `mask_is_empty`; in the order of `items`.
 
-def inspect_items(items: Sequence[Item], *, root: Path) -> list[Inspection]:
-    """Open every image and mask under `root`; raises what `build_manifest` raises for them."""
-    inspections = _for_each(partial(_inspect, root=root), items)
-    _refuse_leaks(items, inspections, root)
-    return inspections
-
-
-def _for_each(work: Callable[[_In], _Out], inputs: Sequence[_In]) -> list[_Out]:
-    """Apply `work` in threads (decoding releases the GIL), and report all failures at once."""
-    results, failures = [], []
+    Raises:
+        AlmrrError: as `build_manifest` for the files; names all broken ones at once.
+    """
+    rows, failures = [], []
     with (
         ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads,
-        track(len(inputs), unit="images", description="check images") as advance,
+        track(len(items), unit="images", description="check images") as advance,
     ):
-        for future in [threads.submit(work, each) for each in inputs]:
+        for future in [threads.submit(_inspect, item, root) for item in items]:
             try:
-                results.append(future.result())
+                rows.append(future.result())
             except AlmrrError as error:
                 failures.append(str(error))
             advance(1)
@@ -227,67 +190,59 @@ def _for_each(work: Callable[[_In], _Out], inputs: Sequence[_In]) -> list[_Out]:
         if len(failures) > _NAMED:
             failures[_NAMED:] = [f"And {len(failures) - _NAMED} more of this kind."]
         raise AlmrrError(" ".join(failures))
-    return results
+    table = pd.DataFrame(rows, columns=[*COLUMNS, "pixels", "mask_is_empty"])
+    _refuse_shared(table, "pixels", "The same image is", "remove one of each pair")
+    of_specimens = table[table["specimen"] != ""]
+    what, advice = "Images of the same specimen are", "keep each specimen in one split"
+    _refuse_shared(of_specimens, "specimen", what, advice)
+    return table
 
 
-def _inspect(item: Item, root: Path) -> Inspection:
+def _inspect(item: Item, root: Path) -> tuple[object, ...]:
+    """Return a row of `inspect_items`."""
     try:
         str(item.image).encode("utf-8")
     except UnicodeEncodeError:
         message = f"{str(item.image)!r}: the name is not UTF-8 text; rename the file."
         raise AlmrrError(message) from None
-    data, name = _read(item.image, root)
-    pixels = decode_image(data, name)
+    image = item.image.relative_to(root)
+    mask = item.mask.relative_to(root) if item.mask else None
+    data = read_bytes(item.image, name=image)
+    pixels = decode_image(data, image)
     height, width = pixels.shape[:2]
     content = hashlib.sha256(f"{height} {width} ".encode() + pixels.tobytes()).hexdigest()
-    is_empty = item.mask is not None and _is_empty_mask(item.mask, item.image, pixels.shape, root)
-    return Inspection(width, height, hashlib.sha256(data).hexdigest(), content, is_empty)
+    return (
+        image.as_posix(),
+        mask.as_posix() if mask else "",
+        *(item.split, item.label, item.defect_type, item.specimen),
+        *(width, height, hashlib.sha256(data).hexdigest(), content),
+        mask is not None and _is_empty_mask(root, mask, image, (height, width)),
+    )
 
 
-def _read(path: Path, root: Path) -> tuple[bytes, Path]:
-    name = path.relative_to(root)
-    return read_bytes(path, name=name), name
-
-
-def _is_empty_mask(path: Path, image: Path, shape: tuple[int, ...], root: Path) -> bool:
-    name, image_name = _relative(path, root), _relative(image, root)
+def _is_empty_mask(root: Path, mask: Path, image: Path, shape: tuple[int, int]) -> bool:
+    path, name, image_name = root / mask, mask.as_posix(), image.as_posix()
     if not path.is_file():
         missing = f"{image_name} is defective but has no mask: there is no {name}"
         raise AlmrrError(f"{missing}; add it, or remove the image.")
-    mask = decode_mask(*_read(path, root))
-    if mask.shape != shape[:2]:
+    found = read_mask(path, name=mask)
+    if found.shape != shape:
         raise AlmrrError(
-            f"{name} has {mask.shape[1]} x {mask.shape[0]} pixels, its image {image_name} has "
+            f"{name} has {found.shape[1]} x {found.shape[0]} pixels, its image {image_name} has "
             f"{shape[1]} x {shape[0]}; a mask has the size of its image."
         )
-    return not mask.any()
+    return not found.any()
 
 
-def _refuse_leaks(items: Sequence[Item], inspections: Sequence[Inspection], root: Path) -> None:
-    """Refuse an image, in any format, or a specimen that is in two splits."""
-    pairs = zip(items, inspections, strict=True)
-    images = [(item.split, item.image, found.pixels) for item, found in pairs]
-    specimens = [(item.split, item.image, item.specimen) for item in items if item.specimen]
-    _refuse_shared(images, root, "The same image is", "remove one of each pair")
-    what, advice = "Images of the same specimen are", "keep each specimen in one split"
-    _refuse_shared(specimens, root, what, advice)
-
-
-def _refuse_shared(roles: Sequence[_Role], root: Path, what: str, advice: str) -> None:
-    """Refuse what is in two splits."""
+def _refuse_shared(table: pd.DataFrame, key: str, what: str, advice: str) -> None:
+    """Refuse rows of different splits with the same `key`."""
     for earlier, later in combinations(("train", "validation", "test"), 2):
-        seen = {identity: image for split, image, identity in roles if split == earlier}
-        leaks = [
-            f"{_relative(seen[identity], root)} and {_relative(image, root)}"
-            for split, image, identity in roles
-            if split == later and identity in seen
-        ]
-        if leaks:
-            pairs = "; ".join(leaks[:_NAMED])
-            if len(leaks) > _NAMED:
-                pairs += f" (and {len(leaks) - _NAMED} more pairs)"
-            raise AlmrrError(f"{what} in {earlier} and in {later}: {pairs}; {advice}.")
-
-
-def _relative(path: Path, root: Path) -> str:
-    return path.relative_to(root).as_posix()
+        first = table[table["split"] == earlier].drop_duplicates(key)
+        both = table[table["split"] == later].merge(first, on=key, suffixes=("", "_earlier"))
+        if both.empty:
+            continue
+        named = both[:_NAMED]
+        pairs = "; ".join(named["image_earlier"] + " and " + named["image"])
+        if len(both) > _NAMED:
+            pairs += f" (and {len(both) - _NAMED} more pairs)"
+        raise AlmrrError(f"{what} in {earlier} and in {later}: {pairs}; {advice}.")

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.common.files import find_folder, list_folders
 from almrr_pipeline.common.images import list_images
 from almrr_pipeline.datasets.base import FetchRequest
-from almrr_pipeline.datasets.folder import GOOD
+from almrr_pipeline.datasets.folder import (
+    GOOD,
+    SPECIMENS_FILE,
+    read_specimens,
+    write_specimens,
+)
 from almrr_pipeline.datasets.manifest import Counts, Item, Split
 from almrr_pipeline.datasets.obtain import Archive, ArchivedDataset
 from almrr_pipeline.datasets.same_tile import group_by_tile
-from almrr_pipeline.datasets.specimens import SPECIMENS_FILE, read_specimens, write_specimens
 
 _BY_NAME, _BY_TILE = "mt_defect", "mt_defect_tiles"
 _PREFIX = "MT_"
 _FREE = "MT_Free"
-_JPEG = (".jpg",)
-"""The images; the .png of the same name is the mask."""
+_JPEG = (".jpg",)  # the images; the .png of the same name is the mask
 _TRAIN = 761
 """Training images in the literature's most cited split, about 80 % of the 952 normal ones."""
 _FILE = "Magnetic-tile-defect-datasets.-master.zip"
@@ -40,14 +43,11 @@ class MtDefect(ArchivedDataset):
 
     name = "mt_defect"
     counts = dict.fromkeys((_BY_NAME, _BY_TILE), Counts(_TRAIN, 952 - _TRAIN, 392))
+    archive = Archive(name, _FILE, (_ADDRESS,))
     license = (
         "Magnetic tile defects: no license is stated, the authors welcome its use; cite Huang, Qiu "
         "and Yuan, Surface defect saliency of magnetic tile, The Visual Computer, 2018."
     )
-
-    def archives(self, category: str) -> tuple[Archive]:
-        """Return the one archive."""
-        return (Archive(self.name, _FILE, (_ADDRESS,)),)
 
     def extract(self, category: str, folder: Path) -> list[Path]:
         """Return the folders MT_*, each with its Imgs."""
@@ -59,38 +59,43 @@ class MtDefect(ArchivedDataset):
     def verify(self, category: str, target: Path, request: FetchRequest) -> None:
         """Find the images of each tile, if the category needs them, and compare the counts."""
         if category == _BY_TILE:
-            write_specimens(target, _find_tiles(target))
+            images = list(_list_images(target))
+            groups = group_by_tile(images)
+            tiles = {path: images[first].stem for path, first in zip(images, groups, strict=True)}
+            write_specimens(target, tiles)
         super().verify(category, target, request)
 
     def items(self, category: str, folder: Path) -> list[Item]:
         """Return the split by hash of the file name or of the tile; normal images have no mask."""
-        normal, defective = list_images(folder / _FREE / "Imgs", _JPEG), _list_defective(folder)
+        images = _list_images(folder)
         tiles = read_specimens(folder) if category == _BY_TILE else {}
         if category == _BY_TILE and not tiles:
             raise AlmrrError(f"{folder} holds no {SPECIMENS_FILE}; fetch {_BY_TILE} again.")
-        tested = {tiles[path] for path in defective} if tiles else set()
-        chosen = _choose_training({path: tiles.get(path, path.name) for path in normal}, tested)
+        normal = {path: tiles.get(path, path.name) for path in images if images[path] == GOOD}
+        chosen = _choose_training(normal, {tiles.get(path) for path in images.keys() - normal})
         items = []
-        for path in normal:
-            split: Split = "train" if path in chosen else "test"
-            items.append(Item(path, None, split, "normal", GOOD, tiles.get(path, "")))
-        for path, defect_type in defective.items():
-            mask, tile = path.with_suffix(".png"), tiles.get(path, "")
-            items.append(Item(path, mask, "test", "defective", defect_type, tile))
+        for path, defect_type in images.items():
+            tile = tiles.get(path, "")
+            if path in normal:
+                split: Split = "train" if path in chosen else "test"
+                items.append(Item(path, None, split, "normal", GOOD, tile))
+            else:
+                mask = path.with_suffix(".png")
+                items.append(Item(path, mask, "test", "defective", defect_type, tile))
         return items
 
 
-def _list_defective(folder: Path) -> dict[Path, str]:
-    """Return the images with a defect, and their defect types."""
+def _list_images(folder: Path) -> dict[Path, str]:
+    """Return all images and their defect types, normal ones first."""
+    folders = [each for each in list_folders(folder) if each.name.startswith(_PREFIX)]
     return {
-        path: each.name.removeprefix(_PREFIX).lower()
-        for each in list_folders(folder)
-        if each.name != _FREE and each.name.startswith(_PREFIX)
+        path: GOOD if each.name == _FREE else each.name.removeprefix(_PREFIX).lower()
+        for each in sorted(folders, key=lambda each: each.name != _FREE)
         for path in list_images(each / "Imgs", _JPEG)
     }
 
 
-def _choose_training(names: Mapping[Path, str], tested: set[str]) -> set[Path]:
+def _choose_training(names: Mapping[Path, str], tested: Set[str | None]) -> set[Path]:
     """Choose all images of a name, in the order of its hash, up to the number for training."""
     images: dict[str, list[Path]] = {}
     for path, name in names.items():
@@ -101,10 +106,3 @@ def _choose_training(names: Mapping[Path, str], tested: set[str]) -> set[Path]:
         if len(chosen) + len(images[name]) <= _TRAIN:
             chosen.update(images[name])
     return chosen
-
-
-def _find_tiles(folder: Path) -> dict[Path, str]:
-    """Name each image's tile after the first image of it."""
-    images = [*list_images(folder / _FREE / "Imgs", _JPEG), *_list_defective(folder)]
-    groups = group_by_tile(images)
-    return {image: images[first].stem for image, first in zip(images, groups, strict=True)}

@@ -24,15 +24,12 @@ class Nanotwice(ArchivedDataset):
 
     name = "nanotwice"
     counts: Mapping[str, Counts] = {name: Counts(5, 0, 40)}
+    archive = Archive(name, _FILE, (_ADDRESS,))
     license = (
         "NanoTWICE: no license is stated; cite Carrera, Manganini, Boracchi and Lanzarone, "
         "Defect Detection in SEM Images of Nanofibrous Materials, "
         "IEEE Transactions on Industrial Informatics, 2017."
     )
-
-    def archives(self, category: str) -> tuple[Archive]:
-        """Return the one archive."""
-        return (Archive(category, _FILE, (_ADDRESS,)),)
 
     def extract(self, category: str, folder: Path) -> list[Path]:
         """Return the folders Normal and Anomalous."""

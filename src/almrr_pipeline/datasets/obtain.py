@@ -32,8 +32,7 @@ class Archive:
 
     key: str
     """Dataset name or category id: its key in `data.paths`, `data.addresses` and `data.sha256`."""
-    file_name: str
-    """Its name in a mirror."""
+    file_name: str  # its name in a mirror
     addresses: tuple[str, ...]
     sha256: str | None = None
     shared: bool = False
@@ -49,9 +48,12 @@ _Place = tuple[Archive, str]
 class ArchivedDataset(Dataset):
     """Base of datasets that are published as archives; it implements `fetch`."""
 
+    archive: Archive
+    """The only one; a dataset with others overrides `archives`."""
+
     def archives(self, category: str) -> tuple[Archive, ...]:
         """Return the archives that contain a category, in the order of preference."""
-        raise NotImplementedError
+        return (self.archive,)
 
     def extract(self, category: str, folder: Path) -> list[Path]:
         """Return a category's files and folders in an unpacked archive; AlmrrError if absent."""

@@ -10,7 +10,6 @@ from typing import Literal
 
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.datasets.base import Dataset, FetchRequest
-from almrr_pipeline.datasets.dtd import Dtd
 from almrr_pipeline.datasets.folder import PREFIX as FOLDER_PREFIX
 from almrr_pipeline.datasets.folder import Folder
 from almrr_pipeline.datasets.manifest import inspect_items
@@ -18,8 +17,8 @@ from almrr_pipeline.datasets.mt_defect import MtDefect
 from almrr_pipeline.datasets.mvtec_ad import MvtecAd
 from almrr_pipeline.datasets.nanotwice import Nanotwice
 from almrr_pipeline.datasets.obtain import check_mirror, check_path, local_path
-from almrr_pipeline.datasets.package_textures import write_package_textures
 from almrr_pipeline.datasets.sample import Sample
+from almrr_pipeline.datasets.textures import Dtd, write_package_textures
 
 _ALL: tuple[Dataset, ...] = (MvtecAd(), MtDefect(), Nanotwice(), Sample(), Folder())
 DATASETS = {dataset.name: dataset for dataset in _ALL}

@@ -26,8 +26,7 @@ Fewer of MT-defect's pairs of images are near it than near any other value.
 _SIDE = 96
 _FINE, _COARSE, _LOCAL = 0.7, 5.0, 8.0
 """Gaussian widths in pixels: noise removed, illumination removed, local contrast normalized."""
-_SHIFT = 2
-"""Largest misalignment of two exposures of a tile, in pixels after resizing."""
+_SHIFT = 2  # largest misalignment of two exposures of a tile, in pixels after resizing
 
 Signatures = npt.NDArray[np.float32]
 
@@ -49,7 +48,11 @@ def compute_signatures(images: Sequence[Path]) -> Signatures:
     description = "look for images of the same tile"
     with track(len(images), unit="images", description=description) as advance:
         for position, path in enumerate(images):
-            signatures[position] = _compute_signature(path)
+            gray = resize_image(read_image(path), (_SIDE, _SIDE)).mean(axis=2)
+            detail = gaussian_filter(gray, _FINE) - gaussian_filter(gray, _COARSE)
+            detail /= np.sqrt(gaussian_filter(detail**2, _LOCAL)) + 1e-6
+            detail -= detail.mean()
+            signatures[position] = detail / max(float(np.linalg.norm(detail)), 1e-6)
             advance(1)
     return signatures
 
@@ -64,12 +67,3 @@ def correlations(signatures: Signatures) -> Signatures:
             np.maximum(best, shifted @ flat.T, out=best)
     symmetric: Signatures = np.maximum(best, best.T)
     return symmetric
-
-
-def _compute_signature(path: Path) -> Signatures:
-    gray = resize_image(read_image(path), (_SIDE, _SIDE)).mean(axis=2)
-    detail = gaussian_filter(gray, _FINE) - gaussian_filter(gray, _COARSE)
-    detail /= np.sqrt(gaussian_filter(detail**2, _LOCAL)) + 1e-6
-    detail -= detail.mean()
-    signature: Signatures = (detail / max(float(np.linalg.norm(detail)), 1e-6)).astype(np.float32)
-    return signature

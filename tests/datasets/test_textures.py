@@ -7,8 +7,9 @@ import pytest
 
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.common.images import read_image
-from almrr_pipeline.datasets import package_textures
-from almrr_pipeline.datasets.package_textures import (
+from almrr_pipeline.datasets import textures
+from almrr_pipeline.datasets.sample import TEXTURES
+from almrr_pipeline.datasets.textures import (
     IMAGES,
     LARGEST,
     LEAST_STD,
@@ -16,7 +17,6 @@ from almrr_pipeline.datasets.package_textures import (
     read_package_image,
     write_package_textures,
 )
-from almrr_pipeline.datasets.sample import TEXTURES
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +75,6 @@ def test_image_that_the_installed_scikit_image_lacks_is_named(
 ) -> None:
     with pytest.raises(AlmrrError, match=r"does not carry unheard_of\.png"):
         read_package_image("unheard_of.png")
-    monkeypatch.setattr(package_textures, "IMAGES", ("unheard_of.png",))
+    monkeypatch.setattr(textures, "IMAGES", ("unheard_of.png",))
     with pytest.raises(AlmrrError, match=r"data\.textures"):
         write_package_textures(tmp_path)
