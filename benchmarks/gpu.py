@@ -449,24 +449,24 @@ def measure_steps(arguments: argparse.Namespace, record: Record) -> None:
     model = ALMRR(backbone, settings, image_size=size)
     record.put(trained_parameters=sum(one.numel() for one in model.trainable_parameters()))
     batches = (2,) if arguments.tiny else (32, 8, 4)
-    precisions = ("32-true", "bf16-mixed")
-    plain = {"deterministic": True, "channels_last": False}
     for batch in batches:
-        for precision in precisions:
-            time_ours(arguments, record, model, batch, {"precision": precision, **plain})
+        for precision in ("bf16-mixed", "tf32", "32-true"):
+            time_ours(arguments, record, model, batch, {"precision": precision})
+            if arguments.tiny:
+                break
     for batch in batches:
-        for precision in precisions[:1] if arguments.tiny else precisions:
-            time_authors(arguments, record, batch, precision)
-    for precision in reversed(precisions):
-        for changed in (
-            {"channels_last": True, "deterministic": True},
-            {"channels_last": True, "deterministic": False},
-            {"channels_last": False, "deterministic": False},
-        ):
-            for batch in (batches[0], batches[-1]):
-                time_ours(arguments, record, model, batch, {"precision": precision, **changed})
-                if arguments.tiny:
-                    return
+        for half in (False,) if arguments.tiny else (False, True):
+            time_authors(arguments, record, batch, half=half)
+    for changes in (
+        {"precision": "bf16-mixed", "deterministic": False},
+        {"precision": "bf16-mixed", "channels_last": False},
+        {"precision": "tf32", "deterministic": False},
+        {"precision": "tf32", "channels_last": True},
+        {"precision": "32-true", "deterministic": False},
+        {"precision": "32-true", "channels_last": True},
+    ):
+        for batch in () if arguments.tiny else (batches[0], batches[-1]):
+            time_ours(arguments, record, model, batch, changes)
 
 
 def measure_compiled(arguments: argparse.Namespace, record: Record) -> None:
@@ -498,6 +498,7 @@ def time_ours(
     device = torch.device(arguments.device)
     accelerator = "gpu" if device.type == "cuda" else "cpu"
     settings = TrainSettings(batch_size=batch, accelerator=accelerator, devices=1, **changes)
+    shown = settings.model_dump(include={"precision", "deterministic", "channels_last", "compile"})
     label = f"ours, batch {batch}, {changes}"
     with record.attempt(label), training_environment(model, settings) as (fabric, _):
         record.require(8)
@@ -516,14 +517,32 @@ def time_ours(
         step()
         first = time.monotonic() - begun
         took = time_calls(step, device, most=30, seconds=2.5)
-        record.row("training step", batch=batch, way="ours", **changes, ms=took.median * 1e3,
+        record.row("training step", batch=batch, way="ours", **shown, ms=took.median * 1e3,
                    quartiles=f"{took.low * 1e3:.4g}-{took.high * 1e3:.4g}",
                    images_per_second=batch / took.median, peak_gb=peak_memory(step, device),
                    first_s=first)  # fmt: skip
+        if changes == {"precision": "bf16-mixed"} and batch != 8:
+            profile_step(step, device, record, title=f"kernels, {label}")
     free_memory()
 
 
-def time_authors(arguments: argparse.Namespace, record: Record, batch: int, precision: str) -> None:
+def profile_step(step: Callable[[], object], device: Any, record: Record, *, title: str) -> None:  # noqa: ANN401
+    """The kernels that take most of a step, and all of them together."""
+    from torch.profiler import ProfilerActivity, profile
+
+    kind = "CUDA" if device.type == "cuda" else "CPU"
+    time_of = "self_device_time_total" if kind == "CUDA" else "self_cpu_time_total"
+    steps = 3
+    with profile(activities=[getattr(ProfilerActivity, kind)]) as profiler:
+        for _ in range(steps):
+            step()
+    kernels = sorted(profiler.key_averages(), key=lambda one: -getattr(one, time_of))
+    for name, chosen in (("all", kernels), *((one.key[:90], [one]) for one in kernels[:20])):
+        calls, total = (sum(getattr(one, key) for one in chosen) for key in ("count", time_of))
+        record.row(title, kernel=name, calls=calls / steps, ms=total / steps / 1e3)
+
+
+def time_authors(arguments: argparse.Namespace, record: Record, batch: int, *, half: bool) -> None:
     """Rows of the authors' step, with mamba-ssm's reference scan and with ours in its place."""
     import model as model_benchmark
     import torch
@@ -531,6 +550,7 @@ def time_authors(arguments: argparse.Namespace, record: Record, batch: int, prec
 
     device = torch.device(arguments.device)
     backbone, settings, size = build_parts(arguments)
+    precision = "bf16-mixed" if half else "float32 by torch's defaults"  # TF32 in convolutions
     for name, scan in model_benchmark.SCANS:
         with record.attempt(f"{name}, batch {batch}, {precision}"):
             record.require(12)
@@ -538,7 +558,7 @@ def time_authors(arguments: argparse.Namespace, record: Record, batch: int, prec
             images = [torch.rand(batch, 3, *size, device=device) for _ in range(2)]
             mask = (torch.rand(batch, *size, device=device) > 0.9).float()
             step = model_benchmark.build_step(authors, *images, mask)
-            with half_precision(device, enabled=precision == "bf16-mixed"):
+            with half_precision(device, enabled=half):
                 took = time_calls(step, device, most=8, seconds=2.0)
                 record.row("training step", batch=batch, way=name, precision=precision,
                            ms=took.median * 1e3,
