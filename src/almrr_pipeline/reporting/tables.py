@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
+from string import ascii_lowercase
 from typing import Any
 
 Metrics = Mapping[str, Any]
@@ -68,14 +69,14 @@ class Table:
             self.notes.append(reason)
         number, letters = self.notes.index(reason), ""
         while number >= 0:
-            number, letter = divmod(number, 26)
-            letters, number = chr(ord("a") + letter) + letters, number - 1
+            letters = ascii_lowercase[number % 26] + letters
+            number = number // 26 - 1
         return letters
 
     def groups(self) -> list[tuple[str, int]]:
         """Return groups of neighboring columns with their widths, for the row above the heads."""
-        by_group = groupby(self.heads, key=lambda head: head.group)
-        return [(group, len(list(heads))) for group, heads in by_group]
+        by_group = groupby(head.group for head in self.heads)
+        return [(group, len(list(columns))) for group, columns in by_group]
 
 
 def list_metrics(metrics: Sequence[Metrics]) -> list[str]:
@@ -103,12 +104,10 @@ def tabulate_results(
     The summary is that of `evaluation.summary.summarize`; links are anchors on the page by label.
     """
     names = list_metrics(list(metrics.values()))
-    heads = list(map(describe_metric, names))
-    fraction = Head(
-        "anomalous", "pixels", "Fraction of anomalous pixels: the pixel AP of guessing."
-    )
-    last = max(place for place, head in enumerate(heads) if head.group == "pixels") + 1
-    table = Table("Metrics on the test set", [*heads[:last], fraction, *heads[last:]])
+    heads, last = list(map(describe_metric, names)), len(_MEANINGS)  # of pixels
+    meaning = "Fraction of anomalous pixels: the pixel AP of guessing."
+    heads.insert(last, Head("anomalous", "pixels", meaning))
+    table = Table("Metrics on the test set", heads)
     for label, values in metrics.items():
         cells = [_metric_cell(table, values, name, metrics.values()) for name in names]
         cells.insert(last, Cell(format_fraction(values.get("pixel_defective_fraction"))))
@@ -132,8 +131,8 @@ def tabulate_defect_types(metrics: Metrics) -> Table:
     """Tabulate the metrics of each defect type against all normal test images."""
     types: Mapping[str, Metrics] = metrics.get("defect_types", {})
     names = list_metrics(list(types.values()))
-    heads = [Head("images"), *map(describe_metric, names)]
-    table = Table("By defect type, against all normal test images", heads)
+    caption = "By defect type, against all normal test images"
+    table = Table(caption, [Head("images"), *map(describe_metric, names)])
     for defect_type, values in types.items():
         count = Cell(format_count(values.get("counts", {}).get("defective_images")))
         cells = [_metric_cell(table, values, name) for name in names]
@@ -160,15 +159,19 @@ def tabulate_counts(
     training: Mapping[str, tuple[int | None, int | None]], metrics: Mapping[str, Metrics]
 ) -> Table:
     """Tabulate each category's images: normal ones for (training, validation), and test images."""
-    heads = [Head("training", "normal images"), Head("validation", "normal images")]
+    heads = [Head(text, "normal images") for text in ("training", "validation")]
     heads += [Head(text, "test images") for text in ("normal", "defective", "regions")]
     table = Table("Images of each split", heads)
     for category, values in metrics.items():
         counts = values.get("counts", {})
         tested = (counts.get(name) for name in ("normal_images", "defective_images", "regions"))
         cells = [Cell(format_count(count)) for count in (*training[category], *tested)]
-        if absent := _explain_absence(counts):
-            cells[3] = Cell(cells[3].text, note=table.mark(absent))
+        without = {
+            "without a mask": counts.get("defective_images_without_mask"),
+            "with an empty mask": counts.get("defective_images_with_empty_mask"),
+        }
+        if absent := [f"{count} {words}" for words, count in without.items() if count]:
+            cells[3] = replace(cells[3], note=table.mark(f"of these, {' and '.join(absent)}"))
         table.rows.append(Row(category, cells))
     return table
 
@@ -196,14 +199,15 @@ def tabulate_thresholds(metrics: Mapping[str, Metrics]) -> Table:
 
 def tabulate_oracle(metrics: Mapping[str, Metrics]) -> Table:
     """Tabulate results of choices made on the test set; no rows unless they were requested."""
-    names = list(
-        dict.fromkeys(n for values in metrics.values() for n in values if n.startswith("oracle_"))
-    )
+    every = dict.fromkeys(name for values in metrics.values() for name in values)
+    names = [name for name in every if name.startswith("oracle_")]
+    rows = [
+        Row(label, [Cell(format_metric(values.get(name))) for name in names])
+        for label, values in metrics.items()
+        if names
+    ]
     heads = [Head(name.replace("_", " ")) for name in names]
-    table = Table("Chosen on the test set: upper bounds, not results", heads)
-    for label, values in metrics.items() if names else ():
-        table.rows.append(Row(label, [Cell(format_metric(values.get(name))) for name in names]))
-    return table
+    return Table("Chosen on the test set: upper bounds, not results", heads, rows)
 
 
 def format_metric(value: float | None) -> str:
@@ -236,17 +240,9 @@ def _metric_cell(
     text = format_metric(values.get(name))
     if values.get(name) is None:
         return Cell(text, note=table.mark(values.get("undefined", {}).get(name, "not computed")))
-    texts = [format_metric(rival[name]) for rival in rivals if rival.get(name) is not None]
-    best = len(rivals) > 1 and text == max(texts)
+    defined = [rival[name] for rival in rivals if rival.get(name) is not None]
+    best = len(rivals) > 1 and text == format_metric(max(defined))
     return Cell(text, format_interval(values, name), best=best)
-
-
-def _explain_absence(counts: Mapping[str, int]) -> str:
-    """Which defective test images take no part in the pixel metrics, and why; empty if all do."""
-    reasons = {"without_mask": "without a mask", "with_empty_mask": "with an empty mask"}
-    found = {words: counts.get(f"defective_images_{key}", 0) for key, words in reasons.items()}
-    parts = [f"{count} {words}" for words, count in found.items() if count]
-    return f"of these, {' and '.join(parts)}" if parts else ""
 
 
 def _threshold_cells(table: Table, of: str, threshold: Metrics) -> list[Cell]:
@@ -266,7 +262,6 @@ def _threshold_cells(table: Table, of: str, threshold: Metrics) -> list[Cell]:
 
 
 def _proportion_cell(proportion: Metrics) -> Cell:
-    """A counted fraction with its 95 % interval in small print."""
     if proportion["rate"] is None:
         return Cell(DASH, "no such image")
     low, high = 100 * proportion["low"], 100 * proportion["high"]
