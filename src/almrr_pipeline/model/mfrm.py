@@ -89,8 +89,8 @@ class Decoder(nn.Module):
         x = self.stage3(x)  # (B, latent, 2 rows + 7, 2 columns + 7)
         # Instance norm leaves channels outermost. A CPU resizes them ten times slower there; a GPU
         # would mix formats where the weights have channels innermost.
-        innermost = torch.channels_last
-        if x.device.type == "cpu" or self.stage3[0].weight.is_contiguous(memory_format=innermost):
+        innermost, weight = torch.channels_last, next(self.stage3.parameters())
+        if x.device.type == "cpu" or weight.is_contiguous(memory_format=innermost):
             x = x.contiguous(memory_format=innermost)
         return resize_bilinear(x, self.size).tanh()
 

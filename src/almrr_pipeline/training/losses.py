@@ -71,10 +71,11 @@ class _SquaredError(torch.autograd.Function):
         ctx.save_for_backward(difference)
         with without_autocast(difference):  # which would copy the difference in float32
             norm = torch.linalg.vector_norm(difference, dtype=torch.float32)
-        return norm.square() / difference.numel()
+        loss: Tensor = norm.square() / difference.numel()
+        return loss
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
         (difference,) = ctx.saved_tensors
         return difference * (gradient * (2 / difference.numel())), None

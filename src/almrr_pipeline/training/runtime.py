@@ -9,6 +9,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from typing import Any
 
 import torch
 from lightning.fabric import Fabric
@@ -187,15 +188,16 @@ def algorithms(*, deterministic: bool, tf32: bool = False) -> Iterator[None]:
     and convolutions of float32 may round their operands to 10 bits, as cuDNN does by default.
     """
     with ExitStack() as stack:
-        cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
-        for owner in (cuda.matmul, cudnn.conv, cudnn.rnn):
+        matmul: Any = torch.backends.cuda.matmul
+        cudnn: Any = torch.backends.cudnn
+        for owner in (matmul, cudnn.conv, cudnn.rnn):
             stack.callback(setattr, owner, "fp32_precision", owner.fp32_precision)
-        for owner in (cuda.matmul, cudnn):
+        for owner in (matmul, cudnn):
             with suppress(RuntimeError):  # the caller has set the newer flag alone
                 stack.callback(setattr, owner, "allow_tf32", owner.allow_tf32)
             # The older flag, which torch.compile and Lightning read, raises if the two disagree.
             owner.allow_tf32 = tf32
-        for owner in (cuda.matmul, cudnn.conv, cudnn.rnn):
+        for owner in (matmul, cudnn.conv, cudnn.rnn):
             owner.fp32_precision = "tf32" if tf32 else "ieee"
         stack.callback(
             torch.use_deterministic_algorithms,
@@ -204,8 +206,8 @@ def algorithms(*, deterministic: bool, tf32: bool = False) -> Iterator[None]:
         )
         stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
         for owner, name, value in (
-            (torch.backends.cudnn, "benchmark", not deterministic),
-            (torch.backends.cudnn, "deterministic", deterministic),
+            (cudnn, "benchmark", not deterministic),
+            (cudnn, "deterministic", deterministic),
             # Memory that is never read before it is written need not be filled, which costs time.
             (torch.utils.deterministic, "fill_uninitialized_memory", False),
         ):
