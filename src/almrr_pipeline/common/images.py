@@ -59,13 +59,11 @@ def read_mask(path: Path, *, name: Path | None = None) -> MaskArray:
     """Read a ground truth mask; values above 127 of 255 are anomalous.
 
     The authors' code counted 255 alone. A mask of 16 bits or more without values above 255 is taken
-    for an 8-bit one, because many tools save masks so. Errors show `name` instead of the path.
+    for an 8-bit one, because many tools save masks so. Raises as `read_image`; errors show `name`
+    instead of the path.
 
     Returns:
         bool, shape (H, W), upright.
-
-    Raises:
-        AlmrrError: the file is missing, empty, or not an image that can be decoded.
     """
     gray = _decoded(read_bytes(path, name=name), name or path, mode="L")
     return np.array(gray) > _ANOMALOUS_ABOVE

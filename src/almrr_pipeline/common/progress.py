@@ -24,13 +24,9 @@ class Advance(Protocol):
 
 @contextmanager
 def track(total: int | None, *, unit: str, description: str, done: int = 0) -> Iterator[Advance]:
-    """Show the progress of a task.
+    """Show the progress of a task of `total` units, None if unknown.
 
-    Args:
-        total: amount of work, or None if it is unknown.
-        unit: what is counted; "B" for bytes, shown as KiB, MiB, GiB.
-        description: what is being done.
-        done: work that an interrupted run has done before.
+    Bytes, unit "B", are shown as KiB, MiB, GiB; `done` is what an interrupted run has done before.
 
     Yields:
         A function that is called with the amount of work just done.

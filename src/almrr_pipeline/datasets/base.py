@@ -58,17 +58,9 @@ class Dataset(Protocol):
         return
 
     def fetch(self, category: str, *, target: Path, request: FetchRequest) -> None:
-        """Fill the existing empty folder `target` with the raw images.
-
-        Raises:
-            AlmrrError: nothing could be fetched, or the files are not those of the dataset.
-        """
+        """Fill the empty folder `target` with the raw images; AlmrrError if none are found."""
         ...
 
     def items(self, category: str, folder: Path) -> list[Item]:
-        """List the images of a filled `folder` by the dataset's protocol; opens none of them.
-
-        Raises:
-            AlmrrError: the folder does not have the layout of the dataset.
-        """
+        """List the images of a filled `folder`, unopened; AlmrrError if its layout is another."""
         ...

@@ -169,8 +169,7 @@ def _draw_bands(across: Floats, generator: Generator, *, width: float) -> Floats
     """Draw uneven parallel bands, `width` pixels wide, of mean 0 and std 1, along `across`."""
     fine = ndimage.gaussian_filter1d(generator.standard_normal(8 * len(across)), 2.0 * width)
     places = np.arange(len(fine)) / 2.0 - 2.0 * len(across)
-    bands: Floats = np.interp(across, places, (fine - fine.mean()) / fine.std())
-    return bands
+    return np.asarray(np.interp(across, places, (fine - fine.mean()) / fine.std()))
 
 
 def _draw_curve(shape: _Shape, generator: Generator, *, length: float, bend: float) -> _Curve:

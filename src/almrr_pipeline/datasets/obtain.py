@@ -112,11 +112,12 @@ def local_path(address: str) -> Path | None:
     return Path(address).expanduser()
 
 
-def check_mirror(mirror: str | None) -> None:
-    """Raise AlmrrError if a mirror on disk does not exist; one behind http(s) is not asked."""
+def check_mirror(mirror: str | None) -> Path | None:
+    """Return a mirror's path, None behind http(s); AlmrrError if there is no such folder."""
     path = local_path(mirror) if mirror else None
     if path is not None and not path.is_dir():
         raise AlmrrError(f"data.mirror: there is no folder {path}; correct the path.")
+    return path
 
 
 def check_path(key: str, request: FetchRequest) -> Path:
@@ -148,8 +149,7 @@ def _find_places(archives: Sequence[Archive], request: FetchRequest) -> Iterator
 
 
 def _find_in_mirror(archives: Sequence[Archive], mirror: str) -> Iterator[_Place]:
-    check_mirror(mirror)
-    base = local_path(mirror)
+    base = check_mirror(mirror)
     if base is None:
         yield from ((each, f"{mirror.rstrip('/')}/{each.file_name}") for each in archives)
         return

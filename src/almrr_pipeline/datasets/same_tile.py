@@ -65,5 +65,4 @@ def correlations(signatures: Signatures) -> Signatures:
         for columns in range(-_SHIFT, _SHIFT + 1):
             shifted = np.roll(signatures, (rows, columns), axis=(1, 2)).reshape(flat.shape)
             np.maximum(best, shifted @ flat.T, out=best)
-    symmetric: Signatures = np.maximum(best, best.T)
-    return symmetric
+    return np.asarray(np.maximum(best, best.T))

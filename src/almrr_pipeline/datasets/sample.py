@@ -169,8 +169,7 @@ def outline_difference(without: Gray, with_defect: Gray) -> MaskArray:
     filled = ndimage.binary_fill_holes(closed)
     labels, count = ndimage.label(filled)
     areas = ndimage.sum_labels(filled, labels, np.arange(count + 1))
-    outlined: MaskArray = filled & (areas[labels] >= _SPECK)
-    return outlined
+    return np.asarray(filled & (areas[labels] >= _SPECK))
 
 
 def _write(image: Gray, path: Path) -> None:

@@ -140,9 +140,7 @@ def _place_of(member: _Member, folder: Path, archive: Path) -> Path:
     if not (member.is_folder or member.is_file):
         found = f"holds {member.name!r}, a link or a device or a sparse file"
         raise AlmrrError(f"{archive.name} {found}; {_ADVICE}, or pack it again without.")
-    # Python represents bytes that are not UTF-8 by surrogates.
-    surrogates = any("\ud800" <= letter <= "\udfff" for letter in member.name)
-    if surrogates or not member.name.isprintable():
+    if not member.name.isprintable():  # surrogates, for bytes that are not UTF-8, are not either
         found = f"holds the name {member.name!r}, which is not UTF-8 text"
         raise AlmrrError(f"{archive.name} {found}; pack it again.")
     return folder.joinpath(*parts)
