@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from almrr_pipeline.config import EvaluateSettings
-from almrr_pipeline.evaluation.curves import Curve, tabulate_pro
+from almrr_pipeline.evaluation.curves import Curve, aupro, name_aupro, tabulate_curves
 from almrr_pipeline.evaluation.evaluate import evaluate
-from almrr_pipeline.evaluation.metrics import aupro, name_aupro
 from almrr_pipeline.evaluation.pixels import label_regions
 
 
@@ -115,7 +114,7 @@ def test_the_table_is_cut_between_two_corners() -> None:
     # one threshold, 4 normal pixels and one region: the straight line to (1, 1)
     one, four = np.array([1]), np.array([4])
     curve = Curve(np.ones(1), one, four, 0 * four, np.asarray(1), np.asarray(4), overlap=np.ones(1))
-    assert tabulate_pro(curve, 0.25).to_numpy().tolist() == [[0.0, 0.0], [0.25, 0.25]]
+    assert tabulate_curves(curve, 0.25)["pro"].to_numpy().tolist() == [[0.0, 0.0], [0.25, 0.25]]
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,7 @@ from almrr_pipeline.evaluation.bootstrap import (
     resample_images,
     resample_pixels,
 )
-from almrr_pipeline.evaluation.curves import auroc, average_precision, f1_max
-from almrr_pipeline.evaluation.metrics import aupro
+from almrr_pipeline.evaluation.curves import aupro, auroc, average_precision, f1_max
 from almrr_pipeline.evaluation.pixels import (
     ImageCounts,
     LabeledMaps,

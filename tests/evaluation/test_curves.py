@@ -19,8 +19,7 @@ from almrr_pipeline.evaluation.curves import (
     average_precision,
     best_f1_threshold,
     f1_max,
-    tabulate_pr,
-    tabulate_roc,
+    tabulate_curves,
     thin,
     trace_curve,
 )
@@ -87,7 +86,7 @@ def test_roc_table_of_few_units_is_scikit_learns_curve() -> None:
     generator = np.random.default_rng(1)
     labels = generator.random(50) < 0.4
     scores = np.round(generator.random(50) + 0.3 * labels, 1)
-    table = tabulate_roc(trace_curve(scores, labels))
+    table = tabulate_curves(trace_curve(scores, labels))["roc"]
     fpr, tpr, thresholds = roc_curve(labels, scores, drop_intermediate=False)
     wanted = {(round(x, 12), round(y, 12)) for x, y in zip(fpr, tpr, strict=True)}
     found = {(round(x, 12), round(y, 12)) for x, y in zip(table["fpr"], table["tpr"], strict=True)}
@@ -102,10 +101,10 @@ def test_thresholds_of_the_tables_reproduce_their_points() -> None:
     labels = generator.random(400) < 0.3
     scores = np.round(generator.random(400) + 0.3 * labels, 2)
     curve = trace_curve(scores, labels)
-    for _, row in tabulate_roc(curve).dropna().iterrows():
+    for _, row in tabulate_curves(curve)["roc"].dropna().iterrows():
         alarms = scores >= row["threshold"]
         assert (row["fpr"], row["tpr"]) == (alarms[~labels].mean(), alarms[labels].mean())
-    for _, row in tabulate_pr(curve).dropna().iterrows():
+    for _, row in tabulate_curves(curve)["pr"].dropna().iterrows():
         alarms = scores >= row["threshold"]
         assert row["recall"] == alarms[labels].mean()
         assert row["precision"] == (labels[alarms].mean() if alarms.any() else 1.0)
@@ -113,7 +112,8 @@ def test_thresholds_of_the_tables_reproduce_their_points() -> None:
 
 def test_curves_start_without_alarms_and_end_with_all() -> None:
     curve = trace_curve(np.array([1.0, 3.0, 2.0]), np.array([True, False, False]))
-    roc, pr = tabulate_roc(curve), tabulate_pr(curve)
+    tables = tabulate_curves(curve)
+    roc, pr = tables["roc"], tables["pr"]
     assert roc[["fpr", "tpr"]].iloc[[0, -1]].to_numpy().tolist() == [[0.0, 0.0], [1.0, 1.0]]
     assert pr[["recall", "precision"]].iloc[[0, -1]].to_numpy().tolist() == [
         [0.0, 1.0],
@@ -125,7 +125,7 @@ def test_thinned_roc_keeps_its_shape() -> None:
     generator = np.random.default_rng(3)
     labels = generator.random(30_000) < 0.2
     scores = generator.normal(size=30_000) + labels
-    table = tabulate_roc(trace_curve(scores, labels))
+    table = tabulate_curves(trace_curve(scores, labels))["roc"]
     fpr, tpr, _ = roc_curve(labels, scores, drop_intermediate=False)
     assert 900 < len(table) <= CURVE_POINTS
     assert np.abs(np.interp(fpr, table["fpr"], table["tpr"]) - tpr).max() < 0.004

@@ -22,9 +22,11 @@ from almrr_pipeline.common.arrays import Bools, Floats, Indices
 
 Counts = npt.NDArray[np.int64] | npt.NDArray[np.float64]
 
-ROC_COLUMNS = ("fpr", "tpr", "threshold")
-PR_COLUMNS = ("recall", "precision", "threshold")
-PRO_COLUMNS = ("fpr", "pro")
+_COLUMNS = {
+    "roc": ("fpr", "tpr", "threshold"),
+    "pr": ("recall", "precision", "threshold"),
+    "pro": ("fpr", "pro"),
+}
 CURVE_POINTS = 1000
 """Largest number of rows of a curve that is written to a file; more cannot be seen in a figure."""
 
@@ -118,37 +120,71 @@ def best_f1_threshold(curve: Curve) -> float:
     return float(curve.threshold[int(np.argmax(_f1(curve)))])
 
 
-def tabulate_roc(curve: Curve | None) -> pd.DataFrame:
-    """ROC curve of at most CURVE_POINTS rows, none without a curve: fpr, tpr in [0, 1], threshold.
+def aupro(curve: Curve, limit: float) -> Floats:
+    """Area under the per-region overlap curve up to a false positive rate, divided by that rate.
+
+    Bergmann et al., "The MVTec Anomaly Detection Dataset", IJCV 2021, section 5.2.2: the mean over
+    the regions (8-connected components of the ground truth) of the fraction that is found, against
+    the false positive rate over the normal pixels of all test images; every region counts alike.
+
+    The curve is piecewise linear: horizontal while only normal pixels are added, slanted where
+    normal and anomalous pixels are tied. It is integrated exactly; the piece that crosses the limit
+    is cut there.
+
+    Args:
+        curve: counts of pixels, with overlap; (..., K).
+        limit: largest false positive rate, in (0, 1].
+
+    Returns:
+        In [0, 1], shape (...); nan without normal pixels or regions.
+    """
+    assert curve.overlap is not None, "only pixels have regions"
+    end = np.asarray(limit * curve.negatives)[..., None]
+    low, high = previous(curve.overlap), curve.overlap
+    horizontal = np.minimum(curve.fp_above, end) - np.minimum(previous(curve.fp), end)
+    slanted = np.asarray(curve.fp - curve.fp_above, dtype=np.float64)
+    inside = np.clip(end - curve.fp_above, 0.0, slanted)
+    fraction = np.divide(inside, slanted, out=np.zeros(inside.shape), where=slanted > 0)
+    area = horizontal * low + inside * (low + (high - low) * fraction / 2.0)
+    beyond = np.maximum(end[..., 0] - curve.fp[..., -1], 0.0) * high[..., -1]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray((area.sum(axis=-1) + beyond) / end[..., 0])
+
+
+def name_aupro(limit: float) -> str:
+    """Key in metrics.json: aupro_30 for 0.3, aupro_05 for 0.05, aupro_12_5 for 0.125."""
+    whole, _, rest = f"{100.0 * limit:.10g}".partition(".")
+    return f"aupro_{whole:0>2}" + (f"_{rest}" if rest else "")
+
+
+def tabulate_curves(curve: Curve | None, limit: float = 1.0) -> dict[str, pd.DataFrame]:
+    """Tables of at most CURVE_POINTS rows, none without a curve; fractions are in [0, 1].
 
     A score of at least the threshold is an alarm; at both ends (no alarm, all alarms) it is nan.
+
+    Args:
+        curve: counts of shape (K,).
+        limit: largest false positive rate of the per-region overlap.
+
+    Returns:
+        `roc` (fpr, tpr, threshold), `pr` (recall, precision, threshold; the precision is 1 before
+        the first alarm) and `pro` (fpr in [0, limit], pro; no rows unless the units are pixels).
     """
+    tables = {name: pd.DataFrame(columns=list(_COLUMNS[name]), dtype=float) for name in _COLUMNS}
     if curve is None:
-        return pd.DataFrame(columns=list(ROC_COLUMNS), dtype=float)
+        return tables
     tp, fp, threshold = _corners(curve)
-    return _thinned(ROC_COLUMNS, fp / curve.negatives, tp / curve.positives, threshold)
-
-
-def tabulate_pr(curve: Curve | None) -> pd.DataFrame:
-    """Precision-recall curve, as `tabulate_roc`; the precision is 1 before the first alarm."""
-    if curve is None:
-        return pd.DataFrame(columns=list(PR_COLUMNS), dtype=float)
-    tp, fp, threshold = _corners(curve)
+    fpr, tpr = fp / curve.negatives, tp / curve.positives
     precision = np.where(tp + fp == 0, 1.0, _precision(tp, fp))
-    return _thinned(PR_COLUMNS, tp / curve.positives, precision, threshold)
-
-
-def tabulate_pro(curve: Curve | None, limit: float) -> pd.DataFrame:
-    """Per-region overlap curve, as `tabulate_roc`: fpr in [0, limit], pro in [0, 1]."""
-    if curve is None:
-        return pd.DataFrame(columns=list(PRO_COLUMNS), dtype=float)
-    assert curve.overlap is not None, "only pixels have regions"
-    _, fp, _ = _corners(curve)
-    overlap = _interleaved(previous(curve.overlap), curve.overlap)
-    fpr, pro = fp / curve.negatives, np.concatenate([[0.0], overlap, [1.0]])
-    inside = fpr < limit
-    fpr, pro = np.append(fpr[inside], limit), np.append(pro[inside], np.interp(limit, fpr, pro))
-    return _thinned(PRO_COLUMNS, fpr, pro, scale=limit)
+    tables["roc"] = _thinned("roc", fpr, tpr, threshold)
+    tables["pr"] = _thinned("pr", tpr, precision, threshold)
+    if curve.overlap is not None:
+        overlap = _interleaved(previous(curve.overlap), curve.overlap)
+        pro, inside = np.concatenate([[0.0], overlap, [1.0]]), fpr < limit
+        at_limit = np.interp(limit, fpr, pro)
+        fpr, pro = np.append(fpr[inside], limit), np.append(pro[inside], at_limit)
+        tables["pro"] = _thinned("pro", fpr, pro, scale=limit)
+    return tables
 
 
 def thin(x: Floats, y: Floats, points: int) -> npt.NDArray[np.intp]:
@@ -190,12 +226,9 @@ def _interleaved(first: npt.NDArray[np.generic], second: npt.NDArray[np.generic]
     return np.stack([first, second], axis=-1, dtype=np.float64).reshape(-1)
 
 
-def _thinned(
-    names: tuple[str, ...], x: Floats, y: Floats, *others: Floats, scale: float = 1.0
-) -> pd.DataFrame:
-    """Data frame of the vertices that `thin` chooses, each once; x in units of `scale`."""
-    chosen = thin(x / scale, y, CURVE_POINTS)
-    table = pd.DataFrame(
-        {name: values[chosen] for name, values in zip(names, (x, y, *others), strict=True)}
-    )
+def _thinned(curve: str, x: Floats, y: Floats, *others: Floats, scale: float = 1.0) -> pd.DataFrame:
+    """Table of the vertices that `thin` chooses, each once; x in units of `scale`."""
+    chosen, names = thin(x / scale, y, CURVE_POINTS), _COLUMNS[curve]
+    columns = zip(names, (x, y, *others), strict=True)
+    table = pd.DataFrame({name: values[chosen] for name, values in columns})
     return table.drop_duplicates(list(names[:2]), ignore_index=True)

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from almrr_pipeline.common.arrays import AnomalyMap, Bools, Floats, MaskArray
+from almrr_pipeline.common.arrays import AnomalyMap, Bools, Floats, Indices, MaskArray
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.config import EvaluateSettings
-from almrr_pipeline.evaluation import curves
+from almrr_pipeline.evaluation import bootstrap, curves
 from almrr_pipeline.evaluation import pixels as px
-from almrr_pipeline.evaluation.bootstrap import draw_weights, resample_images, resample_pixels
 from almrr_pipeline.evaluation.curves import Curve
-from almrr_pipeline.evaluation.metrics import CurveMetrics, image_metrics, pixel_metrics
 from almrr_pipeline.evaluation.pixels import Indexed, LabeledMaps
 from almrr_pipeline.evaluation.thresholds import Threshold, proportion, rates_at
 
+Metric = Callable[[Curve], Floats]
+_RANKING: dict[str, Metric] = {
+    "auroc": curves.auroc,
+    "ap": curves.average_precision,
+    "f1max": curves.f1_max,
+}
 Metrics = dict[str, Any]
 """Ready for JSON: numbers, None, text, and lists and dictionaries of them."""
 
@@ -69,9 +74,11 @@ def evaluate(
     ranked, labeled, of_type = _checked(len(maps), masks, scores, labels, defect_types)
     image_threshold, pixel_threshold = thresholds
     image_value = None if image_threshold is None else image_threshold.value
-    images = image_metrics(ranked, labeled)
+    images = _measure_images(ranked, labeled)
     labeled_maps = LabeledMaps(maps, masks, labeled)
     pixels = _measure_pixels(labeled_maps, of_type, pixel_threshold, settings.aupro_limits)
+    tables = curves.tabulate_curves(pixels.overall.curve, max(settings.aupro_limits))
+    of_images = curves.tabulate_curves(images.curve)
     metrics: Metrics = {
         **images.values(),
         **pixels.overall.values(),
@@ -90,8 +97,48 @@ def evaluate(
     }
     if settings.oracle:
         metrics |= _choose_on_test_set(images.curve, pixels.overall.curve)
-    limit = max(settings.aupro_limits)
-    return Evaluation(metrics, _tabulate(images.curve, pixels.overall.curve, limit))
+    return Evaluation(
+        metrics, tables | {f"image_{name}": of_images[name] for name in ("roc", "pr")}
+    )
+
+
+@dataclass(frozen=True)
+class _CurveMetrics:
+    """Metrics of one set of images or pixels.
+
+    Attributes:
+        functions: how each metric is computed, by its key in metrics.json.
+        curve: None where the metrics are undefined.
+        reason: why they would be.
+    """
+
+    functions: dict[str, Metric]
+    curve: Curve | None
+    reason: str
+
+    def values(self) -> dict[str, float | None]:
+        """Each metric, in [0, 1]; None where undefined."""
+        if self.curve is None:
+            return dict.fromkeys(self.functions)
+        return {name: float(metric(self.curve)) for name, metric in self.functions.items()}
+
+    def undefined(self) -> dict[str, str]:
+        """The reason by metric; empty where all are defined."""
+        return dict.fromkeys(self.functions, self.reason) if self.curve is None else {}
+
+    def intervals(self, resampled: Iterable[Curve]) -> dict[str, list[float]]:
+        """95 % interval [low, high] of each metric from resampled curves; empty where undefined."""
+        if self.curve is None:
+            return {}
+        drawn = [[metric(curve) for metric in self.functions.values()] for curve in resampled]
+        intervals = map(bootstrap.percentile_interval, np.concatenate(drawn, axis=1))
+        return dict(zip(self.functions, map(list, intervals), strict=True))
+
+
+def _measure_images(scores: Floats, labels: Bools) -> _CurveMetrics:
+    reason = "no normal test image" if labels.any() else "no defective test image"
+    curve = curves.trace_curve(scores, labels) if labels.any() and not labels.all() else None
+    return _CurveMetrics({f"image_{name}": _RANKING[name] for name in _RANKING}, curve, reason)
 
 
 @dataclass(frozen=True)
@@ -102,8 +149,8 @@ class _Pixels:
     known: Bools  # where the ground truth is known
     anomalous: px.AnomalousPixels
     counts: px.ImageCounts
-    overall: CurveMetrics
-    by_type: dict[str, CurveMetrics]
+    overall: _CurveMetrics
+    by_type: dict[str, _CurveMetrics]
 
     def anomalous_fraction(self) -> float | None:
         """Fraction of anomalous pixels where the ground truth is known; None without any."""
@@ -116,7 +163,8 @@ class _Pixels:
         outlined = found = None
         if threshold is not None and threshold.value is not None:
             lowest = px.just_above(threshold.value)
-            outlined = _divide(self.counts.reaching(lowest).sum(), self.counts.normals.sum())
+            normal = self.counts.normal[:, self.counts.edge == lowest]  # it is one of the edges
+            outlined = _divide(normal.sum(), self.counts.normals.sum())
             found = _divide((self.anomalous.score >= lowest).sum(), self.anomalous.score.size)
         return _describe_threshold(threshold, self.counts.peak, self.labels) | {
             "normal_pixels_outlined": outlined,
@@ -150,10 +198,8 @@ def _checked(
 ) -> tuple[Floats, Bools, dict[str, Bools]]:
     """Scores, labels, and the images of each defect type, after checks of lengths and scores."""
     ranked, labeled = np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=bool)
-    lengths = {"maps": count, "scores": len(ranked), "labels": len(labeled)}
-    lengths["defect_types"] = len(defect_types)
-    if masks is not None:
-        lengths["masks"] = len(masks)
+    lengths = {"maps": count, "masks": count if masks is None else len(masks)}
+    lengths |= {"scores": len(ranked), "labels": len(labeled), "defect_types": len(defect_types)}
     if len(set(lengths.values())) > 1:
         raise AlmrrError(
             f"The test set does not fit together: {lengths}; evaluate the manifest's test rows, "
@@ -181,15 +227,18 @@ def _measure_pixels(
     edges = px.choose_edges(anomalous, None if threshold is None else threshold.value)
     counts = px.ImageCounts.empty(edges, len(known))
 
-    def measure(defective: Bools, normal: px.NormalCounts) -> CurveMetrics:
+    def measure(defective: Bools, normal: Indices) -> _CurveMetrics:
         curve = px.trace_pixels(anomalous.of_images(defective), thresholds, normal)
-        return pixel_metrics(curve, limits, absence=_explain_absence(defective, known))
+        functions = {f"pixel_{name}": _RANKING[name] for name in _RANKING}
+        functions |= {curves.name_aupro(end): partial(curves.aupro, limit=end) for end in limits}
+        reason = _explain_absence(curve, defective, known)
+        return _CurveMetrics(functions, None if reason else curve, reason)
 
     of_normal = total = px.count_normal(images, ~images.labels, thresholds, counts)
     by_type = {}
     for name, chosen in of_type.items():
         of_this = px.count_normal(images, chosen & known, thresholds, counts)
-        total += of_this
+        total = total + of_this  # a new array: both began as one
         by_type[name] = measure(chosen, of_normal + of_this)
     for index in map(int, np.flatnonzero(~known)):
         counts.peak[index] = images.read(index)[0].max()
@@ -200,8 +249,10 @@ def _divide(part: float, whole: float) -> float | None:
     return float(part / whole) if whole else None
 
 
-def _explain_absence(defective: Bools, known: Bools) -> str:
-    """Why no pixel of some images is anomalous."""
+def _explain_absence(curve: Curve, defective: Bools, known: Bools) -> str:
+    """Why the metrics of pixels are undefined; empty if they are not."""
+    if curve.positives:
+        return "" if curve.negatives else "no normal pixel in any test image"
     if not defective.any():
         return "no defective test image"
     if not (defective & known).any():
@@ -222,7 +273,7 @@ def _describe_defect_type(
 ) -> Metrics:
     """Metrics of one defect type against all normal test images, and how often it was detected."""
     chosen = ~pixels.labels | of_type
-    of_images = image_metrics(scores[chosen], pixels.labels[chosen])
+    of_images = _measure_images(scores[chosen], pixels.labels[chosen])
     of_pixels = pixels.by_type[name]
     detections = None if threshold is None else asdict(proportion(scores[of_type] > threshold))
     return {
@@ -235,14 +286,14 @@ def _describe_defect_type(
 
 
 def _estimate_intervals(
-    images: CurveMetrics, pixels: _Pixels, scores: Floats, resamplings: int, seed: int
+    images: _CurveMetrics, pixels: _Pixels, scores: Floats, resamplings: int, seed: int
 ) -> Metrics:
     """95 % intervals of all defined metrics, from the same resamplings of the images."""
     if resamplings == 0:
         return {}
-    weights = draw_weights(pixels.labels, resamplings, np.random.default_rng(seed))
-    of_pixels = resample_pixels(pixels.counts, pixels.anomalous, weights)
-    of_images = resample_images(scores, pixels.labels, weights)
+    weights = bootstrap.draw_weights(pixels.labels, resamplings, np.random.default_rng(seed))
+    of_pixels = bootstrap.resample_pixels(pixels.counts, pixels.anomalous, weights)
+    of_images = bootstrap.resample_images(scores, pixels.labels, weights)
     return images.intervals(of_images) | pixels.overall.intervals(of_pixels)
 
 
@@ -260,13 +311,3 @@ def _choose_on_test_set(images: Curve | None, pixels: Curve | None) -> Metrics:
         chosen["oracle_pixel_threshold"] = curves.best_f1_threshold(pixels)
         chosen["oracle_pixel_iou"] = best / (2.0 - best)
     return chosen
-
-
-def _tabulate(images: Curve | None, pixels: Curve | None, limit: float) -> dict[str, pd.DataFrame]:
-    return {
-        "roc": curves.tabulate_roc(pixels),
-        "pr": curves.tabulate_pr(pixels),
-        "pro": curves.tabulate_pro(pixels, limit),
-        "image_roc": curves.tabulate_roc(images),
-        "image_pr": curves.tabulate_pr(images),
-    }

@@ -148,30 +148,21 @@ def gather_anomalous(images: LabeledMaps) -> tuple[AnomalousPixels, Bools]:
     return AnomalousPixels(score[order], region[order], area, image), known
 
 
-@dataclass(frozen=True)
-class NormalCounts:
-    """Normal pixels at K falling thresholds: those that reach it, those above it; and all."""
+def count_reaching(thresholds: Scores, runs: Iterable[Scores]) -> Indices:
+    """Count the values of many arrays at strictly falling thresholds, shape (K,), exactly.
 
-    reaching: Indices
-    above: Indices
-    total: int
-
-    def __add__(self, other: NormalCounts) -> NormalCounts:
-        """Counts of two disjoint sets of pixels at the same thresholds."""
-        reaching, above = self.reaching + other.reaching, self.above + other.above
-        return NormalCounts(reaching, above, self.total + other.total)
-
-
-def count_reaching(thresholds: Scores, runs: Iterable[Scores]) -> NormalCounts:
-    """Count the values of many arrays at strictly falling thresholds, shape (K,), exactly."""
+    Returns:
+        Values that reach each threshold, and values above it, shape (2, K + 1); the last column
+        counts all values.
+    """
     rising = np.append(np.float32(-np.inf), thresholds[::-1])
     highest, tied = np.zeros((2, len(rising)), np.int64)
     for values in runs:
         index = np.searchsorted(rising, values, side="right") - 1  # highest threshold reached
         highest += np.bincount(index, minlength=len(rising))
         tied += np.bincount(index[rising[index] == values], minlength=len(rising))
-    reaching = np.cumsum(highest[::-1])  # the last, at -inf, is the number of all values
-    return NormalCounts(reaching[:-1], reaching[:-1] - tied[:0:-1], int(reaching[-1]))
+    reaching = np.cumsum(highest[::-1])
+    return np.stack([reaching, reaching - tied[::-1]])
 
 
 @dataclass
@@ -194,10 +185,6 @@ class ImageCounts:
     def empty(cls, edge: Scores, images: int) -> ImageCounts:
         """Counts of 0."""
         return cls(edge, np.zeros((images, len(edge))), np.zeros(images), np.zeros(images))
-
-    def reaching(self, edge: np.float32) -> Floats:
-        """Normal pixels of each image that reach one of the edges, shape (n,)."""
-        return self.normal[:, int(np.flatnonzero(self.edge == edge)[0])]
 
 
 def choose_edges(anomalous: AnomalousPixels, threshold: float | None) -> Scores:
@@ -230,8 +217,8 @@ def just_above(threshold: float) -> np.float32:
 
 def count_normal(
     images: LabeledMaps, chosen: Bools, thresholds: Scores, counts: ImageCounts
-) -> NormalCounts:
-    """Count the normal pixels of the images that are True in `chosen`, at falling thresholds, (K,).
+) -> Indices:
+    """Count the normal pixels of the images that are True in `chosen`, as `count_reaching` does.
 
     Each image's own counts are written to `counts` on the way.
     """
@@ -248,7 +235,7 @@ def count_normal(
     return count_reaching(thresholds, sorted_normals())
 
 
-def trace_pixels(anomalous: AnomalousPixels, thresholds: Scores, normal: NormalCounts) -> Curve:
+def trace_pixels(anomalous: AnomalousPixels, thresholds: Scores, normal: Indices) -> Curve:
     """Build the curve of anomalous pixels, all or some, against normal pixels.
 
     The normal pixels are counted at falling thresholds, of which every anomalous score is one.
@@ -257,13 +244,12 @@ def trace_pixels(anomalous: AnomalousPixels, thresholds: Scores, normal: NormalC
     score = anomalous.score[last]
     at = len(thresholds) - 1 - np.searchsorted(thresholds[::-1], score)
     regions = int(np.count_nonzero(anomalous.area))
-    found = np.cumsum(anomalous.weight)[last]
     return Curve(
         threshold=score,
         tp=last + 1,
-        fp=normal.reaching[at],
-        fp_above=normal.above[at],
+        fp=normal[0, at],
+        fp_above=normal[1, at],
         positives=np.asarray(len(anomalous.score)),
-        negatives=np.asarray(normal.total),
-        overlap=np.minimum(found / max(regions, 1), 1.0),
+        negatives=normal[0, -1],
+        overlap=np.minimum(np.cumsum(anomalous.weight)[last] / max(regions, 1), 1.0),
     )
