@@ -12,10 +12,13 @@ import logging
 import shutil
 import zipfile
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 import almrr_pipeline
 from almrr_pipeline.common.files import hash_file, write_atomically
@@ -57,20 +60,37 @@ class CheckpointFolder:
     def __init__(self, scratch: Path, key: str) -> None:
         self.path = scratch / key
         self.key = key
+        self._thread = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
 
-    def save(self, step: int, parts: Mapping[str, Any]) -> Path:
+    def save(self, step: int, parts: Mapping[str, Any], *, background: bool = False) -> Path:
         """Write the parts' states after `step` steps, and remove all but the newest checkpoints.
 
-        Parts are a model, an optimizer ..., each with `state_dict` and `load_state_dict`.
+        Parts are a model, an optimizer ..., each with `state_dict` and `load_state_dict`. In the
+        background a copy of the states is written, so that a GPU goes on; see `wait`.
         """
-        content = {name: part.state_dict() for name, part in parts.items()}
+        self.wait()
+        content: Any = {name: part.state_dict() for name, part in parts.items()}
+        content |= {"fingerprint": self.key, "step": step}
         path = self.path / f"step_{step:09d}.ckpt"
+        if background:
+            self._writing = self._thread.submit(self._write, _copy_to_host(content), path)
+        else:
+            self._write(content, path)
+        return path
+
+    def wait(self) -> None:
+        """Wait for the checkpoint that is written in the background; raises what that raised."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def _write(self, content: dict[str, Any], path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with write_atomically(path) as partial:
-            torch.save({"fingerprint": self.key, "step": step, **content}, partial)
+            torch.save(content, partial)
         for old in set(self.path.iterdir()) - set(self._all()[:KEPT]):
             old.unlink(missing_ok=True)  # also what a killed process left half-written
-        return path
 
     def restore(self, path: Path, parts: Mapping[str, Any]) -> int:
         """Load the parts' states from a checkpoint that `newest` chose; returns its step."""
@@ -108,3 +128,13 @@ class CheckpointFolder:
         except Exception as error:  # reading damaged bytes may raise anything
             return f"it cannot be read ({error})"
         return None if key == self.key else "it belongs to other parameters, data or code"
+
+
+def _copy_to_host(content: dict[str, Any]) -> dict[str, Any]:
+    """The same with copies of all tensors in main memory, page-locked if they come from a GPU."""
+    copied: dict[str, Any] = tree_map_only(
+        Tensor, lambda one: one.to("cpu", non_blocking=True, copy=True), content
+    )
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.current_stream().synchronize()
+    return copied

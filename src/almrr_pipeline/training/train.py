@@ -116,7 +116,9 @@ def fit(
                 if stopping or step % settings.checkpoint_every == 0 or step == settings.steps:
                     history.check(step)
                     if fabric.is_global_zero:
-                        folder.save(step, parts)
+                        folder.save(step, parts, background=fabric.device.type == "cuda")
+                        if stopping or step == settings.steps:
+                            folder.wait()
                     fabric.barrier("checkpoint")
                 if stopping:
                     raise TrainingInterrupted(f"SIGTERM: stopped after step {step}.")

@@ -8,8 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from almrr_pipeline.model.kernels.scan.reference import without_autocast
-
 
 def resize_bilinear(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear resize with align_corners=True: (B, C, n, m) -> (B, C, *size), in the dtype of x.
@@ -26,7 +24,7 @@ def resize_bilinear(x: Tensor, size: tuple[int, int]) -> Tensor:
         make(length, target, x.device, x.dtype)
         for length, target in zip(x.shape[2:], size, strict=True)
     )
-    with without_autocast(x):  # float32, such as probabilities, stays float32
+    with torch.autocast("cuda", enabled=False):  # float32, such as probabilities, stays float32
         return apply_separably(x, rows, columns)
 
 
