@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ Result = tuple[ImageArray, MaskArray | None, AnomalyMap]
 """An image, its ground truth if there is one, and its anomaly map."""
 
 _INDEX = "examples.csv"
+_VERDICTS: dict[object, bool] = {True: True, "True": True, False: False, "False": False}
+"""What a cell of the column is_anomalous may hold, also of a CSV file; others are no verdict."""
 
 
 @dataclass(frozen=True)
@@ -63,16 +66,16 @@ def choose_examples(scores: pd.DataFrame, count: int) -> dict[ExampleKind, pd.Da
     ranked = _rank_images(scores)
     best = ranked[ranked.defective & ~ranked.wrong]
     best = best.sort_values("clarity", ascending=False, kind="stable")
-    best = best.head(min(count, _third(int(ranked.defective.sum()))))
-    worst = _take_worst(ranked.drop(index=best.index), min(count, _third(len(ranked))))
+    best = best.head(min(count, math.ceil(ranked.defective.sum() / 3)))
+    worst = _take_worst(ranked.drop(index=best.index), min(count, math.ceil(len(ranked) / 3)))
     typical = _take_typical(ranked, best.index.union(worst.index), count)
-    chosen: dict[ExampleKind, pd.DataFrame] = {"best": best, "typical": typical, "worst": worst}
-    return {kind: rows[list(scores.columns)] for kind, rows in chosen.items()}
+    columns = list(scores.columns)
+    return {"best": best[columns], "typical": typical[columns], "worst": worst[columns]}
 
 
 def caption_example(row: pd.Series) -> str:
     """Return the caption of an image: file name, defect type, score, outcome, pixel AP."""
-    verdict = _read_verdict(row.get("is_anomalous"))
+    verdict = _VERDICTS.get(row.get("is_anomalous"))
     outcomes = {True: ("false positive", "found"), False: ("passed", "missed")}
     words = [str(row["image"]).rsplit("/", 1)[-1], str(row.get("defect_type", row["label"]))]
     words.append(f"score {row['score']:.3f}")
@@ -105,13 +108,10 @@ def draw_examples(
 
 def pack_examples(overlays: Iterable[Overlay]) -> dict[str, bytes]:
     """Return files by name: an image per overlay, and the index that `read_examples` reads."""
-    files: dict[str, bytes] = {}
-    rows = []
-    for number, overlay in enumerate(overlays, start=1):
-        name = f"{number:02d}_{overlay.kind}.webp"
-        files[name] = overlay.image
-        rows.append({"file": name, "kind": overlay.kind, "caption": overlay.caption})
+    named = {f"{k:02d}_{overlay.kind}.webp": overlay for k, overlay in enumerate(overlays, start=1)}
+    rows = [(name, overlay.kind, overlay.caption) for name, overlay in named.items()]
     index = pd.DataFrame(rows, columns=["file", "kind", "caption"])
+    files = {name: overlay.image for name, overlay in named.items()}
     return files | {_INDEX: index.to_csv(index=False, lineterminator="\n").encode()}
 
 
@@ -133,18 +133,6 @@ def read_examples(folder: Path) -> list[Overlay]:
     return [Overlay(kind, caption, (folder / file).read_bytes()) for kind, caption, file in rows]
 
 
-def _read_verdict(value: object) -> bool | None:
-    """A cell of the column is_anomalous, also of a CSV file; None where it is empty."""
-    if isinstance(value, str):
-        return value == "True" if value else None
-    return None if pd.isna(value) else bool(value)  # type: ignore[call-overload]
-
-
-def _third(images: int) -> int:
-    """A third, rounded up: the most that one kind may take of few images."""
-    return -(-images // 3)
-
-
 def _rank_images(scores: pd.DataFrame) -> pd.DataFrame:
     """Sort by name; add how clearly each defect was found and whether the verdict was wrong."""
     ranked = scores.sort_values("image", kind="stable").reset_index(drop=True)
@@ -152,9 +140,9 @@ def _rank_images(scores: pd.DataFrame) -> pd.DataFrame:
     columns = [name for name in ("score", "pixel_ap") if name in ranked]
     ranks = ranked.loc[ranked.defective, columns].astype(float).rank(pct=True, method="min")
     ranked["clarity"] = ranks.mean(axis=1)
-    verdicts = map(_read_verdict, ranked.get("is_anomalous", [None] * len(ranked)))
+    verdicts = ranked.get("is_anomalous", [None] * len(ranked))
     ranked["wrong"] = [
-        verdict is not None and verdict != defective
+        _VERDICTS.get(verdict, defective) != defective
         for verdict, defective in zip(verdicts, ranked.defective, strict=True)
     ]
     return ranked
@@ -164,10 +152,10 @@ def _take_worst(ranked: pd.DataFrame, count: int) -> pd.DataFrame:
     """Errors first, then the nearest to one; defective and normal images in turn within each."""
     defective = ranked[ranked.defective].sort_values("clarity", kind="stable")
     normal = ranked[~ranked.defective].sort_values("score", ascending=False, kind="stable")
-    sides = [side.assign(place=side.groupby("wrong").cumcount()) for side in (defective, normal)]
-    order = pd.concat(sides)
-    order = order.assign(right=~order["wrong"], normal=~order["defective"])
-    return order.sort_values(["right", "place", "normal"], kind="stable").head(count)
+    order = pd.concat([defective, normal])
+    order["place"] = order.groupby(["defective", "wrong"]).cumcount()
+    order = order.sort_values(["wrong", "place", "defective"], ascending=[False, True, False])
+    return order.head(count)
 
 
 def _take_typical(ranked: pd.DataFrame, taken: pd.Index, count: int) -> pd.DataFrame:
@@ -180,6 +168,5 @@ def _take_typical(ranked: pd.DataFrame, taken: pd.Index, count: int) -> pd.DataF
 
 def _nearest_median(rows: pd.DataFrame, column: str, taken: pd.Index, count: int) -> pd.DataFrame:
     distance = (rows[column] - rows[column].median()).abs()
-    distance = distance.round(9)  # a tie stays one despite rounding errors
-    distance = distance.drop(index=taken, errors="ignore")
+    distance = distance.round(9).drop(index=taken, errors="ignore")  # rounding errors end no tie
     return rows.loc[distance.sort_values(kind="stable").index[:count]]

@@ -36,53 +36,30 @@ _FIGURES: Sequence[tuple[str, str, charts.CurveKind]] = (
 
 @dataclass(frozen=True)
 class CategoryReport:
-    """Results of one category and seed.
+    """Results of one category and seed; metrics are the content of metrics.json."""
 
-    Attributes:
-        category: id, such as sample_brick.
-        seed: of the training.
-        metrics: content of metrics.json.
-        history: training history: step, loss, reconstruction, refinement, learning_rate.
-        scores: a row per test image: image, label, defect_type, score, is_anomalous.
-        curves: by name: of pixels roc (fpr, tpr), pr (recall, precision) and pro (fpr, pro), of
-            images image_roc and image_pr; missing or without rows where undefined.
-        overlays: drawn examples.
-        training_images: number of normal images that were trained on; None if unknown.
-        validation_images: number of normal images for the thresholds.
-        has_validation: whether these are the dataset's own validation images.
-        license: origin and license of the images, and what to cite.
-    """
-
-    category: str
-    seed: int
+    category: str  # id, such as sample_brick
+    seed: int  # of the training
     metrics: tables.Metrics
-    history: pd.DataFrame
-    scores: pd.DataFrame
-    curves: Mapping[str, pd.DataFrame]
-    overlays: Sequence[Overlay] = ()
-    training_images: int | None = None
-    validation_images: int | None = None
-    has_validation: bool = False
-    license: str = ""
+    history: pd.DataFrame  # step, loss, reconstruction, refinement, learning_rate
+    scores: pd.DataFrame  # a row per test image, as evaluation.maps.tabulate_scores gives them
+    curves: Mapping[str, pd.DataFrame]  # as in Evaluation; missing or without rows if undefined
+    overlays: Sequence[Overlay] = ()  # drawn examples
+    training_images: int | None = None  # normal images that were trained on; None if unknown
+    validation_images: int | None = None  # normal images for the thresholds
+    has_validation: bool = False  # whether these are the dataset's own validation images
+    license: str = ""  # origin and license of the images, and what to cite
 
 
 @dataclass(frozen=True)
 class Report:
-    """Content of the page.
-
-    Attributes:
-        parameters: of the run; title and suite are taken from here.
-        categories: results of each category and seed, in the order of the page.
-        summary: means and stds as `evaluation.summary.summarize` returns them.
-        versions: by package.
-        commit: "HASH" or "HASH with changes"; None where there is no repository.
-    """
+    """Content of the page; title and suite are taken from the run's parameters."""
 
     parameters: Parameters
-    categories: Sequence[CategoryReport]
-    summary: tables.Metrics
-    versions: Mapping[str, str] = field(default_factory=dict)
-    commit: str | None = None
+    categories: Sequence[CategoryReport]  # of each category and seed, in the order of the page
+    summary: tables.Metrics  # means and stds, as evaluation.summary.summarize returns them
+    versions: Mapping[str, str] = field(default_factory=dict)  # by package
+    commit: str | None = None  # "HASH" or "HASH with changes"; None where there is no repository
 
 
 def render_report(report: Report) -> str:
@@ -94,36 +71,34 @@ def render_report(report: Report) -> str:
     for run in report.categories:
         categories.setdefault(run.category, run)
     training = {name: (c.training_images, c.validation_images) for name, c in categories.items()}
+    first_metrics = {name: first.metrics for name, first in categories.items()}
     commit = re.fullmatch(r"([0-9a-f]{7,64})(.*)", report.commit or "", re.DOTALL)
     names = tables.list_metrics(list(metrics.values()))
-    template = _environment().get_template("report.html.j2")
-    return template.render(
-        title=report.parameters.report.title,
-        parameters=report.parameters,
-        headlines=_list_headlines(report),
-        results=tables.tabulate_results(metrics, report.summary, links=links),
-        seeds=tables.tabulate_seeds(report.summary),
-        oracle=tables.tabulate_oracle(metrics),
-        protocols=[
-            (name, report.parameters.for_category(name), first.has_validation)
-            for name, first in categories.items()
-        ],
-        counts=tables.tabulate_counts(
-            training, {name: first.metrics for name, first in categories.items()}
-        ),
-        thresholds=tables.tabulate_thresholds(metrics),
-        curves=_draw_curves(runs),
-        runs=[_show_run(label, run) | {"link": links[label]} for label, run in runs.items()],
-        definitions=[(_name_metric(n), tables.describe_metric(n).meaning) for n in names],
-        dump=_dump_parameters(report.parameters),
-        versions=report.versions,
-        commit=commit and commit[1],
-        is_changed=bool(commit and commit[2]),
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            title=report.parameters.report.title,
+            parameters=report.parameters,
+            headlines=_list_headlines(report),
+            results=tables.tabulate_results(metrics, report.summary, links=links),
+            seeds=tables.tabulate_seeds(report.summary),
+            oracle=tables.tabulate_oracle(metrics),
+            protocols=[
+                (name, report.parameters.for_category(name), first.has_validation)
+                for name, first in categories.items()
+            ],
+            counts=tables.tabulate_counts(training, first_metrics),
+            thresholds=tables.tabulate_thresholds(metrics),
+            curves=_draw_curves(runs),
+            runs=[_show_run(label, run) | {"link": links[label]} for label, run in runs.items()],
+            definitions=[(_name_metric(n), tables.describe_metric(n).meaning) for n in names],
+            dump=_dump_parameters(report.parameters),
+            versions=report.versions,
+            commit=commit and commit[1],
+            is_changed=bool(commit and commit[2]),
+        )
     )
-
-
-_Headline = tuple[str, str, str]
-"""A number that opens the page or a category: name, value, small print."""
 
 
 @cache
@@ -142,27 +117,28 @@ def _label(run: CategoryReport, report: Report) -> str:
     return f"{run.category}, seed {run.seed}" if len(seeds) > 1 else run.category
 
 
-def _list_headlines(report: Report) -> list[_Headline]:
-    """Means over the categories; of one run, its metrics with their intervals."""
-    if len(report.categories) == 1:
-        return _list_run_headlines(report.categories[0].metrics)
-    count = len({run.category for run in report.categories})
+def _list_headlines(report: Report) -> list[tuple[str, str, str]]:
+    """Name, value and small print of the opening metrics: means over the runs, if there are two."""
+    runs, summary = report.categories, report.summary
+    if len(runs) == 1:
+        return _list_run_headlines(runs[0].metrics)
+    count = len({run.category for run in runs})
     headlines = []
-    for name in _headline_names([run.metrics for run in report.categories]):
-        value, few = tables.average_metric(report.summary, name)
-        small = f"mean of {few or f'{count} of {count}'} categories"
-        if count == 1:
-            small = f"mean of {len(report.categories)} seeds"
-        headlines.append((_name_metric(name), value, small))
+    for name in _headline_names([run.metrics for run in runs]):
+        value, few = tables.average_metric(summary, name)
+        over = f"{few or f'{count} of {count}'} categories" if count > 1 else f"{len(runs)} seeds"
+        headlines.append((_name_metric(name), value, f"mean of {over}"))
     return headlines
 
 
-def _list_run_headlines(metrics: tables.Metrics) -> list[_Headline]:
+def _list_run_headlines(metrics: tables.Metrics) -> list[tuple[str, str, str]]:
+    """Name, value, and interval or reason why there is no value, of one run's opening metrics."""
+    reasons = metrics.get("undefined", {})
     return [
         (
             _name_metric(name),
             tables.format_metric(metrics.get(name)),
-            tables.format_interval(metrics, name) or metrics.get("undefined", {}).get(name, ""),
+            tables.format_interval(metrics, name) or reasons.get(name, ""),
         )
         for name in _headline_names([metrics])
     ]
@@ -170,8 +146,7 @@ def _list_run_headlines(metrics: tables.Metrics) -> list[_Headline]:
 
 def _headline_names(metrics: Sequence[tables.Metrics]) -> list[str]:
     """Names of the opening metrics, and of the first region metric if there is one."""
-    names = tables.list_metrics(metrics)
-    regions = [name for name in names if tables.describe_metric(name).group == "regions"]
+    regions = [name for name in tables.list_metrics(metrics) if name.startswith("aupro")]
     return [*_HEADLINES, *regions[:1]]
 
 
@@ -229,8 +204,8 @@ def _embed(overlay: Overlay) -> dict[str, Any]:
 def _dump_parameters(parameters: Parameters) -> list[tuple[str, str]]:
     """Sections of the redacted parameters, general ones first, a line per value."""
     values = parameters.redacted()
-    sections = {"general": {k: v for k, v in values.items() if not isinstance(v, dict)}}
-    sections |= {name: value for name, value in values.items() if isinstance(value, dict)}
+    general = {name: value for name, value in values.items() if not isinstance(value, dict)}
+    sections = {"general": general} | {name: values[name] for name in values if name not in general}
     return [
         (name, "\n".join(f"{k}: {json.dumps(v, ensure_ascii=False)}" for k, v in section.items()))
         for name, section in sections.items()
