@@ -19,6 +19,7 @@ import numpy.typing as npt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.rcsetup import cycler
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from almrr_pipeline.common.arrays import Floats
@@ -35,12 +36,7 @@ _CURVES: Mapping[CurveKind, tuple[str, str, str, str]] = {
 _SERIES = (
     "#0072b2", "#d55e00", "#009e73", "#b4478e", "#a07800", "#3d8fc4", "#6b5bd2", "#5f6b6d",
 )  # fmt: skip
-_DASHES: Sequence[Any] = (
-    "-",
-    (0, (6, 3)),
-    (0, (2, 2.5)),
-    (0, (8, 3, 2, 3)),
-)  # one for each round of the palette
+_DASHES: Sequence[Any] = ("-", (0, (6, 3)), (0, (2, 2.5)), (0, (8, 3, 2, 3)))  # a palette's round
 _INK, _MUTED, _GRID = "#1e232b", "#667080", "#d9dce2"
 _VARIABLES = {_INK: "--ink", _MUTED: "--muted", _GRID: "--grid"} | {
     color: f"--series-{number}" for number, color in enumerate(_SERIES, start=1)
@@ -55,6 +51,11 @@ _STYLE: dict[Any, Any] = {
     "axes.labelcolor": _MUTED,
     "axes.grid": True,
     "axes.axisbelow": True,
+    "axes.prop_cycle": cycler(color=_SERIES),  # "C0", "C1", ... are taken from it, around
+    "legend.borderpad": 0,
+    "legend.borderaxespad": 0,
+    "legend.columnspacing": 1.1,
+    "legend.frameon": False,
     "grid.color": _GRID,
     "xtick.labelcolor": _MUTED,
     "ytick.labelcolor": _MUTED,
@@ -65,6 +66,7 @@ _STYLE: dict[Any, Any] = {
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 20, 10, 42  # margins around the axes, in pixels
 _LEGEND_ROW = 15.4  # pixels, of matplotlib's legends in this font size
 _CHARACTER = 6.6  # mean width of a character of the legend, in pixels
+_TITLE = "title:"  # identifiers of matplotlib's artists that become tooltips begin with it
 _COLUMNS = 240  # groups of steps that a loss curve is summed up in: about two pixels each
 _BINS = 32  # of the histogram of scores
 
@@ -95,7 +97,7 @@ def draw_curves(
                 _need_columns(points, (x_name, y_name), f"The {kind} curve of {name}")
                 dash = _DASHES[place // len(_SERIES) % len(_DASHES)]
                 x, y = np.clip(points[x_name], 0.0, right), np.clip(points[y_name], 0.0, 1.0)
-                _plot(axes, x, y, _color(place), name, linestyle=dash)
+                _plot(axes, x, y, f"C{place}", name, linestyle=dash)
         return _to_svg(axes, title, width=360, height=300)
 
 
@@ -122,13 +124,12 @@ def draw_losses(history: pd.DataFrame, *, title: str) -> str:
         for place, name in enumerate(names):
             usable = drawn[:, place]
             value = np.clip(values[usable, place], *limits)
-            _plot_band(axes, steps[usable], value, last, _color(place), name)
+            _plot_band(axes, steps[usable], value, last, f"C{place}", name)
         rate = history.get("learning_rate", pd.Series(dtype=float)).to_numpy(np.float64)
         if (top := np.nanmax(rate, initial=0.0)) > 0:
             style = {"label": f"learning rate, up to {top:.2g}", "linestyle": _DASHES[2]}
-            over_height = axes.get_xaxis_transform()  # y from 0 to 1 over the axes' height
-            style |= {"linewidth": 1.0, "transform": over_height}
-            _plot(axes, steps, rate / top, _MUTED, "learning rate", **style)
+            style["transform"] = axes.get_xaxis_transform()  # y from 0 to 1 over the axes' height
+            _plot(axes, steps, rate / top, _MUTED, "learning rate", linewidth=1.0, **style)
         return _to_svg(axes, title, width=480, height=300)
 
 
@@ -156,19 +157,19 @@ def draw_scores(scores: pd.DataFrame, *, threshold: float | None, title: str) ->
         percent[label] = 100 * counts / max(1, counts.sum())
     top = 1.05 * (max(bars.max() for bars in percent.values()) or 100.0)
     with matplotlib.rc_context(_STYLE):
-        limits = (edges[0], edges[-1]), (0.0, top)
-        axes = _frame(*limits, "anomaly score", "fraction of its class, %")
+        x_limits = (edges[0], edges[-1])
+        axes = _frame(x_limits, (0.0, top), "anomaly score", "fraction of its class, %")
         for place, (label, bars) in enumerate(percent.items()):
             if bars.any():
                 axes.stairs(
                     np.where(bars > 0, bars, np.nan),  # empty bins have no outline
                     edges,
                     fill=True,
-                    facecolor=(_color(place), 0.28),
-                    edgecolor=_color(place),
+                    facecolor=(f"C{place}", 0.28),
+                    edgecolor=f"C{place}",
                     linewidth=1.2,
                     label=f"{label} ({(scores['label'] == label).sum()})",
-                    gid=_titled(label),
+                    gid=_TITLE + label,
                 )
         if threshold is not None:
             style = {"label": f"threshold {threshold:.3g}", "linestyle": (0, (5, 3))}
@@ -185,15 +186,6 @@ def _need_columns(table: pd.DataFrame, names: Sequence[str], what: str) -> None:
         )
 
 
-def _color(place: int) -> str:
-    return _SERIES[place % len(_SERIES)]
-
-
-def _titled(name: str) -> str:
-    """Identifier of a matplotlib artist that `_to_svg` turns into a tooltip."""
-    return f"title:{name}"
-
-
 def _log_limits(values: Floats) -> tuple[float, float]:
     """Ends of a logarithmic axis: 1, 2 or 5 times a power of ten on both sides of the values."""
     steps = np.outer(10.0 ** np.arange(-12, 13), (1, 2, 5)).ravel()
@@ -206,15 +198,14 @@ def _frame(
     x: tuple[float, float], y: tuple[float, float], x_label: str, y_label: str, *, log: bool = False
 ) -> Axes:
     axes = Figure(frameon=False).add_axes((0, 0, 1, 1), frameon=False)
+    axes.set_yscale("log" if log else "linear")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+        axis.set_major_formatter("{x:.6g}")
     if log:
         subs = (1.0, 2.0, 5.0) if y[1] / y[0] < 1e3 else (1.0,)
-        axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=8))
         axes.yaxis.set_minor_locator(NullLocator())
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter("{x:.6g}")
     axes.set(xlim=x, ylim=y, xlabel=x_label, ylabel=y_label)
     return axes
 
@@ -224,7 +215,7 @@ def _plot(
 ) -> None:
     """Plot a line with its name as tooltip, and as label of the legend if there is no other."""
     options: dict[str, Any] = {"label": name, "linewidth": 1.8, **style}
-    axes.plot(x, y, color=color, gid=_titled(name), **options)
+    axes.plot(x, y, color=color, gid=_TITLE + name, **options)
 
 
 def _plot_band(
@@ -252,18 +243,9 @@ def _to_svg(axes: Axes, title: str, *, width: int, height: int) -> str:
     figure = axes.get_figure(root=True)
     assert figure is not None
     figure.set_size_inches(width / 72, total / 72)  # SVG has 72 pixels per inch
-    spacing: dict[str, Any] = {
-        "borderpad": 0,
-        "borderaxespad": 0,
-        "columnspacing": 1.1,
-        "frameon": False,
-    }
-    below = (place[0], 1 - height / total)
-    figure.legend(
-        handles, labels, loc="upper left", bbox_to_anchor=below, ncols=max(columns, 1), **spacing
-    )
-    stream = io.BytesIO()
-    unnamed = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    corner = (place[0], 1 - height / total)
+    figure.legend(handles, labels, loc="upper left", bbox_to_anchor=corner, ncols=max(columns, 1))
+    stream, unnamed = io.BytesIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(stream, format="svg", metadata=unnamed)
     root = ElementTree.fromstring(stream.getvalue())
     for element in list(root.iter()):
@@ -293,17 +275,13 @@ def _make_inline(element: ElementTree.Element) -> None:
         element.text = None
     attributes.pop("clip-path", None)  # data are within the limits
     name = attributes.pop("id", "")
-    if name.startswith(_titled("")):
-        ElementTree.SubElement(element, "title").text = name.removeprefix(_titled(""))
+    if name.startswith(_TITLE):
+        ElementTree.SubElement(element, "title").text = name.removeprefix(_TITLE)
     for key in attributes.keys() & {"d", "x", "y", "transform"}:
         short = re.sub(r"-?\d+\.\d+", lambda found: f"{float(found[0]):.1f}", attributes[key])
         attributes[key] = re.sub(r"\.0\b|(?<=[MLz]) | +(?=[MLz ]|$)", "", short)
     if "style" in attributes:
-        themed = re.sub(r"#[0-9a-f]{6}", _themed, attributes["style"])
+        themed = attributes["style"]
+        for color, variable in _VARIABLES.items():  # follows the page's theme
+            themed = themed.replace(color, f"var({variable},{color})")
         attributes["style"] = re.sub(r"([:;,]) ", r"\1", themed)
-
-
-def _themed(color: re.Match[str]) -> str:
-    """Color as the page's variable, which follows its theme; others as they are."""
-    name = _VARIABLES.get(color[0])
-    return f"var({name},{color[0]})" if name else color[0]
