@@ -27,8 +27,7 @@ does not depend on its order of summation."""
 def draw_weights(labels: Bools, resamplings: int, generator: np.random.Generator) -> Indices:
     """Draw images with replacement, normal and defective ones (True in `labels`) separately.
 
-    Returns:
-        How often each of n images was drawn in each of B resamplings, shape (B, n).
+    How often each of n images was drawn in each of B resamplings is returned, shape (B, n).
     """
     weights = np.zeros((resamplings, len(labels)), dtype=np.int64)
     for stratum in (~labels, labels):
@@ -60,10 +59,7 @@ def resample_pixels(
     even steps of recall and of overlap, between which normal and anomalous pixels are taken as
     evenly mixed; this moves a metric by less than 1e-3.
 
-    Args:
-        counts: normal pixels of n images at E thresholds (edges).
-        anomalous: anomalous pixels of the same images.
-        weights: how often each image was drawn, shape (B, n).
+    Both counts are of the same n images; weights say how often each was drawn, shape (B, n).
     """
     shape = counts.normal.shape
     step = shape[1] - np.searchsorted(counts.edge[::-1], anomalous.score, side="right")

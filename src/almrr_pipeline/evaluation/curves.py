@@ -33,41 +33,29 @@ CURVE_POINTS = 1000
 
 @dataclass(frozen=True)
 class Curve:
-    """Counts at K falling thresholds; leading axes, if any, are resamplings.
+    """Counts at K falling thresholds; leading axes, if any, are resamplings."""
 
-    Attributes:
-        threshold: scores, strictly falling, shape (K,).
-        tp: true positives: positives whose score is at least the threshold, shape (..., K).
-        fp: false positives: negatives whose score is at least the threshold, shape (..., K).
-        fp_above: false positives just before the next positive is reached, shape (..., K); the
-            negatives whose score is above the threshold.
-        positives: number of positives, shape (...).
-        negatives: number of negatives, shape (...).
-        overlap: mean over the anomalous regions of the fraction of the region that is at least the
-            threshold, in [0, 1], shape (..., K); None unless the units are pixels.
-    """
-
-    threshold: npt.NDArray[np.floating]
-    tp: Counts
-    fp: Counts
-    fp_above: Counts
-    positives: Counts
-    negatives: Counts
+    threshold: npt.NDArray[np.floating]  # scores, strictly falling, shape (K,)
+    tp: Counts  # positives whose score is at least the threshold, shape (..., K)
+    fp: Counts  # negatives whose score is at least the threshold, shape (..., K)
+    fp_above: Counts  # negatives whose score is above the threshold, shape (..., K)
+    positives: Counts  # number of positives, shape (...)
+    negatives: Counts  # number of negatives, shape (...)
     overlap: Floats | None = None
+    """Fraction of an anomalous region that is at least the threshold, in [0, 1], mean over the
+    regions, shape (..., K); None unless the units are pixels."""
 
 
 def trace_curve(
     scores: npt.NDArray[np.floating], labels: Bools, weights: Indices | None = None
 ) -> Curve:
-    """Build the curve of units that are all in memory, such as images.
+    """Build the curve, at the distinct scores, of units that are all in memory, such as images.
 
     Args:
         scores: finite, larger is more anomalous, shape (n,).
         labels: True for positives, shape (n,).
-        weights: how often each unit counts, a row per resampling, shape (B, n); once each if None.
-
-    Returns:
-        A curve at the distinct scores; its counts have the shape (K,), or (B, K) with weights.
+        weights: how often each unit counts in B resamplings, shape (B, n); once each if None. The
+            counts have the shape (B, K) with weights, (K,) without.
     """
     order = np.argsort(-scores, kind="stable")
     ranked, positive = scores[order], labels[order]
@@ -130,13 +118,7 @@ def aupro(curve: Curve, limit: float) -> Floats:
     The curve is piecewise linear: horizontal while only normal pixels are added, slanted where
     normal and anomalous pixels are tied. It is integrated exactly; the piece that crosses the limit
     is cut there.
-
-    Args:
-        curve: counts of pixels, with overlap; (..., K).
-        limit: largest false positive rate, in (0, 1].
-
-    Returns:
-        In [0, 1], shape (...); nan without normal pixels or regions.
+    In [0, 1], shape (...); nan without normal pixels or regions. The limit is in (0, 1].
     """
     assert curve.overlap is not None, "only pixels have regions"
     end = np.asarray(limit * curve.negatives)[..., None]
@@ -188,12 +170,9 @@ def tabulate_curves(curve: Curve | None, limit: float = 1.0) -> dict[str, pd.Dat
 
 
 def thin(x: Floats, y: Floats, points: int) -> npt.NDArray[np.intp]:
-    """Choose vertices of a polyline at even steps of its length |dx| + |dy|, both ends included.
+    """Choose at most `points` vertices of a polyline at even steps of its length |dx| + |dy|.
 
-    The chosen polyline deviates from the full one by at most length / (points - 1).
-
-    Returns:
-        Rising indices, at most `points` of them.
+    Both ends are among them; the chosen polyline deviates by at most length / (points - 1).
     """
     if len(x) <= points:
         return np.arange(len(x))

@@ -32,13 +32,11 @@ Metrics = dict[str, Any]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Result of one test set.
+    """Result of one test set; docs/metrics.md describes each metric.
 
-    Attributes:
-        metrics: the content of metrics.json; docs/metrics.md describes each entry.
-        curves: by name, at most 1000 rows each, none where undefined. Of pixels: `roc` (fpr, tpr,
-            threshold), `pr` (recall, precision, threshold), `pro` (fpr up to the largest limit,
-            pro). Of images: `image_roc`, `image_pr`.
+    The curves have at most 1000 rows each, none where undefined. Of pixels: `roc` (fpr, tpr,
+    threshold), `pr` (recall, precision, threshold), `pro` (fpr up to the largest limit, pro). Of
+    images: `image_roc`, `image_pr`.
     """
 
     metrics: Metrics
@@ -104,17 +102,11 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _CurveMetrics:
-    """Metrics of one set of images or pixels.
-
-    Attributes:
-        functions: how each metric is computed, by its key in metrics.json.
-        curve: None where the metrics are undefined.
-        reason: why they would be.
-    """
+    """Metrics of one set of images or pixels, by their keys in metrics.json."""
 
     functions: dict[str, Metric]
-    curve: Curve | None
-    reason: str
+    curve: Curve | None  # None where the metrics are undefined
+    reason: str  # why they would be
 
     def values(self) -> dict[str, float | None]:
         """Each metric, in [0, 1]; None where undefined."""

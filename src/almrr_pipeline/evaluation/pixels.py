@@ -45,16 +45,13 @@ class Indexed(Protocol[T_co]):
 class LabeledMaps:
     """Anomaly maps with their ground truth, read and checked one image at a time.
 
-    Attributes:
-        maps: float (H, W) each, finite; sizes may differ from image to image.
-        masks: bool (H, W) each, True where anomalous. None for a normal image: nothing is
-            anomalous. None for a defective image, or for all masks: the ground truth is unknown.
-        labels: True where the image is defective, shape (n,).
+    A mask that is None: nothing of a normal image is anomalous, the truth of a defective one is
+    unknown. If `masks` is None, all are.
     """
 
-    maps: Indexed[AnomalyMap]
-    masks: Indexed[MaskArray | None] | None
-    labels: Bools
+    maps: Indexed[AnomalyMap]  # float (H, W) each, finite; sizes may differ from image to image
+    masks: Indexed[MaskArray | None] | None  # bool (H, W) each, True where anomalous
+    labels: Bools  # True where the image is defective, shape (n,)
 
     def read(self, index: int) -> tuple[AnomalyMap, MaskArray | None]:
         """Anomaly map and mask, if any, of one image; AlmrrError if they are not as above."""
@@ -86,19 +83,12 @@ class LabeledMaps:
 
 @dataclass(frozen=True)
 class AnomalousPixels:
-    """All anomalous pixels of the test set, by falling score.
+    """All P anomalous pixels of the test set, by falling score, in R regions."""
 
-    Attributes:
-        score: float32, shape (P,).
-        region: index of each pixel's region, shape (P,).
-        area: pixels of each region, shape (R,).
-        image: index of each region's image, shape (R,).
-    """
-
-    score: Scores
-    region: npt.NDArray[np.uint32]
-    area: Indices
-    image: Indices
+    score: Scores  # shape (P,)
+    region: npt.NDArray[np.uint32]  # index of each pixel's region, shape (P,)
+    area: Indices  # pixels of each region, shape (R,)
+    image: Indices  # index of each region's image, shape (R,)
 
     @cached_property
     def weight(self) -> Floats:
@@ -151,9 +141,8 @@ def gather_anomalous(images: LabeledMaps) -> tuple[AnomalousPixels, Bools]:
 def count_reaching(thresholds: Scores, runs: Iterable[Scores]) -> Indices:
     """Count the values of many arrays at strictly falling thresholds, shape (K,), exactly.
 
-    Returns:
-        Values that reach each threshold, and values above it, shape (2, K + 1); the last column
-        counts all values.
+    Counts have the shape (2, K + 1): values that reach each threshold, values above it; and last
+    the number of all values, twice.
     """
     rising = np.append(np.float32(-np.inf), thresholds[::-1])
     highest, tied = np.zeros((2, len(rising)), np.int64)
@@ -167,19 +156,12 @@ def count_reaching(thresholds: Scores, runs: Iterable[Scores]) -> Indices:
 
 @dataclass
 class ImageCounts:
-    """Pixels of each image at E falling thresholds (edges), for resampling; float64 but the edges.
+    """Counts of n images at E falling thresholds (edges), for resampling."""
 
-    Attributes:
-        edge: falling scores, shape (E,).
-        normal: normal pixels that reach the edge, shape (n, E).
-        normals: normal pixels, shape (n,).
-        peak: maximum of the anomaly map, shape (n,).
-    """
-
-    edge: Scores
-    normal: Floats
-    normals: Floats
-    peak: Floats
+    edge: Scores  # shape (E,)
+    normal: Floats  # normal pixels that reach the edge, shape (n, E)
+    normals: Floats  # normal pixels, shape (n,)
+    peak: Floats  # maximum of the anomaly map, shape (n,)
 
     @classmethod
     def empty(cls, edge: Scores, images: int) -> ImageCounts:
@@ -194,8 +176,7 @@ def choose_edges(anomalous: AnomalousPixels, threshold: float | None) -> Scores:
     is taken evenly by pixels and half by overlap: a step between edges holds at most 1/1023 of the
     anomalous pixels and of the overlap, unless more are tied.
 
-    Returns:
-        Strictly falling, shape (E,), E at most 4097; `just_above(threshold)` is one of them.
+    They fall strictly, shape (E,), E at most 4097; `just_above(threshold)` is one of them.
     """
     chosen = last = anomalous.last_of_score()
     if len(last) > _EDGES:

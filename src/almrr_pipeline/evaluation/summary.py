@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-Numbers = dict[str, float | None]
-"""Metrics by name; None where undefined."""
+Numbers = dict[str, float | None]  # metrics by name; None where undefined
 
 
 def summarize(metrics: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str, Any]:
@@ -35,7 +35,9 @@ def summarize(metrics: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[st
     return {
         "mean": _aggregate(categories.values(), np.mean),
         "categories": categories,
-        "std": {name: _aggregate(of, _sample_std, least=2) for name, of in repeated.items()},
+        "std": {
+            name: _aggregate(of, partial(np.std, ddof=1), least=2) for name, of in repeated.items()
+        },
         "runs": runs,
     }
 
@@ -44,12 +46,8 @@ def _numbers(values: Mapping[str, Any]) -> Numbers:
     return {
         name: value
         for name, value in values.items()
-        if (value is None or isinstance(value, (int, float))) and not name.endswith("_threshold")
+        if isinstance(value, int | float | None) and not name.endswith("_threshold")
     }
-
-
-def _sample_std(values: list[float]) -> np.floating:
-    return np.std(values, ddof=1)
 
 
 def _aggregate(

@@ -24,20 +24,14 @@ from almrr_pipeline.common.errors import AlmrrError
 class Threshold:
     """Decision threshold: an image or pixel is anomalous where `score > value`.
 
-    Attributes:
-        value: None if there was no validation image.
-        rate: the requested false-alarm rate, in (0, 1).
-        normals: number of validation images.
-        guaranteed_rate: the rate that so many images can guarantee, larger than `rate` if they are
-            too few; None if nothing is guaranteed.
-        guarantee: what the threshold guarantees, as a sentence.
-        undefined: why there is no value; None if there is one.
+    Too few images guarantee a larger rate than the requested one. `guarantee` and `undefined`, why
+    there is no value, are sentences.
     """
 
-    value: float | None
-    rate: float
-    normals: int
-    guaranteed_rate: float | None
+    value: float | None  # None if there was no validation image
+    rate: float  # the requested false-alarm rate, in (0, 1)
+    normals: int  # number of validation images
+    guaranteed_rate: float | None  # None if nothing is guaranteed
     guarantee: str
     undefined: str | None = None
 

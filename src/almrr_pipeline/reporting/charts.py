@@ -2,7 +2,7 @@
 
 Colors are CSS variables of the page with fallbacks for a white one, and text takes the page's font,
 so that one drawing serves light and dark themes. Equal numbers give equal bytes: a drawing has no
-identifiers, no script and no time stamp.
+identifiers, no script and no time stamp. A column that is missing is an AlmrrError.
 """
 
 from __future__ import annotations
@@ -82,9 +82,6 @@ def draw_curves(
             keep their colors, so that a category looks the same in every figure.
         title: what the drawing shows, for screen readers.
         limit: right end of the false positive rate; 1 if None.
-
-    Raises:
-        AlmrrError: a column is missing.
     """
     x_name, y_name, x_label, y_label = _CURVES[kind]
     right = 1.0 if limit is None else limit
@@ -110,9 +107,6 @@ def draw_losses(history: pd.DataFrame, *, title: str) -> str:
     Args:
         history: columns step, loss, and where they exist reconstruction, refinement, learning_rate.
         title: what the drawing shows, for screen readers.
-
-    Raises:
-        AlmrrError: a column is missing.
     """
     _need_columns(history, ("step", "loss"), "The training history")
     names = [name for name in ("loss", "reconstruction", "refinement") if name in history]
@@ -142,9 +136,6 @@ def draw_scores(scores: pd.DataFrame, *, threshold: float | None, title: str) ->
         scores: columns label (normal | defective) and score.
         threshold: image threshold; None draws no line.
         title: what the drawing shows, for screen readers.
-
-    Raises:
-        AlmrrError: a column is missing.
     """
     _need_columns(scores, ("label", "score"), "The table of scores")
     finite = scores[np.isfinite(scores["score"].astype(float))]

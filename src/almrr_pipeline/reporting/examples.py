@@ -53,10 +53,8 @@ def choose_examples(scores: pd.DataFrame, count: int) -> dict[ExampleKind, pd.Da
         count: images of each kind.
 
     Returns:
-        The chosen rows by kind, in the order in which they are to be shown.
-
-    Raises:
-        AlmrrError: a column is missing.
+        The chosen rows by kind, in the order in which they are to be shown. A missing column is an
+        AlmrrError.
     """
     missing = sorted({"image", "label", "score"} - set(scores.columns))
     if missing:
@@ -116,11 +114,7 @@ def pack_examples(overlays: Iterable[Overlay]) -> dict[str, bytes]:
 
 
 def read_examples(folder: Path) -> list[Overlay]:
-    """Read a folder with the files of `pack_examples`.
-
-    Raises:
-        AlmrrError: the index is missing or names an unknown kind.
-    """
+    """Read the files of `pack_examples`; AlmrrError without an index or for an unknown kind."""
     if not (folder / _INDEX).is_file():
         raise AlmrrError(f"There is no {_INDEX} in {folder}; evaluate the category again.")
     index = pd.read_csv(folder / _INDEX, keep_default_na=False, dtype=str)

@@ -1,6 +1,7 @@
 """Images of results: panels for the report, overlays for `almrr predict`.
 
 Drawn with numpy and Pillow: a panel takes some ten milliseconds, so that a test set can be drawn.
+An argument with the wrong number of axes is an AlmrrError.
 """
 
 from __future__ import annotations
@@ -71,9 +72,6 @@ def draw_panel(
 
     Returns:
         uint8 RGB, 1118 pixels wide, at most 310 high.
-
-    Raises:
-        AlmrrError: an argument has the wrong number of axes.
     """
     rows, columns = _checked_size(image, mask, anomaly_map)
     scale = _TILE / max(rows, columns)
@@ -112,9 +110,6 @@ def draw_overlay(
     Returns:
         uint8 RGB of the image's size plus a strip below; narrow images are enlarged by a whole
         factor.
-
-    Raises:
-        AlmrrError: an argument has the wrong number of axes.
     """
     rows, columns = _checked_size(image, None, anomaly_map)
     factor = -(-_SMALLEST_OVERLAY // columns)
