@@ -139,9 +139,7 @@ class ModelSettings(Section):
     refinement_input: Literal["mean", "projection"] = "mean"
     refinement_channels: Positive = 1  # channels of that projection; 1 for `mean`
     residual_channels: Count = 0  # mixtures of log(1 + (F - F_hat)^2) as further inputs of the FRM
-    prior: OpenFraction | None = (
-        None  # probability of an anomaly that the FRM's last layer starts at
-    )
+    prior: OpenFraction | None = None  # probability of an anomaly at which the FRM starts
     standardize: bool = False  # the features' channels, by the normal training images
 
     @model_validator(mode="after")

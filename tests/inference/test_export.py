@@ -26,7 +26,13 @@ def model() -> ALMRR:
         torch.manual_seed(0)
         backbone = build_backbone(BackboneSettings(name="test_efficientnet"), weights=None)
         sizes = ModelSettings(
-            latent=16, dim=16, depth=1, state=4, decoder=(8, 12), refinement_width=4
+            latent=16,
+            dim=16,
+            depth=1,
+            state=4,
+            decoder=(8, 12),
+            refinement_width=4,
+            residual_channels=2,
         )
         model = ALMRR(backbone, sizes, image_size=SIZE).eval()
         with torch.no_grad():

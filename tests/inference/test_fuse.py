@@ -21,10 +21,12 @@ KINDS = [
     {},
     {"standardize": True},
     {"refinement_input": "projection", "refinement_channels": 3, "standardize": True},
+    {"residual_channels": 2, "standardize": True},
 ]
+NAMES = ["mean", "standardized", "projection", "residual"]
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=["mean", "standardized", "projection"])
+@pytest.mark.parametrize("kind", KINDS, ids=NAMES)
 @pytest.mark.parametrize("patch", [1, 2, 4])
 def test_fusing_is_exact(build_model, images: Tensor, patch: int, kind: dict[str, object]) -> None:
     """In float64, where rounding cannot hide a mistake."""
@@ -35,7 +37,7 @@ def test_fusing_is_exact(build_model, images: Tensor, patch: int, kind: dict[str
     torch.testing.assert_close(fuse(model)(images.double()), expected, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=["mean", "standardized", "projection"])
+@pytest.mark.parametrize("kind", KINDS, ids=NAMES)
 def test_in_float32_the_fused_map_is_within_1e_4_of_the_exact_one(
     build_model, images: Tensor, kind: dict[str, object]
 ) -> None:

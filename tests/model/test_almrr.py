@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from almrr_pipeline.common.errors import AlmrrError
+from almrr_pipeline.config import ModelSettings
 from almrr_pipeline.inference.fuse import fuse
-from almrr_pipeline.model.almrr import ALMRR, ChannelProjection
+from almrr_pipeline.model.almrr import ALMRR, ChannelProjection, ResidualMixture
 
 SIZE = (128, 160)
 
@@ -160,6 +162,63 @@ def test_the_projection_is_one_for_both_and_trained(build_model) -> None:
     assert any(parameter is model.summary.weight for parameter in model.trainable_parameters())
 
 
+def test_a_mixture_of_squared_residuals_worked_by_hand() -> None:
+    mixture = ResidualMixture(2, 1).requires_grad_(False)
+    mixture.weight.copy_(torch.tensor([0.5, 2.0]).view(1, 2, 1, 1))
+    mixture.bias.fill_(0.25)
+    features = torch.tensor([3.0, -1.0]).view(1, 2, 1, 1)
+    reconstruction = torch.tensor([1.0, 0.0]).view(1, 2, 1, 1)  # squared residuals 4 and 1
+    expected = 0.5 * math.log(5.0) + 2.0 * math.log(2.0) + 0.25
+    assert float(mixture(features, reconstruction)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_mixture_starts_with_weights_around_the_mean_over_the_channels() -> None:
+    torch.manual_seed(0)
+    mixture = ResidualMixture(500, 8).requires_grad_(False)
+    assert float(mixture.weight.min()) >= 0.0
+    assert float(mixture.weight.max()) <= 2 / 500
+    torch.testing.assert_close(
+        mixture.weight.mean((1, 2, 3)), torch.full((8,), 1 / 500), rtol=0.1, atol=0
+    )
+    assert not mixture.bias.any()
+
+
+def test_the_frm_sees_the_mixtures_after_the_summaries_and_trains_them(build_model) -> None:
+    model = build_model(residual_channels=3)
+    features, reconstruction = torch.randn(2, 272, 32, 40), torch.randn(2, 272, 32, 40)
+    reconstruction.requires_grad_()
+    residuals = (features - reconstruction).square().log1p()
+    mixed = torch.einsum("rc,bcij->brij", model.residual.weight[:, :, 0, 0], residuals)
+    mixed = mixed + model.residual.bias[:, None, None]
+    means = [x.mean(1, keepdim=True) for x in (reconstruction, features)]
+    given = model.refine(reconstruction, features)
+    expected = model.frm(torch.cat([*means, mixed], dim=1))
+    torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-4)
+    given.square().mean().backward()
+    assert bool(model.residual.weight.grad.any())
+    assert bool(model.residual.bias.grad.any())
+    assert bool(reconstruction.grad.any())
+    trained = list(model.trainable_parameters())
+    assert all(any(p is own for p in trained) for own in model.residual.parameters())
+
+
+def test_under_autocast_large_residuals_stay_finite() -> None:
+    mixture = ResidualMixture(4, 2)
+    features = torch.full((1, 4, 3, 3), 1e4, dtype=torch.float16)  # its square overflows float16
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = mixture(features, torch.zeros_like(features))
+    assert mixed.dtype == torch.bfloat16
+    expected = mixture(features.float(), torch.zeros(1, 4, 3, 3))
+    torch.testing.assert_close(mixed.float(), expected, rtol=0.02, atol=0)
+
+
+def test_without_residuals_and_prior_the_model_is_the_papers(build_model) -> None:
+    papers = ModelSettings()
+    assert (papers.residual_channels, papers.prior) == (0, None)
+    names = build_model(residual_channels=2).state_dict().keys() - build_model().state_dict().keys()
+    assert names == {"residual.weight", "residual.bias"}
+
+
 def test_the_summary_must_be_one_that_exists(build_model) -> None:
     with pytest.raises(ValidationError, match="mean has one channel; set refinement_channels: 1"):
         build_model(refinement_input="mean", refinement_channels=2)
@@ -220,6 +279,8 @@ def test_a_saved_model_comes_back_equal_without_any_download(build_model, tmp_pa
         "expansion",
         refinement_input="projection",
         refinement_channels=2,
+        residual_channels=2,
+        prior=0.02,
         standardize=True,
     )
     model.save(tmp_path)
@@ -236,6 +297,15 @@ def test_a_saved_model_comes_back_equal_without_any_download(build_model, tmp_pa
     )
     images = torch.rand(1, 3, *SIZE)
     assert torch.equal(loaded(images), model(images))
+
+
+def test_a_model_of_version_0_2_loads_without_what_it_had_not(build_model, tmp_path: Path) -> None:
+    model = build_model()
+    model.save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["model"]["residual_channels"], config["model"]["prior"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert ALMRR.load(tmp_path).settings == model.settings
 
 
 def test_an_interrupted_save_leaves_what_was_there(build_model, tmp_path: Path) -> None:

@@ -109,6 +109,22 @@ def test_parameters_at_the_papers_widths() -> None:
     assert sum(parameter.numel() for parameter in frm.parameters()) == 28_371_842  # 28.37 M
 
 
+@pytest.mark.parametrize("prior", [0.02, 0.5])
+def test_where_the_features_are_silent_the_map_starts_at_the_prior(prior: float) -> None:
+    out = FRM(2, width=2, prior=prior).out
+    probabilities = out(torch.zeros(1, 2, 3, 3)).softmax(dim=1)
+    torch.testing.assert_close(probabilities[:, 1], torch.full((1, 3, 3), prior))
+
+
+def test_the_prior_changes_nothing_but_the_last_bias() -> None:
+    torch.manual_seed(0)
+    papers = FRM(2, width=2).state_dict()
+    torch.manual_seed(0)
+    own = FRM(2, width=2, prior=0.02).state_dict()
+    changed = [name for name, tensor in papers.items() if not torch.equal(tensor, own[name])]
+    assert changed == ["out.bias"]
+
+
 def test_every_parameter_takes_part() -> None:
     frm = build(inputs=6).train()
     frm(torch.randn(2, 6, 64, 64)).square().mean().backward()

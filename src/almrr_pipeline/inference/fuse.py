@@ -7,7 +7,8 @@ What is linear, with nothing nonlinear up to the next linear map, is composed wi
   Where the stage's map has no more cells than there are tokens, the product with the channels comes
   before the resizing, so that the stage is never resized with all its channels;
 - the summary of F is taken of the stages' maps, and resized after;
-- the summary of F_hat needs no F_hat: it is a 1x1 convolution after a 1x1 convolution;
+- the summary of F_hat needs no F_hat: it is a 1x1 convolution after a 1x1 convolution (squared
+  residuals, where the FRM sees them, need both F_hat and F);
 - the biases before an instance norm cancel;
 - of the two logits only the difference counts.
 
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from almrr_pipeline.model.almrr import ALMRR
+from almrr_pipeline.model.almrr import ALMRR, ResidualMixture
 from almrr_pipeline.model.backbone import Backbone
 from almrr_pipeline.model.frm import FRM
 from almrr_pipeline.model.inputs import check_images
@@ -37,6 +38,9 @@ from almrr_pipeline.model.mfrm import Decoder, to_map, to_tokens
 
 _TOLERANCE = 1e-3
 """Largest relative change of outputs by fused batch norms; rounding makes about 1e-6."""
+_KERNEL_WEIGHTS = 2**16
+"""Weights that the fused CPU kernel reads at each position: 256 KB of a core's cache. Beyond them a
+matrix product is faster."""
 _EPSILON = 1e-5
 """Of the instance norms, torch's default."""
 logger = logging.getLogger(__name__)
@@ -47,9 +51,13 @@ def fuse(model: ALMRR) -> FusedALMRR:
 
     The model stays as it is, and the result does not follow later changes of it.
     """
-    # Outputs are compared while fusing; half precision would blur them.
+    # On the CPU and in full precision: while fusing, outputs are compared, which TF32 (a GPU's
+    # convolutions) and autocast would blur, and constants are composed in float64, which MPS lacks.
+    device = model.mfrm.position.device
+    if device.type != "cpu":
+        model = copy.deepcopy(model).cpu()
     with without_autocast(model.mfrm.position):
-        return FusedALMRR(model)
+        return FusedALMRR(model).to(device)
 
 
 class FusedALMRR(nn.Module):
@@ -66,10 +74,15 @@ class FusedALMRR(nn.Module):
         self.backbone = FusedBackbone(model.backbone, model.image_size)
         self.embedding = FusedEmbedding(model, scale, offset)
         self.summary = FusedSummary(model, scale, offset, summary)
+        self.width = len(summary)  # k
+        self.residual: FusedResidual | None = None
+        if model.residual is not None:
+            self.residual = FusedResidual(model, model.residual, scale, offset)
+            summary = torch.cat([summary, torch.eye(len(scale), dtype=summary.dtype)])
         self.encoder = copy.deepcopy(model.mfrm.encoder)
         self.token_grid = model.mfrm.token_grid
         self.decoder = FusedDecoder(model.mfrm.decoder, model.mfrm.expand, summary)
-        self.frm = _fuse_frm(model.frm, inputs=2 * len(summary))
+        self.frm = _fuse_frm(model.frm)
         self.requires_grad_(False)
         self.eval()
         # Composed in float64, kept in the model's own type.
@@ -91,11 +104,13 @@ class FusedALMRR(nn.Module):
         """`forward` without the checks of the input."""
         maps = self.backbone(images)  # (B, C_i, H / s_i, W / s_i) for s = 4, 8, 16
         tokens = self.encoder(self.embedding(maps))  # (B, n, dim)
-        # The summaries of F_hat and F, (B, k, h, w) each.
-        repaired, features = self.decoder(to_map(tokens, self.token_grid)), self.summary(maps)
-        stacked = torch.cat([repaired, features], dim=1)  # (B, 2 k, h, w)
+        # (B, k, h, w): the summary of F_hat; (B, k + C, h, w) with F_hat, where residuals are taken.
+        decoded = self.decoder(to_map(tokens, self.token_grid))
+        inputs = [decoded[:, : self.width], self.summary(maps)]
+        if self.residual is not None:
+            inputs.append(self.residual(maps, decoded[:, self.width :]))  # (B, r, h, w)
         # The softmax of two logits is the logistic function of their difference.
-        probability = self.frm(stacked).sigmoid()  # (B, 1, h, w)
+        probability = self.frm(torch.cat(inputs, dim=1)).sigmoid()  # (B, 1, h, w)
         size = self.image_size
         resized = F.interpolate(probability, size=size, mode="bilinear", align_corners=True)
         return resized[:, 0]  # (B, H, W)
@@ -220,6 +235,27 @@ class FusedSummary(nn.Module):
         return total
 
 
+class FusedResidual(nn.Module):
+    """Mixtures of log(1 + (F - F_hat)^2), with F standardized after its resizing."""
+
+    scale: Tensor
+    offset: Tensor
+
+    def __init__(
+        self, model: ALMRR, mixture: ResidualMixture, scale: Tensor, offset: Tensor
+    ) -> None:
+        super().__init__()
+        self.regional_features = copy.deepcopy(model.regional_features)
+        self.mixture = copy.deepcopy(mixture)
+        self.register_buffer("scale", scale[:, None, None].clone())
+        self.register_buffer("offset", offset[:, None, None].clone())
+
+    def forward(self, maps: list[Tensor], reconstruction: Tensor) -> Tensor:
+        """(B, C_i, n_i, m_i) for each stage and F_hat (B, C, h, w) -> (B, r, h, w)."""
+        features = torch.addcmul(self.offset, self.regional_features(maps), self.scale)
+        return self.mixture(features, reconstruction)  # type: ignore[no-any-return]
+
+
 class FusedDecoder(nn.Module):
     """The decoder and, after it, the summary of the output of the last 1x1 convolution."""
 
@@ -244,7 +280,7 @@ class FusedDecoder(nn.Module):
         for stage in self.stages:
             x = normalize(stage(x)).relu_()
         phases = self.last.compute_phases(x)
-        if _runs_numba(x):
+        if self.weight.numel() <= _KERNEL_WEIGHTS and _runs_numba(x):
             from almrr_pipeline.model.kernels.decoder_tail import summarize_phases
 
             weight, bias = self.weight, self.bias
@@ -386,8 +422,9 @@ def _draw_example(*shape: int) -> Tensor:
     return torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
 
 
-def _fuse_frm(frm: FRM, *, inputs: int) -> nn.Module:
+def _fuse_frm(frm: FRM) -> nn.Module:
     """Batch norms fused, and one output: the second logit minus the first."""
+    inputs = frm.encoder[0][0].in_channels  # type: ignore[index]
     smallest = _draw_example(inputs, 32, 32).to(frm.out.weight)
     fused = fuse_batch_norms(frm, smallest)
     for module in fused.modules():

@@ -15,7 +15,6 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.config import ModelSettings
@@ -23,6 +22,8 @@ from almrr_pipeline.model import weights_io
 from almrr_pipeline.model.backbone import Backbone, build_backbone
 from almrr_pipeline.model.frm import FRM
 from almrr_pipeline.model.inputs import check_image_size, check_images, check_shape
+from almrr_pipeline.model.kernels.composed import resize_bilinear
+from almrr_pipeline.model.kernels.scan.reference import widen
 from almrr_pipeline.model.mfrm import MFRM
 from almrr_pipeline.model.regional_features import RegionalFeatures
 
@@ -86,7 +87,11 @@ class ALMRR(nn.Module):
         self.summary: nn.Module = ChannelMean()
         if settings.refinement_input == "projection":
             self.summary = ChannelProjection(channels, settings.refinement_channels)
-        self.frm = FRM(2 * settings.refinement_channels, width=settings.refinement_width)
+        self.residual: ResidualMixture | None = None
+        if settings.residual_channels:
+            self.residual = ResidualMixture(channels, settings.residual_channels)
+        inputs = 2 * settings.refinement_channels + settings.residual_channels
+        self.frm = FRM(inputs, width=settings.refinement_width, prior=settings.prior)
 
     def forward(self, images: Tensor) -> Tensor:
         """Anomaly maps of images.
@@ -147,12 +152,14 @@ class ALMRR(nn.Module):
 
     def refine(self, reconstruction: Tensor, features: Tensor) -> Tensor:
         """Stage 4, FRM: F_hat and F, each summarized to k channels -> logits (B, 2, h, w)."""
-        summaries = torch.cat([self.summary(reconstruction), self.summary(features)], dim=1)
-        return self.frm(summaries)  # type: ignore[no-any-return] # (B, 2 k, h, w) -> (B, 2, h, w)
+        inputs = [self.summary(reconstruction), self.summary(features)]  # (B, k, h, w) each
+        if self.residual is not None:
+            inputs.append(self.residual(features, reconstruction))  # (B, r, h, w)
+        return self.frm(torch.cat(inputs, dim=1))  # type: ignore[no-any-return] # (B, 2, h, w)
 
     def upsample(self, x: Tensor) -> Tensor:
         """Bilinear resize (B, c, h, w) -> (B, c, H, W)."""
-        return F.interpolate(x, size=self.image_size, mode="bilinear", align_corners=True)
+        return resize_bilinear(x, self.image_size)
 
     @torch.no_grad()
     def _embed_both(self, normal: Tensor, augmented: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,7 +197,7 @@ class ALMRR(nn.Module):
         return self.embed(images)
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        """Parameters of MFRM, FRM and the projection if there is one; the backbone is frozen."""
+        """Parameters of MFRM, FRM and the FRM's learned inputs; the backbone is frozen."""
         return (parameter for parameter in self.parameters() if parameter.requires_grad)
 
     def save(self, folder: Path) -> None:
@@ -263,3 +270,21 @@ class ChannelProjection(nn.Conv2d):
         orthonormal[:, 0] *= triangle[0, 0].sign()
         with torch.no_grad():
             self.weight.copy_((orthonormal / channels**0.5).T[:, :, None, None])  # (k, C, 1, 1)
+
+
+class ResidualMixture(nn.Conv2d):
+    """Learned mixtures of log(1 + (F - F_hat)^2): (B, C, h, w) twice -> (B, r, h, w).
+
+    The square is taken per channel: a projection adds differences of opposite sign to nothing. The
+    weights start in [0, 2 / C], so that each mixture is at first close to the channels' mean.
+    """
+
+    def __init__(self, channels: int, outputs: int) -> None:
+        super().__init__(channels, outputs, 1)
+        nn.init.uniform_(self.weight, 0.0, 2.0 / channels)
+        nn.init.zeros_(self.bias)  # type: ignore[arg-type]
+
+    def forward(self, features: Tensor, reconstruction: Tensor) -> Tensor:  # type: ignore[override]
+        """Mix the logarithms; at least float32 up to there, since half precision overflows."""
+        difference = widen(features) - widen(reconstruction)
+        return super().forward(difference.square().log1p().to(self.weight.dtype))

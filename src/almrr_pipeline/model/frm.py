@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+
+from almrr_pipeline.model.kernels.composed import resize_bilinear
 
 _WIDTHS = (1, 2, 4, 8, 8, 8)
 """Channels of the six encoder blocks in multiples of the base width, as DRAEM's."""
@@ -20,9 +21,11 @@ class FRM(nn.Module):
     Args:
         inputs: input channels, 2 in the paper (the channel means of F_hat and F).
         width: base width, 64 in the paper.
+        prior: probability of an anomaly that the last layer's biases start with (RetinaNet, arXiv
+            1708.02002, section 4.1); None (the paper): torch's random biases.
     """
 
-    def __init__(self, inputs: int, *, width: int) -> None:
+    def __init__(self, inputs: int, *, width: int, prior: float | None = None) -> None:
         super().__init__()
         widths = [width * factor for factor in _WIDTHS]
         self.encoder = nn.ModuleList(
@@ -39,6 +42,10 @@ class FRM(nn.Module):
             double_convolution(o + s, o) for o, s in zip(outputs, skips, strict=True)
         )
         self.out = nn.Conv2d(width, 2, 3, padding=1)
+        if prior is not None:
+            assert self.out.bias is not None
+            with torch.no_grad():
+                self.out.bias.copy_(torch.tensor([1.0 - prior, prior]).log())
 
     def forward(self, x: Tensor) -> Tensor:
         """Summaries (B, inputs, h, w) -> logits (B, 2, h, w)."""
@@ -51,8 +58,8 @@ class FRM(nn.Module):
         for up, block, skip in zip(self.up, self.decoder, reversed(skips), strict=True):
             # To the size of the skip connection: twice the map's, or one more where the pooling
             # dropped an odd last line (DRAEM doubles, which needs multiples of 32).
-            x = F.interpolate(x, size=skip.shape[-2:], mode="bilinear", align_corners=True)
-            x = block(torch.cat([up(x), skip], dim=1))
+            x = up(resize_bilinear(x, (skip.shape[-2], skip.shape[-1])))
+            x = block(torch.cat([x, skip], dim=1))
         return self.out(x)  # type: ignore[no-any-return]
 
 

@@ -19,6 +19,8 @@ WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 _NOT_SAVED = {"backbone": {"weights", "sha256"}}
 """Where the backbone's weights came from: they are in the model's own file."""
+_ADDED = {"residual_channels", "prior"}
+"""Settings of `model` that version 0.2.0 did not have: off, by default, where a file lacks them."""
 _NAMED = 3
 """Differences that an error names before it counts the rest."""
 
@@ -66,7 +68,11 @@ def read_config(folder: Path) -> ModelConfig:
         faults = list_faults(error)
         raise AlmrrError(f"{path}: unknown, missing or impossible values ({faults}).") from None
     complete = config.model_dump(mode="json", exclude=_NOT_SAVED)
-    missing = [f"{s}.{k}" for s in ("backbone", "model") for k in complete[s].keys() - values[s]]
+    missing = [
+        f"{section}.{name}"
+        for section in ("backbone", "model")
+        for name in complete[section].keys() - values[section] - _ADDED
+    ]
     if missing:  # a default could differ from the value that the weights were trained with
         raise AlmrrError(f"{path}: missing values ({', '.join(sorted(missing))}).")
     return config
