@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,11 @@ from almrr_pipeline.common.images import read_mask, resize_mask
 from almrr_pipeline.evaluation.curves import average_precision, trace_curve
 
 
+@dataclass(frozen=True)
 class AnomalyMaps:
     """Sequence of anomaly maps in .npy files, one per image, read on access; sizes may differ."""
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._paths = list(paths)
+    paths: Sequence[Path]
 
     @classmethod
     def load(cls, folder: Path) -> AnomalyMaps:
@@ -25,11 +26,11 @@ class AnomalyMaps:
         return cls(sorted(folder.glob("*.npy")))
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self.paths)
 
     def __getitem__(self, index: int) -> AnomalyMap:
         """Read one map, float32 in [0, 1], shape (H, W)."""
-        anomaly_map: AnomalyMap = np.load(self._paths[index])
+        anomaly_map: AnomalyMap = np.load(self.paths[index])
         return anomaly_map
 
     def __iter__(self) -> Iterator[AnomalyMap]:
@@ -37,24 +38,24 @@ class AnomalyMaps:
 
     def size(self, index: int) -> tuple[int, int]:
         """Rows and columns of a map, from the file's header alone."""
-        rows, columns = np.load(self._paths[index], mmap_mode="r").shape
+        rows, columns = np.load(self.paths[index], mmap_mode="r").shape
         return rows, columns
 
 
+@dataclass(frozen=True)
 class GroundTruth:
     """Sequence of masks, each resized to its anomaly map; None for an image without a mask file."""
 
-    def __init__(self, masks: Sequence[Path | None], maps: AnomalyMaps) -> None:
-        self._masks = list(masks)
-        self._maps = maps
+    masks: Sequence[Path | None]
+    maps: AnomalyMaps
 
     def __len__(self) -> int:
-        return len(self._masks)
+        return len(self.masks)
 
     def __getitem__(self, index: int) -> MaskArray | None:
         """Read one mask, resized with the nearest neighbor; bool, shape (H, W)."""
-        path = self._masks[index]
-        return None if path is None else resize_mask(read_mask(path), self._maps.size(index))
+        path = self.masks[index]
+        return None if path is None else resize_mask(read_mask(path), self.maps.size(index))
 
 
 def tabulate_scores(
@@ -74,11 +75,11 @@ def tabulate_scores(
     """
     columns = ["image", "label", "defect_type"]
     table = rows[columns].reset_index(drop=True).assign(score=list(scores))
-    verdicts = pd.Series([None] * len(table), dtype="boolean")
+    table["is_anomalous"] = pd.Series([None] * len(table), dtype="boolean")
     if threshold is not None:
-        verdicts = table["score"] > threshold
+        table["is_anomalous"] = table["score"] > threshold
     pixel_ap = [_pixel_ap(maps, truth, index) for index in range(len(table))]
-    return table.assign(is_anomalous=verdicts, pixel_ap=pd.Series(pixel_ap, dtype="float64"))
+    return table.assign(pixel_ap=pd.Series(pixel_ap, dtype="float64"))
 
 
 def _pixel_ap(maps: AnomalyMaps, truth: GroundTruth, index: int) -> float | None:

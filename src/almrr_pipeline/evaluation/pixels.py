@@ -116,22 +116,20 @@ def label_regions(mask: MaskArray) -> tuple[npt.NDArray[np.int32], int]:
 
 def gather_anomalous(images: LabeledMaps) -> tuple[AnomalousPixels, Bools]:
     """Anomalous pixels of all images, and where the ground truth is known, bool (n,)."""
-    known = ~images.labels
+    known, count = ~images.labels, 0
     scores, regions = [np.zeros(0, np.float32)], [np.zeros(0, np.uint32)]
     areas, indices = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    count = 0
-    for index in np.flatnonzero(images.labels):
-        values, mask = images.read(int(index))
-        known[index] = mask is not None
-        if mask is None:
-            continue
-        labeled, found = label_regions(mask)
-        inside = labeled[mask] - 1
-        scores.append(values[mask])
-        regions.append((inside + count).astype(np.uint32))
-        areas.append(np.bincount(inside, minlength=found))
-        indices.append(np.full(found, index, dtype=np.int64))
-        count += found
+    for index in map(int, np.flatnonzero(images.labels)):
+        values, mask = images.read(index)
+        if mask is not None:
+            known[index] = True
+            labeled, found = label_regions(mask)
+            inside = labeled[mask] - 1
+            scores.append(values[mask])
+            regions.append((inside + count).astype(np.uint32))
+            areas.append(np.bincount(inside, minlength=found))
+            indices.append(np.full(found, index, dtype=np.int64))
+            count += found
     score, region = np.concatenate(scores), np.concatenate(regions)
     order = np.lexsort((region, score))[::-1]
     area, image = np.concatenate(areas), np.concatenate(indices)

@@ -59,12 +59,9 @@ def conformal_threshold(
     pixels of different images are not: the guarantee is that a normal image shows no outline.
 
     Args:
-        scores: finite scores of the validation images, shape (n,); n may be 0.
-        rate: the false-alarm rate to keep, in (0, 1).
+        scores: of the validation images, shape (n,); n may be 0. AlmrrError if one is not finite.
+        rate: the false-alarm rate to keep, in (0, 1); AlmrrError otherwise.
         event: what a false alarm is, for the sentence.
-
-    Raises:
-        AlmrrError: a score is not finite, or the rate is out of range.
     """
     ranked = np.sort(np.asarray(scores, dtype=np.float64).reshape(-1))
     if not 0.0 < rate < 1.0:

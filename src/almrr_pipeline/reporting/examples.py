@@ -87,16 +87,10 @@ def caption_example(row: pd.Series) -> str:
 def draw_examples(
     scores: pd.DataFrame, *, count: int, load: Callable[[str], Result], threshold: float | None
 ) -> Iterator[Overlay]:
-    """Choose examples and draw them, one at a time.
+    """Choose `count` images of each kind, as `choose_examples` does, and draw them one at a time.
 
-    Args:
-        scores: as `choose_examples` takes them.
-        count: images of each kind.
-        load: called with a value of the column `image`.
-        threshold: pixel threshold of the outlines; None draws none.
-
-    Yields:
-        Overlays as WebP: best, typical, worst.
+    `load` is called with a value of the column `image`; the outlines are those of the pixel
+    threshold, if there is one. The overlays are WebP: best, typical, worst.
     """
     for kind, rows in choose_examples(scores, count).items():
         for _, row in rows.iterrows():

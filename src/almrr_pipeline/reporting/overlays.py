@@ -61,14 +61,13 @@ def draw_panel(
     """Draw one result as a row: image | ground truth | anomaly map | image with outlines.
 
     The outlines run just outside what they enclose: pixels above the threshold in yellow, the
-    ground truth in blue.
+    ground truth in blue. Mask and map are resized to the image.
 
     Args:
         image: uint8 RGB, shape (H, W, 3).
-        mask: ground truth, bool (H', W'), resized to the image; None where there is none.
-        anomaly_map: float32 in [0, 1], any shape, resized to the image.
-        threshold: of pixels, also marked on the heat map's scale; None outlines the ground truth
-            alone.
+        mask: ground truth, bool, any shape; None where there is none.
+        anomaly_map: float32 in [0, 1], any shape.
+        threshold: of pixels, also marked on the heat map's scale; None outlines the truth alone.
 
     Returns:
         uint8 RGB, 1118 pixels wide, at most 310 high.
@@ -108,8 +107,7 @@ def draw_overlay(
         is_anomalous: the verdict; None where the model has no threshold.
 
     Returns:
-        uint8 RGB of the image's size plus a strip below; narrow images are enlarged by a whole
-        factor.
+        uint8 RGB, as large as the image, which is enlarged if it is narrow; and a strip below.
     """
     rows, columns = _checked_size(image, None, anomaly_map)
     factor = -(-_SMALLEST_OVERLAY // columns)
@@ -121,17 +119,15 @@ def draw_overlay(
     return np.concatenate([outlined, _write_verdict(size[1], score, is_anomalous)])
 
 
-def encode_image(image: ImageArray, *, quality: int = 82) -> bytes:
+def encode_image(image: ImageArray) -> bytes:
     """Encode a drawn image, uint8 RGB (H, W, 3), as WebP with sharp colored lines."""
     stream = io.BytesIO()
-    Image.fromarray(image).save(stream, "WEBP", quality=quality, method=6, use_sharp_yuv=True)
+    Image.fromarray(image).save(stream, "WEBP", quality=82, method=6, use_sharp_yuv=True)
     return stream.getvalue()
 
 
 def outline(region: MaskArray, *, width: int) -> MaskArray:
     """Mark the line of `width` pixels just around a region; bool (H, W) in and out."""
-    if not region.any():
-        return np.zeros_like(region)
     grown = ndimage.binary_dilation(region, np.ones((3, 3), dtype=bool), iterations=width)
     return np.asarray(grown & ~region)
 
@@ -151,8 +147,6 @@ def _checked_size(
 
 def _resize_map(anomaly_map: AnomalyMap, size: tuple[int, int]) -> AnomalyMap:
     values = np.ascontiguousarray(np.nan_to_num(anomaly_map, nan=0.0), dtype=np.float32)
-    if values.shape == size:
-        return values
     return np.asarray(Image.fromarray(values).resize(size[::-1], Image.Resampling.BILINEAR))
 
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, get_args
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -19,7 +19,7 @@ from PIL import Image
 
 from almrr_pipeline.config import Parameters
 from almrr_pipeline.reporting import charts, tables
-from almrr_pipeline.reporting.examples import ExampleKind, Overlay
+from almrr_pipeline.reporting.examples import Overlay
 from almrr_pipeline.reporting.overlays import encode_image
 
 _WEB_FORMATS = {"WEBP", "JPEG"}  # embedded as they are
@@ -73,7 +73,7 @@ def render_report(report: Report) -> str:
     training = {name: (c.training_images, c.validation_images) for name, c in categories.items()}
     first_metrics = {name: first.metrics for name, first in categories.items()}
     commit = re.fullmatch(r"([0-9a-f]{7,64})(.*)", report.commit or "", re.DOTALL)
-    names = tables.list_metrics(list(metrics.values()))
+    names = tables.list_metrics(metrics.values())
     return (
         _environment()
         .get_template("report.html.j2")
@@ -133,15 +133,11 @@ def _list_headlines(report: Report) -> list[tuple[str, str, str]]:
 
 def _list_run_headlines(metrics: tables.Metrics) -> list[tuple[str, str, str]]:
     """Name, value, and interval or reason why there is no value, of one run's opening metrics."""
-    reasons = metrics.get("undefined", {})
-    return [
-        (
-            _name_metric(name),
-            tables.format_metric(metrics.get(name)),
-            tables.format_interval(metrics, name) or reasons.get(name, ""),
-        )
-        for name in _headline_names([metrics])
-    ]
+    headlines = []
+    for name in _headline_names([metrics]):
+        value, interval, reason = tables.show_metric(metrics, name)
+        headlines.append((_name_metric(name), value, interval or reason))
+    return headlines
 
 
 def _headline_names(metrics: Sequence[tables.Metrics]) -> list[str]:
@@ -181,10 +177,7 @@ def _show_run(label: str, run: CategoryReport) -> dict[str, Any]:
         "losses": Markup(losses),
         "scores": Markup(scores),
         "defect_types": tables.tabulate_defect_types(run.metrics),
-        "examples": {
-            kind: [_embed(overlay) for overlay in run.overlays if overlay.kind == kind]
-            for kind in get_args(ExampleKind)
-        },
+        "examples": [_embed(overlay) for overlay in run.overlays],
     }
 
 
@@ -198,7 +191,8 @@ def _embed(overlay: Overlay) -> dict[str, Any]:
             smaller.thumbnail((_WIDEST, image.height), Image.Resampling.LANCZOS)
             format_, size, content = "WEBP", smaller.size, encode_image(np.asarray(smaller))
     address = f"data:image/{format_.lower()};base64,{base64.b64encode(content).decode('ascii')}"
-    return {"address": address, "caption": overlay.caption, "width": size[0], "height": size[1]}
+    width, height = size
+    return {"overlay": overlay, "address": address, "width": width, "height": height}
 
 
 def _dump_parameters(parameters: Parameters) -> list[tuple[str, str]]:

@@ -71,7 +71,13 @@ def find_images(paths: Iterable[Path], *, recursive: bool = False) -> list[Path]
     """
     found: dict[Path, Path] = {}
     for path in paths:
-        for image in _list_folder(path, recursive) if path.is_dir() else [path]:
+        images = list_images(path, recursive=recursive) if path.is_dir() else [path]
+        if not images:
+            advice = f"expected {', '.join(sorted(IMAGE_SUFFIXES))}"
+            if not recursive and any(entry.is_dir() for entry in path.iterdir()):
+                advice = "look into its sub-folders with --recursive"
+            raise AlmrrError(f"The folder {path} holds no image; {advice}.")
+        for image in images:
             if not image.is_file():
                 raise AlmrrError(f"There is no image or folder at {image}; check the path.")
             found.setdefault(_absolute(image), image)
@@ -164,15 +170,6 @@ def check_output(output: Path, images: Iterable[Path], *, overwrite: bool) -> No
             raise AlmrrError(
                 f"The image {image} is in the output folder {output}; name another output folder."
             )
-
-
-def _list_folder(folder: Path, recursive: bool) -> list[Path]:
-    if images := list_images(folder, recursive=recursive):
-        return images
-    advice = f"expected {', '.join(sorted(IMAGE_SUFFIXES))}"
-    if not recursive and any(entry.is_dir() for entry in folder.iterdir()):
-        advice = "look into its sub-folders with --recursive"
-    raise AlmrrError(f"The folder {folder} holds no image; {advice}.")
 
 
 def _absolute(path: Path) -> Path:

@@ -79,7 +79,7 @@ class Table:
         return [(group, len(list(columns))) for group, columns in by_group]
 
 
-def list_metrics(metrics: Sequence[Metrics]) -> list[str]:
+def list_metrics(metrics: Collection[Metrics]) -> list[str]:
     """Return the metrics that tables show, in their order: of images, of pixels, of regions."""
     regions = {name: None for values in metrics for name in values if _AUPRO.fullmatch(name)}
     return [*_MEANINGS, *regions]
@@ -103,7 +103,7 @@ def tabulate_results(
 
     The summary is that of `evaluation.summary.summarize`; links are anchors on the page by label.
     """
-    names = list_metrics(list(metrics.values()))
+    names = list_metrics(metrics.values())
     heads, last = list(map(describe_metric, names)), len(_MEANINGS)  # of pixels
     meaning = "Fraction of anomalous pixels: the pixel AP of guessing."
     heads.insert(last, Head("anomalous", "pixels", meaning))
@@ -130,7 +130,7 @@ def average_metric(summary: Metrics, name: str) -> tuple[str, str]:
 def tabulate_defect_types(metrics: Metrics) -> Table:
     """Tabulate the metrics of each defect type against all normal test images."""
     types: Mapping[str, Metrics] = metrics.get("defect_types", {})
-    names = list_metrics(list(types.values()))
+    names = list_metrics(types.values())
     caption = "By defect type, against all normal test images"
     table = Table(caption, [Head("images"), *map(describe_metric, names)])
     for defect_type, values in types.items():
@@ -143,7 +143,7 @@ def tabulate_defect_types(metrics: Metrics) -> Table:
 def tabulate_seeds(summary: Metrics) -> Table:
     """Tabulate mean and std over the seeds of each category that has two or more."""
     stds: Mapping[str, Metrics] = summary.get("std", {})
-    names = list_metrics(list(stds.values()))
+    names = list_metrics(stds.values())
     heads = [Head("seeds"), *map(describe_metric, names)]
     table = Table("Over seeds: mean ± standard deviation", heads)
     for category, std in stds.items():
@@ -210,15 +210,17 @@ def tabulate_oracle(metrics: Mapping[str, Metrics]) -> Table:
     return Table("Chosen on the test set: upper bounds, not results", heads, rows)
 
 
+def show_metric(metrics: Metrics, name: str) -> tuple[str, str, str]:
+    """Return a metric, its 95 % interval, and why it is undefined; empty where there is none."""
+    interval = metrics.get("intervals", {}).get(name)
+    words = f"{interval[0]:.3f} to {interval[1]:.3f}" if interval else ""
+    reason = metrics.get("undefined", {}).get(name, "")
+    return format_metric(metrics.get(name)), words, reason
+
+
 def format_metric(value: float | None) -> str:
     """Format a metric in [0, 1] with three decimals; a dash where it is undefined."""
     return DASH if value is None else f"{value:.3f}"
-
-
-def format_interval(metrics: Metrics, name: str) -> str:
-    """Format the 95 % interval of a metric; empty where there is none."""
-    interval = metrics.get("intervals", {}).get(name)
-    return "" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}"
 
 
 def format_fraction(value: float | None) -> str:
@@ -237,12 +239,12 @@ def _metric_cell(
     table: Table, values: Metrics, name: str, rivals: Collection[Metrics] = ()
 ) -> Cell:
     """A metric with its interval; best if no rival, as printed, is higher."""
-    text = format_metric(values.get(name))
+    text, interval, reason = show_metric(values, name)
     if values.get(name) is None:
-        return Cell(text, note=table.mark(values.get("undefined", {}).get(name, "not computed")))
+        return Cell(text, note=table.mark(reason or "not computed"))
     defined = [rival[name] for rival in rivals if rival.get(name) is not None]
     best = len(rivals) > 1 and text == format_metric(max(defined))
-    return Cell(text, format_interval(values, name), best=best)
+    return Cell(text, interval, best=best)
 
 
 def _threshold_cells(table: Table, of: str, threshold: Metrics) -> list[Cell]:
