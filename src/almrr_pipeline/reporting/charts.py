@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 from xml.etree import ElementTree
 
@@ -19,7 +20,6 @@ import numpy.typing as npt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.rcsetup import cycler
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from almrr_pipeline.common.arrays import Floats
@@ -32,37 +32,13 @@ _CURVES: Mapping[CurveKind, tuple[str, str, str, str]] = {
     "pro": ("fpr", "pro", "false positive rate", "per-region overlap"),
 }
 
-# Okabe and Ito's palette, the yellow darkened: it stays apart for every kind of color vision.
-_SERIES = (
-    "#0072b2", "#d55e00", "#009e73", "#b4478e", "#a07800", "#3d8fc4", "#6b5bd2", "#5f6b6d",
-)  # fmt: skip
+_FILES = Path(__file__).with_name("templates")
+_STYLE = _FILES / "report.mplstyle"
+_LIGHT_THEME = (_FILES / "report.css").read_text(encoding="utf-8").partition("}")[0]
+_VARIABLES = re.findall(r"(--[a-z0-9-]+): (#[0-9a-f]{6});", _LIGHT_THEME)
+_INK, _MUTED, _GRID = (dict(_VARIABLES)[name] for name in ("--ink", "--muted", "--grid"))
+_PALETTE = sum(name.startswith("--series-") for name, _ in _VARIABLES)  # colors of curves
 _DASHES: Sequence[Any] = ("-", (0, (6, 3)), (0, (2, 2.5)), (0, (8, 3, 2, 3)))  # a palette's round
-_INK, _MUTED, _GRID = "#1e232b", "#667080", "#d9dce2"
-_VARIABLES = {_INK: "--ink", _MUTED: "--muted", _GRID: "--grid"} | {
-    color: f"--series-{number}" for number, color in enumerate(_SERIES, start=1)
-}
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # text stays text, in the page's font
-    "svg.hashsalt": "almrr",  # random by default
-    "path.simplify_threshold": 0.15,  # pixels that a curve may move by when vertices are left out
-    "text.parse_math": False,
-    "text.color": _MUTED,
-    "font.size": 11,
-    "axes.labelcolor": _MUTED,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.prop_cycle": cycler(color=_SERIES),  # "C0", "C1", ... are taken from it, around
-    "legend.borderpad": 0,
-    "legend.borderaxespad": 0,
-    "legend.columnspacing": 1.1,
-    "legend.frameon": False,
-    "grid.color": _GRID,
-    "xtick.labelcolor": _MUTED,
-    "ytick.labelcolor": _MUTED,
-    "xtick.bottom": False,
-    "ytick.left": False,
-    "lines.scale_dashes": False,
-}
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 20, 10, 42  # margins around the axes, in pixels
 _LEGEND_ROW = 15.4  # pixels, of matplotlib's legends in this font size
 _CHARACTER = 6.6  # mean width of a character of the legend, in pixels
@@ -85,14 +61,14 @@ def draw_curves(
     """
     x_name, y_name, x_label, y_label = _CURVES[kind]
     right = 1.0 if limit is None else limit
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(fname=_STYLE):
         axes = _frame((0.0, right), (0.0, 1.0), x_label, y_label)
         if kind == "roc":  # of guessing
             axes.plot([0.0, right], [0.0, right], color=_GRID, linewidth=1.0, linestyle=(0, (3, 3)))
         for place, (name, points) in enumerate(curves.items()):
             if len(points):
                 _need_columns(points, (x_name, y_name), f"The {kind} curve of {name}")
-                dash = _DASHES[place // len(_SERIES) % len(_DASHES)]
+                dash = _DASHES[place // _PALETTE % len(_DASHES)]
                 x, y = np.clip(points[x_name], 0.0, right), np.clip(points[y_name], 0.0, 1.0)
                 _plot(axes, x, y, f"C{place}", name, linestyle=dash)
         return _to_svg(axes, title, width=360, height=300)
@@ -113,7 +89,7 @@ def draw_losses(history: pd.DataFrame, *, title: str) -> str:
     values, steps = history[names].to_numpy(np.float64), history["step"].to_numpy(np.float64)
     drawn = np.isfinite(values) & (values > 0)  # what has a logarithm
     last, limits = max(1.0, steps.max(initial=1.0)), _log_limits(values[drawn])
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(fname=_STYLE):
         axes = _frame((0.0, last), limits, "step", "loss", log=True)
         for place, name in enumerate(names):
             usable = drawn[:, place]
@@ -147,7 +123,7 @@ def draw_scores(scores: pd.DataFrame, *, threshold: float | None, title: str) ->
         counts, _ = np.histogram(finite.loc[finite["label"] == label, "score"], edges)
         percent[label] = 100 * counts / max(1, counts.sum())
     top = 1.05 * (max(bars.max() for bars in percent.values()) or 100.0)
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(fname=_STYLE):
         x_limits = (edges[0], edges[-1])
         axes = _frame(x_limits, (0.0, top), "anomaly score", "fraction of its class, %")
         for place, (label, bars) in enumerate(percent.items()):
@@ -273,6 +249,6 @@ def _make_inline(element: ElementTree.Element) -> None:
         attributes[key] = re.sub(r"\.0\b|(?<=[MLz]) | +(?=[MLz ]|$)", "", short)
     if "style" in attributes:
         themed = attributes["style"]
-        for color, variable in _VARIABLES.items():  # follows the page's theme
+        for variable, color in _VARIABLES:  # follows the page's theme
             themed = themed.replace(color, f"var({variable},{color})")
         attributes["style"] = re.sub(r"([:;,]) ", r"\1", themed)

@@ -74,30 +74,27 @@ def render_report(report: Report) -> str:
     first_metrics = {name: first.metrics for name, first in categories.items()}
     commit = re.fullmatch(r"([0-9a-f]{7,64})(.*)", report.commit or "", re.DOTALL)
     names = tables.list_metrics(metrics.values())
-    return (
-        _environment()
-        .get_template("report.html.j2")
-        .render(
-            title=report.parameters.report.title,
-            parameters=report.parameters,
-            headlines=_list_headlines(report),
-            results=tables.tabulate_results(metrics, report.summary, links=links),
-            seeds=tables.tabulate_seeds(report.summary),
-            oracle=tables.tabulate_oracle(metrics),
-            protocols=[
-                (name, report.parameters.for_category(name), first.has_validation)
-                for name, first in categories.items()
-            ],
-            counts=tables.tabulate_counts(training, first_metrics),
-            thresholds=tables.tabulate_thresholds(metrics),
-            curves=_draw_curves(runs),
-            runs=[_show_run(label, run) | {"link": links[label]} for label, run in runs.items()],
-            definitions=[(_name_metric(n), tables.describe_metric(n).meaning) for n in names],
-            dump=_dump_parameters(report.parameters),
-            versions=report.versions,
-            commit=commit and commit[1],
-            is_changed=bool(commit and commit[2]),
-        )
+    template = _environment().get_template("report.html.j2")
+    return template.render(
+        title=report.parameters.report.title,
+        parameters=report.parameters,
+        headlines=_list_headlines(report),
+        results=tables.tabulate_results(metrics, report.summary, links=links),
+        seeds=tables.tabulate_seeds(report.summary),
+        oracle=tables.tabulate_oracle(metrics),
+        protocols=[
+            (name, report.parameters.for_category(name), first.has_validation)
+            for name, first in categories.items()
+        ],
+        counts=tables.tabulate_counts(training, first_metrics),
+        thresholds=tables.tabulate_thresholds(metrics),
+        curves=_draw_curves(runs),
+        runs=[_show_run(label, run) | {"link": links[label]} for label, run in runs.items()],
+        definitions=[(_name_metric(n), tables.describe_metric(n).meaning) for n in names],
+        dump=_dump_parameters(report.parameters),
+        versions=report.versions,
+        commit=commit and commit[1],
+        is_changed=bool(commit and commit[2]),
     )
 
 
