@@ -22,6 +22,7 @@ from almrr_pipeline.reporting import charts, tables
 from almrr_pipeline.reporting.examples import Overlay
 from almrr_pipeline.reporting.overlays import encode_image
 
+_Headline = tuple[str, str, str]  # name, value and small print
 _WEB_FORMATS = {"WEBP", "JPEG"}  # embedded as they are
 _WIDEST = 1280  # pixels; a panel has 1118
 _HEADLINES = ("image_auroc", "pixel_auroc", "pixel_ap")
@@ -78,7 +79,7 @@ def render_report(report: Report) -> str:
     return template.render(
         title=report.parameters.report.title,
         parameters=report.parameters,
-        headlines=_list_headlines(report),
+        headlines=_list_headlines(report.categories, report.summary),
         results=tables.tabulate_results(metrics, report.summary, links=links),
         seeds=tables.tabulate_seeds(report.summary),
         oracle=tables.tabulate_oracle(metrics),
@@ -114,33 +115,22 @@ def _label(run: CategoryReport, report: Report) -> str:
     return f"{run.category}, seed {run.seed}" if len(seeds) > 1 else run.category
 
 
-def _list_headlines(report: Report) -> list[tuple[str, str, str]]:
-    """Name, value and small print of the opening metrics: means over the runs, if there are two."""
-    runs, summary = report.categories, report.summary
-    if len(runs) == 1:
-        return _list_run_headlines(runs[0].metrics)
+def _list_headlines(runs: Sequence[CategoryReport], summary: tables.Metrics) -> list[_Headline]:
+    """Opening metrics with their means; of one run with their intervals, or why there is none."""
+    metrics = [run.metrics for run in runs]
     count = len({run.category for run in runs})
-    headlines = []
-    for name in _headline_names([run.metrics for run in runs]):
-        value, few = tables.average_metric(summary, name)
-        over = f"{few or f'{count} of {count}'} categories" if count > 1 else f"{len(runs)} seeds"
-        headlines.append((_name_metric(name), value, f"mean of {over}"))
-    return headlines
-
-
-def _list_run_headlines(metrics: tables.Metrics) -> list[tuple[str, str, str]]:
-    """Name, value, and interval or reason why there is no value, of one run's opening metrics."""
-    headlines = []
-    for name in _headline_names([metrics]):
-        value, interval, reason = tables.show_metric(metrics, name)
-        headlines.append((_name_metric(name), value, interval or reason))
-    return headlines
-
-
-def _headline_names(metrics: Sequence[tables.Metrics]) -> list[str]:
-    """Names of the opening metrics, and of the first region metric if there is one."""
     regions = [name for name in tables.list_metrics(metrics) if name.startswith("aupro")]
-    return [*_HEADLINES, *regions[:1]]
+    headlines = []
+    for name in (*_HEADLINES, *regions[:1]):
+        if len(runs) == 1:
+            value, interval, reason = tables.show_metric(metrics[0], name)
+            small = interval or reason
+        else:
+            value, few = tables.average_metric(summary, name)
+            of_categories = f"{few or f'{count} of {count}'} categories"
+            small = f"mean of {of_categories if count > 1 else f'{len(runs)} seeds'}"
+        headlines.append((_name_metric(name), value, small))
+    return headlines
 
 
 def _name_metric(name: str) -> str:
@@ -169,7 +159,7 @@ def _show_run(label: str, run: CategoryReport) -> dict[str, Any]:
     return {
         "name": label,
         "license": run.license,
-        "headlines": _list_run_headlines(run.metrics),
+        "headlines": _list_headlines([run], {}),
         "steps": int(run.history["step"].max()) if len(run.history) else 0,
         "losses": Markup(losses),
         "scores": Markup(scores),
