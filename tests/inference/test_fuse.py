@@ -15,6 +15,7 @@ from almrr_pipeline.inference.fuse import (
     fuse,
     fuse_batch_norms,
 )
+from almrr_pipeline.training.runtime import algorithms
 
 SIZE = (128, 160)
 KINDS = [
@@ -157,10 +158,16 @@ def test_what_cannot_be_fused_stays_as_it_is_and_says_so(caplog: pytest.LogCaptu
 
 
 @pytest.mark.gpu
-def test_the_fused_map_is_the_same_on_a_gpu(build_model, images: Tensor) -> None:
-    model = build_model()
+@pytest.mark.parametrize("kind", KINDS, ids=NAMES)
+def test_the_fused_map_is_the_same_on_a_gpu(
+    build_model, images: Tensor, kind: dict[str, object]
+) -> None:
+    """Fused while TF32 is on, as it is by default; compared in full float32."""
     with torch.no_grad():
-        expected = model(images)
-    torch.testing.assert_close(
-        fuse(model.to("cuda"))(images.to("cuda")).cpu(), expected, rtol=0, atol=1e-3
-    )
+        exact = build_model(**kind).double()(images.double())
+    fused = fuse(build_model(**kind).to("cuda"))
+    assert all(tensor.is_cuda for tensor in (*fused.parameters(), *fused.buffers()))
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
+    with algorithms(deterministic=True):
+        given = fused(images.to("cuda"))
+    torch.testing.assert_close(given.cpu().double(), exact, rtol=0, atol=1e-3)

@@ -38,9 +38,6 @@ from almrr_pipeline.model.mfrm import Decoder, to_map, to_tokens
 
 _TOLERANCE = 1e-3
 """Largest relative change of outputs by fused batch norms; rounding makes about 1e-6."""
-_KERNEL_WEIGHTS = 2**16
-"""Weights that the fused CPU kernel reads at each position: 256 KB of a core's cache. Beyond them a
-matrix product is faster."""
 _EPSILON = 1e-5
 """Of the instance norms, torch's default."""
 logger = logging.getLogger(__name__)
@@ -104,7 +101,7 @@ class FusedALMRR(nn.Module):
         """`forward` without the checks of the input."""
         maps = self.backbone(images)  # (B, C_i, H / s_i, W / s_i) for s = 4, 8, 16
         tokens = self.encoder(self.embedding(maps))  # (B, n, dim)
-        # (B, k, h, w): the summary of F_hat; (B, k + C, h, w) with F_hat, where residuals are taken.
+        # The summary of F_hat, k channels, and where residuals are taken F_hat, C more.
         decoded = self.decoder(to_map(tokens, self.token_grid))
         inputs = [decoded[:, : self.width], self.summary(maps)]
         if self.residual is not None:
@@ -253,7 +250,8 @@ class FusedResidual(nn.Module):
     def forward(self, maps: list[Tensor], reconstruction: Tensor) -> Tensor:
         """(B, C_i, n_i, m_i) for each stage and F_hat (B, C, h, w) -> (B, r, h, w)."""
         features = torch.addcmul(self.offset, self.regional_features(maps), self.scale)
-        return self.mixture(features, reconstruction)  # type: ignore[no-any-return]
+        residuals = features.sub_(reconstruction).square_().log1p_()  # in place: half the time
+        return F.conv2d(residuals, self.mixture.weight, self.mixture.bias)
 
 
 class FusedDecoder(nn.Module):
@@ -280,7 +278,8 @@ class FusedDecoder(nn.Module):
         for stage in self.stages:
             x = normalize(stage(x)).relu_()
         phases = self.last.compute_phases(x)
-        if self.weight.numel() <= _KERNEL_WEIGHTS and _runs_numba(x):
+        outputs, latent = self.weight.shape
+        if outputs < latent and _runs_numba(x):  # for F_hat itself a matrix product is as fast
             from almrr_pipeline.model.kernels.decoder_tail import summarize_phases
 
             weight, bias = self.weight, self.bias
