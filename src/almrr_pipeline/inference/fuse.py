@@ -28,11 +28,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from almrr_pipeline.model.almrr import ALMRR, ResidualMixture
+from almrr_pipeline.model.almrr import ALMRR
 from almrr_pipeline.model.backbone import Backbone
 from almrr_pipeline.model.frm import FRM
 from almrr_pipeline.model.inputs import check_images
-from almrr_pipeline.model.kernels.composed import apply_separably, compose_convolutions
+from almrr_pipeline.model.kernels.composed import (
+    apply_separably,
+    compose_convolutions,
+    resize_bilinear,
+)
 from almrr_pipeline.model.kernels.scan.reference import without_autocast
 from almrr_pipeline.model.mfrm import Decoder, to_map, to_tokens
 
@@ -70,14 +74,11 @@ class FusedALMRR(nn.Module):
         scale, offset, summary = _standardized_summary(model)
         self.backbone = FusedBackbone(model.backbone, model.image_size)
         self.embedding = FusedEmbedding(model, scale, offset)
-        self.summary = FusedSummary(model, scale, offset, summary)
-        self.width = len(summary)  # k
-        self.residual: FusedResidual | None = None
-        if model.residual is not None:
-            self.residual = FusedResidual(model, model.residual, scale, offset)
-            summary = torch.cat([summary, torch.eye(len(scale), dtype=summary.dtype)])
         self.encoder = copy.deepcopy(model.mfrm.encoder)
         self.token_grid = model.mfrm.token_grid
+        self.inputs = FusedInputs(model, scale, offset, summary)
+        if model.residual is not None:  # the decoder gives F_hat too, after its summary
+            summary = torch.cat([summary, torch.eye(len(scale), dtype=summary.dtype)])
         self.decoder = FusedDecoder(model.mfrm.decoder, model.mfrm.expand, summary)
         self.frm = _fuse_frm(model.frm)
         self.requires_grad_(False)
@@ -101,16 +102,11 @@ class FusedALMRR(nn.Module):
         """`forward` without the checks of the input."""
         maps = self.backbone(images)  # (B, C_i, H / s_i, W / s_i) for s = 4, 8, 16
         tokens = self.encoder(self.embedding(maps))  # (B, n, dim)
-        # The summary of F_hat, k channels, and where residuals are taken F_hat, C more.
-        decoded = self.decoder(to_map(tokens, self.token_grid))
-        inputs = [decoded[:, : self.width], self.summary(maps)]
-        if self.residual is not None:
-            inputs.append(self.residual(maps, decoded[:, self.width :]))  # (B, r, h, w)
+        decoded = self.decoder(to_map(tokens, self.token_grid))  # (B, k, h, w), or k + C with F_hat
+        inputs = self.inputs(maps, decoded)  # (B, 2 k + r, h, w)
         # The softmax of two logits is the logistic function of their difference.
-        probability = self.frm(torch.cat(inputs, dim=1)).sigmoid()  # (B, 1, h, w)
-        size = self.image_size
-        resized = F.interpolate(probability, size=size, mode="bilinear", align_corners=True)
-        return resized[:, 0]  # (B, H, W)
+        probability = self.frm(inputs).sigmoid()  # (B, 1, h, w)
+        return resize_bilinear(probability, self.image_size)[:, 0]  # (B, H, W)
 
 
 class FusedBackbone(nn.Module):
@@ -209,49 +205,41 @@ class EmbedThenResize(nn.Module):
         return rearrange(x, "B i (j d) -> B (i j) d", d=self.dim)
 
 
-class FusedSummary(nn.Module):
-    """The summary of F, taken of the stages' maps before resizing: k channels, not hundreds."""
+class FusedInputs(nn.Module):
+    """The FRM's inputs: summaries of F_hat and F, and mixtures of log(1 + (F - F_hat)^2) if any.
 
+    The summary of F is taken of the stages' maps before resizing: k channels, not hundreds.
+    """
+
+    scale: Tensor
+    offset: Tensor
     constant: Tensor
 
     def __init__(self, model: ALMRR, scale: Tensor, offset: Tensor, summary: Tensor) -> None:
         super().__init__()
-        self.register_buffer("constant", (summary @ offset)[:, None, None])
         self.regional_features = copy.deepcopy(model.regional_features)
+        self.mixture = copy.deepcopy(model.residual)
+        self.register_buffer("scale", scale[:, None, None].clone())
+        self.register_buffer("offset", offset[:, None, None].clone())
+        self.register_buffer("constant", (summary @ offset)[:, None, None])  # (k, 1, 1)
         weights = torch.split(summary * scale, list(model.backbone.channels), dim=1)
         for stage, weight in enumerate(weights):
             weight = weight[:, :, None, None].clone()  # (k, C_i, 1, 1)
             self.register_buffer(f"weight{stage}", weight)
 
-    def forward(self, maps: list[Tensor]) -> Tensor:
-        """(B, C_i, n_i, m_i) for each stage -> (B, k, h, w)."""
-        total = self.constant
+    def forward(self, maps: list[Tensor], decoded: Tensor) -> Tensor:
+        """Stages (B, C_i, n_i, m_i) and `FusedDecoder`'s output -> (B, 2 k + r, h, w)."""
+        summary = self.constant
         for stage, x in enumerate(maps):
-            summary = F.conv2d(x, self.get_buffer(f"weight{stage}"))
-            total = total + self.regional_features.transform(stage, summary)
-        return total
-
-
-class FusedResidual(nn.Module):
-    """Mixtures of log(1 + (F - F_hat)^2), with F standardized after its resizing."""
-
-    scale: Tensor
-    offset: Tensor
-
-    def __init__(
-        self, model: ALMRR, mixture: ResidualMixture, scale: Tensor, offset: Tensor
-    ) -> None:
-        super().__init__()
-        self.regional_features = copy.deepcopy(model.regional_features)
-        self.mixture = copy.deepcopy(mixture)
-        self.register_buffer("scale", scale[:, None, None].clone())
-        self.register_buffer("offset", offset[:, None, None].clone())
-
-    def forward(self, maps: list[Tensor], reconstruction: Tensor) -> Tensor:
-        """(B, C_i, n_i, m_i) for each stage and F_hat (B, C, h, w) -> (B, r, h, w)."""
+            x = F.conv2d(x, self.get_buffer(f"weight{stage}"))
+            summary = summary + self.regional_features.transform(stage, x)
+        if self.mixture is None:
+            return torch.cat([decoded, summary], dim=1)
+        k = len(self.constant)
         features = torch.addcmul(self.offset, self.regional_features(maps), self.scale)
-        residuals = features.sub_(reconstruction).square_().log1p_()  # in place: half the time
-        return F.conv2d(residuals, self.mixture.weight, self.mixture.bias)
+        residuals = features.sub_(decoded[:, k:]).square_().log1p_()  # in place: half the time
+        mixed = F.conv2d(residuals, self.mixture.weight, self.mixture.bias)
+        return torch.cat([decoded[:, :k], summary, mixed], dim=1)
 
 
 class FusedDecoder(nn.Module):
@@ -277,7 +265,7 @@ class FusedDecoder(nn.Module):
         """(B, dim, rows, columns) of tokens -> (B, k, h, w)."""
         for stage in self.stages:
             x = normalize(stage(x)).relu_()
-        phases = self.last.compute_phases(x)
+        phases = self.last(x)
         outputs, latent = self.weight.shape
         if outputs < latent and _runs_numba(x):  # for F_hat itself a matrix product is as fast
             from almrr_pipeline.model.kernels.decoder_tail import summarize_phases
@@ -285,7 +273,7 @@ class FusedDecoder(nn.Module):
             weight, bias = self.weight, self.bias
             return summarize_phases(phases, weight, bias, size=self.size, epsilon=_EPSILON)
         x = normalize(interleave(phases)).relu_()  # (B, latent, 2 rows + 7, 2 columns + 7)
-        x = F.interpolate(x, size=self.size, mode="bilinear", align_corners=True)
+        x = resize_bilinear(x, self.size)
         return F.conv2d(x.tanh_(), self.weight[:, :, None, None], self.bias)
 
 
@@ -307,12 +295,11 @@ class SubPixelConvolution(nn.Module):
                 phase = weight[:, :, rows][:, :, :, columns].contiguous()
                 self.register_buffer(f"weight{i}{j}", phase)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, inputs, n, m) -> (B, outputs, 2 n - 1, 2 m - 1)."""
-        return interleave(self.compute_phases(x))
+    def forward(self, x: Tensor) -> list[list[Tensor]]:
+        """(B, inputs, n, m) -> the output's rows 2 y + i and columns 2 x + j as [i][j].
 
-    def compute_phases(self, x: Tensor) -> list[list[Tensor]]:
-        """Rows 2 y + i and columns 2 x + j of the output: [i][j] is (B, outputs, n - i, m - j)."""
+        Each is (B, outputs, n - i, m - j); `interleave` makes one map of them.
+        """
         return [[F.conv2d(x, self.get_buffer(f"weight{i}{j}")) for j in (0, 1)] for i in (0, 1)]
 
 
@@ -380,26 +367,17 @@ def fuse_batch_norms(network: nn.Module, example: Tensor) -> nn.Module:
 def _convolutions_before_norms(
     network: nn.Module, example: Tensor
 ) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
-    made_by: dict[
-        int, tuple[nn.Conv2d, Tensor]
-    ] = {}  # keeps the tensor, so that no other has its id
+    # By the id of the output, which is kept so that no other tensor takes that id.
+    made_by: dict[int, tuple[nn.Conv2d, Tensor]] = {}
     pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
 
-    def note_output(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        assert isinstance(module, nn.Conv2d)
-        made_by[id(output)] = (module, output)
-
-    def note_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        assert isinstance(module, nn.BatchNorm2d)
-        if id(inputs[0]) in made_by:
+    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if isinstance(module, nn.Conv2d):
+            made_by[id(output)] = (module, output)
+        elif isinstance(module, nn.BatchNorm2d) and id(inputs[0]) in made_by:
             pairs.append((made_by[id(inputs[0])][0], module))
 
-    handles = []
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            handles.append(module.register_forward_hook(note_output))
-        elif isinstance(module, nn.BatchNorm2d):
-            handles.append(module.register_forward_pre_hook(note_input))
+    handles = [module.register_forward_hook(note) for module in network.modules()]
     with torch.no_grad():
         network(example)
     for handle in handles:

@@ -70,7 +70,7 @@ def test_four_phases_equal_a_transposed_convolution(n: int, m: int) -> None:
     torch.manual_seed(0)
     transposed = nn.ConvTranspose2d(5, 6, 3, stride=2, padding=1, bias=False)
     x = torch.randn(2, 5, n, m)
-    given = SubPixelConvolution(transposed.weight)(x)
+    given = interleave(SubPixelConvolution(transposed.weight)(x))
     assert given.shape == (2, 6, 2 * n - 1, 2 * m - 1)
     torch.testing.assert_close(given, transposed(x).detach(), rtol=1e-4, atol=1e-5)
 
