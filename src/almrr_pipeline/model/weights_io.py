@@ -68,11 +68,8 @@ def read_config(folder: Path) -> ModelConfig:
         faults = list_faults(error)
         raise AlmrrError(f"{path}: unknown, missing or impossible values ({faults}).") from None
     complete = config.model_dump(mode="json", exclude=_NOT_SAVED)
-    missing = [
-        f"{section}.{name}"
-        for section in ("backbone", "model")
-        for name in complete[section].keys() - values[section] - _ADDED
-    ]
+    names = ((s, k) for s in ("backbone", "model") for k in complete[s].keys() - values[s] - _ADDED)
+    missing = [f"{section}.{name}" for section, name in names]
     if missing:  # a default could differ from the value that the weights were trained with
         raise AlmrrError(f"{path}: missing values ({', '.join(sorted(missing))}).")
     return config
