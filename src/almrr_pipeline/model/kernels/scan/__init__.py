@@ -5,10 +5,11 @@
     triton      CUDA      ours; torch brings Triton on Linux (TRITON_INTERPRET=1: on a CPU, slowly)
     numba       CPU       ours, fused; needs no compiler
     torch       anything  the reference, with a hand-written backward
-    parallel    anything  few tensor operations; only for torch.export and ONNX
+    parallel    anything  few tensor operations, for exported and compiled graphs and other devices
 
 `auto` takes the fastest that is present and logs which once; `parallel` while a graph is exported.
-A backend requested by name is used, or its absence is an error.
+A backend requested by name is used, or its absence is an error; under torch.compile `torch` is
+`parallel`, because its loop over the tokens would be unrolled.
 """
 
 # ruff: noqa: N803 - names are those of the formulas
@@ -17,8 +18,11 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import shutil
+import sysconfig
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple, get_args
 
 import torch
@@ -26,8 +30,10 @@ from torch import Tensor
 
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.config import ScanBackend
+from almrr_pipeline.model.kernels.scan.fused import scan_fused
 from almrr_pipeline.model.kernels.scan.operands import ScanOperands
-from almrr_pipeline.model.kernels.scan.reference import convolve_with_torch
+from almrr_pipeline.model.kernels.scan.parallel import scan_in_parallel
+from almrr_pipeline.model.kernels.scan.reference import convolve_with_torch, scan_with_torch
 
 _LOG = logging.getLogger(__name__)
 
@@ -36,10 +42,8 @@ BACKENDS = tuple(name for name in get_args(ScanBackend) if name != "auto")
 
 
 class _Implementation(NamedTuple):
-    """A backend's module here and its function, the types of devices, and how to install it."""
+    """The types of devices a backend runs on, and how to get it."""
 
-    module: str
-    function: str
     devices: tuple[str, ...]
     remedy: str = ""
 
@@ -47,21 +51,20 @@ class _Implementation(NamedTuple):
 _ANY_DEVICE = ("cpu", "cuda", "mps", "xpu")
 _IMPLEMENTATIONS = {
     "mamba_ssm": _Implementation(
-        "mamba_ssm_backend",
-        "scan_with_mamba_ssm",
         ("cuda",),
-        "its kernel is compiled on your machine, which takes nvcc of torch's own CUDA version and "
-        "many minutes: `MAMBA_KEEP_CUDA_BUILD=TRUE pip install --no-build-isolation mamba-ssm`",
+        "its CUDA kernel is compiled on your machine, which takes nvcc of torch's own CUDA version "
+        "and many minutes: `pip install packaging ninja setuptools wheel`, then "
+        "`MAMBA_KEEP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE pip install --no-build-isolation "
+        "--no-cache-dir mamba-ssm` (docs/performance.md)",
     ),
     "triton": _Implementation(
-        "triton_backend",
-        "scan_with_triton",
         ("cuda",),
-        "it comes with torch on Linux and needs a CUDA GPU, or TRITON_INTERPRET=1 for tests",
+        "it comes with torch on Linux and needs a CUDA GPU, a C compiler and Python's headers "
+        "(`apt install gcc python3-dev`), or TRITON_INTERPRET=1 for tests",
     ),
-    "numba": _Implementation("numba_backend", "scan_with_numba", ("cpu",), "`pip install numba`"),
-    "torch": _Implementation("reference", "scan_with_torch", _ANY_DEVICE),
-    "parallel": _Implementation("parallel", "scan_in_parallel", _ANY_DEVICE),
+    "numba": _Implementation(("cpu",), "`pip install numba`"),
+    "torch": _Implementation(_ANY_DEVICE),
+    "parallel": _Implementation(_ANY_DEVICE),
 }
 # On CUDA ours comes first: mamba-ssm's kernel needs every tensor transposed, and flipped for the
 # reverse direction, which moves more memory than the scan itself; and its atomic sums make
@@ -114,8 +117,15 @@ def selective_scan(
     """
     operands = ScanOperands(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse)
     operands.check()
-    compiling = torch.compiler.is_compiling() and not _is_exporting()
-    return (_run_uncompiled if compiling else _run)(backend, operands)
+    name = resolve_backend(backend, u.device.type)
+    if name in ("triton", "numba"):
+        return scan_fused(operands, name)
+    if name == "mamba_ssm":
+        return _scan_with_mamba_ssm(operands)  # type: ignore[no-any-return]
+    unrolls = torch.compiler.is_compiling() and not _is_exporting()
+    return (
+        scan_in_parallel(operands) if name == "parallel" or unrolls else scan_with_torch(operands)
+    )
 
 
 def causal_conv(
@@ -127,13 +137,15 @@ def causal_conv(
     `reverse` and `backend` as for `selective_scan`. One fused kernel if the backend is `numba`;
     otherwise torch operations, which torch.compile fuses and an export can hold.
     """
-    if torch.compiler.is_compiling() or resolve_backend(backend, x.device) != "numba":
+    if torch.compiler.is_compiling() or resolve_backend(backend, x.device.type) != "numba":
         return convolve_with_torch(x, weight, bias, reverse=reverse)
     from almrr_pipeline.model.kernels.scan.numba_backend import convolve_with_numba
 
     return convolve_with_numba(x, weight, bias, reverse=reverse)
 
 
+# Not traced: it imports, caches and logs.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def resolve_backend(name: str, device: torch.device | str) -> str:
     """The backend that runs on `device` for this name.
 
@@ -165,7 +177,8 @@ def resolve_backend(name: str, device: torch.device | str) -> str:
 def _choose(device_type: str) -> str:
     """The fastest backend present for a type of device; cached, so that it is logged once."""
     present = [name for name in _PREFERENCE.get(device_type, ()) if not _why_absent(name)]
-    chosen = present[0] if present else "torch"
+    # The loop of `torch` issues thousands of operations, which a CPU alone does not mind.
+    chosen = present[0] if present else "torch" if device_type == "cpu" else "parallel"
     message = "Selective scan on %s: backend %s (inference.scan_backend sets another)."
     _LOG.info(message, device_type, chosen)
     return chosen
@@ -173,15 +186,26 @@ def _choose(device_type: str) -> str:
 
 @cache
 def _why_absent(name: str) -> str:
+    if name in ("torch", "parallel"):
+        return ""
     if name == "mamba_ssm" and not torch.cuda.is_available():
         return "it needs a CUDA GPU and there is none"
     try:
-        _function(name)
+        importlib.import_module(f"{__name__}.{name}_backend")
     except ImportError as error:
         return f"it cannot be imported ({error})"
-    if name == "triton" and not torch.cuda.is_available() and not _interpreted():
-        return "there is no CUDA GPU"
+    if name == "triton" and not _interpreted():
+        return _why_not_compiling() if torch.cuda.is_available() else "there is no CUDA GPU"
     return ""
+
+
+def _why_not_compiling() -> str:
+    """What Triton lacks for the module that it compiles at the first launch (triton.runtime)."""
+    names = (os.environ["CC"],) if "CC" in os.environ else ("gcc", "clang")
+    if not any(map(shutil.which, names)):
+        return f"there is no C compiler ({' or '.join(names)})"
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    return "" if header.is_file() else f"there is no Python.h in {header.parent}"
 
 
 def _interpreted() -> bool:
@@ -195,17 +219,8 @@ def _is_exporting() -> bool:
     return exporting() or bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
 
 
-@cache
-def _function(name: str) -> Callable[[ScanOperands], Tensor]:
-    module, function, *_ = _IMPLEMENTATIONS[name]
-    return getattr(importlib.import_module(f"{__name__}.{module}"), function)  # type: ignore[no-any-return]
-
-
-def _run(backend: str, operands: ScanOperands) -> Tensor:
-    return _function(resolve_backend(backend, operands.u.device))(operands)
-
-
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _run_uncompiled(backend: str, operands: ScanOperands) -> Tensor:
-    """For torch.compile: the kernels are compiled already, and it would unroll the reference."""
-    return _run(backend, operands)
+def _scan_with_mamba_ssm(operands: ScanOperands) -> Tensor:
+    from almrr_pipeline.model.kernels.scan.mamba_ssm_backend import scan_with_mamba_ssm
+
+    return scan_with_mamba_ssm(operands)

@@ -7,10 +7,15 @@ copies what it needs contiguous) and, for the reverse direction, flipped.
 # ruff: noqa: N806 - names are those of the formulas
 from __future__ import annotations
 
+import importlib
+
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 from torch import Tensor
 
 from almrr_pipeline.model.kernels.scan.operands import ScanOperands
+
+# mamba_ssm imports without its compiled kernel, and only the first scan would fail.
+importlib.import_module("selective_scan_cuda")
 
 
 def scan_with_mamba_ssm(scan: ScanOperands) -> Tensor:

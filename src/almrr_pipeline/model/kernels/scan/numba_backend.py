@@ -21,9 +21,33 @@ _SCRATCH = threading.local()
 """Kept per thread: new pages from the system would cost as much as the arithmetic."""
 
 
-def scan_with_numba(scan: ScanOperands) -> Tensor:
-    """`selective_scan` in float32 by the fused CPU kernels."""
-    return _Scan.apply(*scan)  # type: ignore[no-any-return]
+def scan_forward(scan: ScanOperands, *, keep: bool) -> tuple[Tensor, Tensor]:
+    """Output (b, l, d); no states are kept, the backward pass computes them again."""
+    out = torch.empty(scan.u.shape, dtype=torch.float32)
+    spread(kernels.scan_forward, _tasks(scan.u), _scan_inputs(scan), _flat(out))
+    return out.to(scan.u.dtype), out.new_empty(0)
+
+
+def starts_shape(b: int, l: int, d: int, n: int, *, keep: bool) -> tuple[int]:
+    """Shape of what the forward pass keeps: nothing."""
+    return (0,)
+
+
+def scan_backward(scan: ScanOperands, g: Tensor, _starts: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of the eight tensors for the gradient g (b, l, d) of the output."""
+    u, A = scan.u, scan.A
+    (b, l, d), n = u.shape, A.shape[1]
+    blocks = -(-d // kernels.BLOCK)
+    du, d_delta = torch.empty(b, l, d), torch.empty(b, l, d)
+    dz = torch.empty(b, l, d) if scan.z is not None else torch.empty(0)
+    dA = torch.empty(b, n, d)
+    dB, dC = torch.empty(blocks, b, l, n), torch.empty(blocks, b, l, n)
+    dD, d_bias = torch.zeros(b, d), torch.zeros(b, d)
+    outputs = (du, d_delta, dA, dB, dC, dD, dz, d_bias)
+    gradients = kernels.ScanGradients(*map(_flat, outputs))
+    size = kernels.scratch_size(l, n)
+    spread(_scan_backward, _tasks(u), _scan_inputs(scan), _flat(g), gradients, size)
+    return gather_gradients(scan[:8], outputs)
 
 
 def convolve_with_numba(
@@ -31,35 +55,6 @@ def convolve_with_numba(
 ) -> Tensor:
     """`causal_conv` in float32 by a fused CPU kernel."""
     return _Convolution.apply(x, weight, bias, reverse)  # type: ignore[no-any-return]
-
-
-class _Scan(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *operands: Any) -> Tensor:
-        scan = ScanOperands(*operands)
-        ctx.save_for_backward(*scan[:8])
-        ctx.flags = scan.delta_softplus, scan.reverse
-        out = torch.empty(scan.u.shape, dtype=torch.float32)
-        spread(kernels.scan_forward, _tasks(scan.u), _scan_inputs(scan), _flat(out))
-        return out.to(scan.u.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        u, _, A, *_, z, _ = ctx.saved_tensors
-        (b, l, d), n = u.shape, A.shape[1]
-        blocks = -(-d // kernels.BLOCK)
-        du, d_delta = torch.empty(b, l, d), torch.empty(b, l, d)
-        dz = torch.empty(b, l, d) if z is not None else torch.empty(0)
-        dA = torch.empty(b, n, d)
-        dB, dC = torch.empty(blocks, b, l, n), torch.empty(blocks, b, l, n)
-        dD, d_bias = torch.zeros(b, d), torch.zeros(b, d)
-        inputs = _scan_inputs(ScanOperands(*ctx.saved_tensors, *ctx.flags))
-        outputs = (du, d_delta, dA, dB, dC, dD, dz, d_bias)
-        gradients = kernels.ScanGradients(*map(_flat, outputs))
-        size = kernels.scratch_size(l, n)
-        spread(_scan_backward, _tasks(u), inputs, _flat(g), gradients, size)
-        return gather_gradients(ctx.saved_tensors, outputs)
 
 
 class _Convolution(torch.autograd.Function):

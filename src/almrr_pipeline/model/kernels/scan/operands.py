@@ -38,14 +38,14 @@ class ScanOperands(NamedTuple):
 def gather_gradients(
     operands: tuple[Tensor | None, ...], gradients: tuple[Tensor, ...]
 ) -> tuple[Tensor | None, ...]:
-    """What the backward pass of a fused kernel returns for all fields of `ScanOperands`.
+    """Gradients of u, delta, A, B, C, D, z, delta_bias from those that a fused kernel writes.
 
     Args:
-        operands: u, delta, A, B, C, D, z, delta_bias.
-        gradients: of u, delta and z (b, l, d); per image of A (b, n, d), D and delta_bias (b, d);
-            per block of channels of B and C (blocks, b, l, n). In the order of the operands.
+        operands: the eight tensors.
+        gradients: of u, delta and z (b, l, d); parts, to be summed, of A (parts, n, d), D and
+            delta_bias (parts, d), B and C (blocks of channels, b, l, n). In that order.
     """
     du, d_delta, dA, dB, dC, dD, dz, d_bias = gradients
     sums = (du, d_delta, dA.sum(0).t(), dB.sum(0), dC.sum(0), dD.sum(0), dz, d_bias.sum(0))
     pairs = zip(operands, sums, strict=True)
-    return (*(None if x is None else g.to(x.dtype) for x, g in pairs), None, None)
+    return tuple(None if x is None else g.to(x.dtype).contiguous() for x, g in pairs)
