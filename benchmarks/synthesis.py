@@ -47,8 +47,8 @@ def collect_images(folder: Path) -> tuple[list[Path], list[Path]]:
     # Imported here, because the processes that are started import this file, and these take a
     # second.
     from almrr_pipeline.datasets.base import FetchRequest
-    from almrr_pipeline.datasets.textures import write_package_textures
     from almrr_pipeline.datasets.registry import dataset_for
+    from almrr_pipeline.datasets.textures import write_package_textures
 
     (folder / CATEGORY).mkdir()
     (folder / "textures").mkdir()

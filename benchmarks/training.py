@@ -48,8 +48,8 @@ from almrr_pipeline.config import (
     TrainSettings,
 )
 from almrr_pipeline.datasets.base import FetchRequest
-from almrr_pipeline.datasets.textures import write_package_textures
 from almrr_pipeline.datasets.registry import dataset_for
+from almrr_pipeline.datasets.textures import write_package_textures
 from almrr_pipeline.model.almrr import ALMRR
 from almrr_pipeline.model.backbone import Backbone, build_backbone
 from almrr_pipeline.synthesis.simulate import simulate_sample
