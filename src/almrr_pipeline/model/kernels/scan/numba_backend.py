@@ -47,7 +47,7 @@ def scan_backward(scan: ScanOperands, g: Tensor, _starts: Tensor) -> tuple[Tenso
     gradients = kernels.ScanGradients(*map(_flat, outputs))
     size = kernels.scratch_size(l, n)
     spread(_scan_backward, _tasks(u), _scan_inputs(scan), _flat(g), gradients, size)
-    return gather_gradients(scan[:8], outputs)
+    return gather_gradients(scan[:8], (du, d_delta, dA.transpose(1, 2), *outputs[3:]))
 
 
 def convolve_with_numba(

@@ -42,10 +42,10 @@ def gather_gradients(
 
     Args:
         operands: the eight tensors.
-        gradients: of u, delta and z (b, l, d); parts, to be summed, of A (parts, n, d), D and
+        gradients: of u, delta and z (b, l, d); parts, to be summed, of A (parts, d, n), D and
             delta_bias (parts, d), B and C (blocks of channels, b, l, n). In that order.
     """
     du, d_delta, dA, dB, dC, dD, dz, d_bias = gradients
-    sums = (du, d_delta, dA.sum(0).t(), dB.sum(0), dC.sum(0), dD.sum(0), dz, d_bias.sum(0))
+    sums = (du, d_delta, dA.sum(0), dB.sum(0), dC.sum(0), dD.sum(0), dz, d_bias.sum(0))
     pairs = zip(operands, sums, strict=True)
     return tuple(None if x is None else g.to(x.dtype).contiguous() for x, g in pairs)

@@ -24,7 +24,6 @@ The arithmetic is float32 for any input.
 from __future__ import annotations
 
 import contextlib
-import math
 from typing import Any
 
 import torch
@@ -79,7 +78,7 @@ def scan_backward(scan: ScanOperands, g: Tensor, starts: Tensor) -> tuple[Tensor
         for one in (u, scan.delta, u if scan.z is None else scan.z)
     )
     du, d_delta, dz = rows
-    dA, dB, dC = _empty(u, b * spans, n, d), _empty(u, blocks, b, l, n), _empty(u, blocks, b, l, n)
+    dA, dB, dC = _empty(u, b * spans, d, n), _empty(u, blocks, b, l, n), _empty(u, blocks, b, l, n)
     dD, d_bias = _empty(u, b * spans, d), _empty(u, b * spans, d)
     results = du, d_delta, dA, dB, dC, dD, dz, d_bias
     _launch(_backward, constants, given, *ends, g, starts, *results)
@@ -104,7 +103,7 @@ def _prepare(scan: ScanOperands) -> tuple[list[Any], dict[str, Any]]:
     given = (u, delta, B, C, u if z is None else z)
     rows = [t if t.stride(-1) == 1 else t.contiguous() for t in given]
     bias = torch.zeros_like(D) if delta_bias is None else delta_bias
-    vectors = [t.float().contiguous() for t in (A.t() * math.log2(math.e), D, bias)]
+    vectors = [t.contiguous() for t in (A, D, bias)]
     strides = [stride for t in rows for stride in t.stride()[:2]]
     constants = {
         "REVERSE": reverse, "SOFTPLUS": delta_softplus, "GATED": z is not None,
@@ -140,6 +139,9 @@ def _launch(
     # Triton launches on the current device, which may not be the tensors'.
     with torch.cuda.device(u.device) if u.is_cuda else contextlib.nullcontext():
         kernel[grid](*given, *arguments, **constants, **more)
+
+
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -214,7 +216,7 @@ def _summarize(
     has_c, has_n = c < channels, n < states
     has_cell = has_n[:, None] & has_c[None, :]
     cell = n[:, None] * channels + c[None, :]
-    decay = _load(A + cell, has_cell)
+    decay = _load(A + c[None, :] * states + n[:, None], has_cell) * LOG2_E
     offset = _load(bias + c, has_c)
     tiles = tl.cdiv(length, TILE)
     per_span = tl.cdiv(tiles, spans)
@@ -268,7 +270,7 @@ def _forward(
     has_c, has_n = c < channels, n < states
     has_cell = has_n[:, None] & has_c[None, :]
     cell = n[:, None] * channels + c[None, :]
-    decay = _load(A + cell, has_cell)
+    decay = _load(A + c[None, :] * states + n[:, None], has_cell) * LOG2_E
     skip = _load(D + c, has_c)[None, :]
     offset = _load(bias + c, has_c)
     tiles = tl.cdiv(length, TILE)
@@ -317,7 +319,7 @@ def _backward(
     has_c, has_n = c < channels, n < states
     has_cell = has_n[:, None] & has_c[None, :]
     cell = n[:, None] * channels + c[None, :]
-    decay = _load(A + cell, has_cell)
+    decay = _load(A + c[None, :] * states + n[:, None], has_cell) * LOG2_E
     skip = _load(D + c, has_c)[None, :]
     offset = _load(bias + c, has_c)
     tiles = tl.cdiv(length, TILE)
@@ -371,7 +373,7 @@ def _backward(
             carry = _row(fade, row) * carry
         exponent = dh * left
         sum_A += tl.sum(exponent * dt[:, None, :], axis=0)
-        fading = tl.sum(exponent * decay[None, :, :], axis=1) * 0.6931471805599453
+        fading = tl.sum(exponent * decay[None, :, :], axis=1) / LOG2_E
         d_input = tl.sum(dh * b_t[:, :, None], axis=1)  # gradient of dt x
         tl.store(dB + own + shared, tl.sum(dh * (dt * x)[:, None, :], axis=2), mask=has_s)
         # decay is A log2(e).
@@ -384,6 +386,6 @@ def _backward(
         _store(du + origin + at, d_input * dt + gy * skip, has)
         _store(d_delta + origin + at, d_dt, has)
     each = batch * spans + span
-    tl.store(dA + each * states * channels + cell, sum_A, mask=has_cell)
+    tl.store(dA + each * states * channels + c[None, :] * states + n[:, None], sum_A, mask=has_cell)
     tl.store(dD + each * channels + c, sum_D, mask=has_c)
     tl.store(d_bias + each * channels + c, sum_bias, mask=has_c)
