@@ -1,21 +1,32 @@
 """Scan backends against the indexed Python loop, on the CPU and, if there is one, on the GPU.
 
 python benchmarks/scan.py --shape 4 256 384 16 --repeats 9
+python benchmarks/scan.py --device cuda --sweep --seconds 60 --json sweep.json
 
 Prints a Markdown table: medians and quartiles in milliseconds, peak memory of forward and
 backward, and how many times faster than the loop each backend is. The loop is the formulation that
 the authors' dependencies fall back to (mamba-ssm's `selective_scan_ref`): all decays at once, then
 `decay[:, t]` step by step, gradients by autograd.
+
+`--sweep` compares constants of the Triton backend instead, at batches of 4, 8 and 32 in float32 and
+bfloat16, until the time is up: medians of the kernels' time, as a CUDA graph, so that the host's
+launches do not count, and of a call with them. On a CPU it runs in Triton's interpreter
+(TRITON_INTERPRET=1), for a small --shape alone.
 """
 
 # ruff: noqa: N803, N806, E741 - names are those of the formulas; a benchmark prints
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import platform
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -27,6 +38,22 @@ from almrr_pipeline.model.kernels.scan import BACKENDS, resolve_backend, selecti
 
 LOOP = "indexed loop"
 _LOOP_REPEATS = 3
+SWEEP: tuple[dict[str, int], ...] = (
+    {},
+    {"_PROGRAMS": 1},  # the tokens are not split
+    {"_PROGRAMS": 384},
+    {"_PROGRAMS": 1536},
+    {"_PROGRAMS": 3072},
+    {"_BLOCK_D": 16, "_WARPS": 2, "_CELLS": 2048},
+    {"_BLOCK_D": 16},
+    {"_BLOCK_D": 32, "_WARPS": 4, "_CELLS": 4096},
+    {"_BLOCK_D": 32, "_WARPS": 4, "_CELLS": 2048},
+    {"_CELLS": 512},
+    {"_WARPS": 2},
+    {"_STAGES": 2},
+    {"_STAGES": 3},
+)
+"""Constants of `triton_backend` that differ from what stands there."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +168,76 @@ def compare_on(device: str, shape: Sequence[int], dtype: torch.dtype, repeats: i
         print(format_row(name, times, measure_peak_memory(both, device=device), loop), flush=True)
 
 
+def sweep(
+    device: str, shapes: Sequence[Sequence[int]], *, repeats: int, seconds: float
+) -> list[dict[str, object]]:
+    """Rows of `SWEEP`, printed as they come; float32 for all constants before bfloat16."""
+    deadline = time.monotonic() + seconds
+    print(
+        "| constants | dtype | batch | forward, us | both, us | called: forward | both | differs |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    rows: list[dict[str, object]] = []
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = [draw_inputs(shape, device, dtype) for shape in shapes]
+        expected = [run_both_ways(_scan_with_triton, given) for given in inputs]
+        for constants in SWEEP:
+            for given, gradients in zip(inputs, expected, strict=True):
+                if time.monotonic() > deadline:
+                    print(f"The {seconds:.0f} seconds are up.")
+                    return rows
+                row: dict[str, object] = {
+                    "constants": constants,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "batch": len(given.z),
+                    **_measure_constants(constants, given, gradients, repeats),
+                }
+                rows.append(row)
+                names = " ".join(f"{name[1:]}={value}" for name, value in constants.items())
+                values = [
+                    "-" if value is None else f"{value:.3g}" if isinstance(value, float) else value
+                    for value in row.values()
+                ]
+                print(f"| {names or 'as they are'} | " + " | ".join(map(str, values[1:])) + " |")
+    return rows
+
+
+def _scan_with_triton(*tensors: Tensor, **options: Tensor) -> Tensor:
+    return selective_scan(*tensors, **options, backend="triton")
+
+
+def _measure_constants(
+    constants: dict[str, int], inputs: Inputs, expected: tuple[Tensor, ...], repeats: int
+) -> dict[str, float | str | None]:
+    """Microseconds, and the largest relative difference of a gradient from `expected`."""
+    from almrr_pipeline.model.kernels.scan import triton_backend
+
+    device = inputs.z.device.type
+    try:
+        with contextlib.ExitStack() as stack:
+            for name, value in constants.items():
+                stack.enter_context(mock.patch.object(triton_backend, name, value))
+            forward = partial(run_forward, _scan_with_triton, inputs)
+            both = partial(run_both_ways, _scan_with_triton, inputs)
+            pairs = zip(both(), expected, strict=True)
+            differs = max(float((a - b).norm() / b.norm()) for a, b in pairs)
+            graphs = [_time_graph(call) if device == "cuda" else None for call in (forward, both)]
+            called = [
+                measure(call, repeats=repeats, device=device).median * 1e6
+                for call in (forward, both)
+            ]
+    except Exception as error:  # what a GPU cannot hold must not end the sweep
+        return {"error": f"{type(error).__name__}: {error}"[:200]}
+    names = ("forward, us", "both, us", "called forward, us", "called both, us", "differs")
+    return dict(zip(names, (*graphs, *called, differs), strict=True))
+
+
+def _time_graph(call: Callable[[], object]) -> float:
+    from triton.testing import do_bench_cudagraph
+
+    return float(do_bench_cudagraph(call, rep=10, return_mode="median")) * 1e3
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -154,8 +251,23 @@ def main() -> None:
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), help="this one alone; otherwise all there are"
     )
+    parser.add_argument("--sweep", action="store_true", help="constants of the Triton backend")
+    parser.add_argument("--seconds", type=float, default=60, help="of the sweep, at most")
+    parser.add_argument("--json", type=Path, help="write the sweep's rows there")
     arguments = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}")
+    if arguments.sweep:
+        device = arguments.device or "cuda"
+        resolve_backend("triton", device)  # or say what is missing
+        _, *widths = arguments.shape
+        batches = (4, 8, 32) if device == "cuda" else arguments.shape[:1]
+        shapes = [(batch, *widths) for batch in batches]
+        rows = sweep(device, shapes, repeats=arguments.repeats, seconds=arguments.seconds)
+        if arguments.json:
+            name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
+            result = {"device": name, "torch": torch.__version__, "rows": rows}
+            arguments.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
+        return
     present = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for device in [arguments.device] if arguments.device else present:
         compare_on(device, arguments.shape, getattr(torch, arguments.dtype), arguments.repeats)
