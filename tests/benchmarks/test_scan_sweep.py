@@ -32,7 +32,7 @@ def test_a_sweep_writes_its_rows(tmp_path: Path) -> None:
         "--json",
     ]
     subprocess.run(
-        [sys.executable, SCRIPT, *command, path],
+        [sys.executable, SCRIPT, *command, path, "--shape", "1", "9", "3", "2"],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         check=True,
     )

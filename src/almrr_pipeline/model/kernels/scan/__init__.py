@@ -122,10 +122,9 @@ def selective_scan(
         return scan_fused(operands, name)
     if name == "mamba_ssm":
         return _scan_with_mamba_ssm(operands)  # type: ignore[no-any-return]
-    unrolls = torch.compiler.is_compiling() and not _is_exporting()
-    return (
-        scan_in_parallel(operands) if name == "parallel" or unrolls else scan_with_torch(operands)
-    )
+    compiling = torch.compiler.is_compiling()
+    scan = scan_in_parallel if name == "parallel" or compiling else scan_with_torch
+    return scan(operands)
 
 
 def causal_conv(

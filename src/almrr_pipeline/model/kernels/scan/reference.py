@@ -70,7 +70,8 @@ def skip_and_gate(y: Tensor, u: Tensor, skip: Tensor, z: Tensor | None) -> Tenso
 def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
     """Switch autocast off: a scan's own products must not become half precision again."""
     device = tensor.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    # torch.amp.is_autocast_available is not compiled by torch 2.11.
+    if device in ("cpu", "cuda", "mps", "xpu") and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()
 
