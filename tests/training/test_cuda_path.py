@@ -426,7 +426,6 @@ def count_graphs(model: ALMRR) -> int:
     return len(graphs)
 
 
-@pytest.mark.xfail(strict=True, reason="the scan is no operation of torch yet")
 def test_compiling_gives_one_graph() -> None:
     assert count_graphs(build_model(depth=1)) == 1
 
