@@ -42,7 +42,7 @@ SWEEP: tuple[dict[str, int], ...] = (
     {},
     {"_PROGRAMS": 1},  # the tokens are not split
     {"_PROGRAMS": 384},
-    {"_PROGRAMS": 1536},
+    {"_PROGRAMS": 768},
     {"_PROGRAMS": 3072},
     {"_BLOCK_D": 16, "_WARPS": 2, "_CELLS": 2048},
     {"_BLOCK_D": 16},

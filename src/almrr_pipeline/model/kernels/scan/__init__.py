@@ -52,10 +52,10 @@ _ANY_DEVICE = ("cpu", "cuda", "mps", "xpu")
 _IMPLEMENTATIONS = {
     "mamba_ssm": _Implementation(
         ("cuda",),
-        "its CUDA kernel is compiled on your machine, which takes nvcc of torch's own CUDA version "
-        "and many minutes: `pip install packaging ninja setuptools wheel`, then "
-        "`MAMBA_KEEP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE pip install --no-build-isolation "
-        "--no-cache-dir mamba-ssm` (docs/performance.md)",
+        "`pip install packaging ninja wheel`, then `MAMBA_KEEP_CUDA_BUILD=TRUE pip install "
+        "--no-build-isolation mamba-ssm`; where its authors offer no wheel for this torch, that "
+        "compiles its CUDA kernel for many minutes and takes nvcc of torch's CUDA version. Its "
+        "setup.py asks for C++17, but the newest torch for C++20",
     ),
     "triton": _Implementation(
         ("cuda",),
