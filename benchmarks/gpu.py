@@ -539,7 +539,8 @@ def profile_step(step: Callable[[], object], device: Any, record: Record, *, tit
     with profile(activities=[getattr(ProfilerActivity, kind)]) as profiler:
         for _ in range(steps):
             step()
-    kernels = sorted(profiler.key_averages(), key=lambda one: -getattr(one, time_of))
+    rows = [one for one in profiler.key_averages() if one.device_type.name == kind]  # no launches
+    kernels = sorted(rows, key=lambda one: -getattr(one, time_of))
     for name, chosen in (("all", kernels), *((one.key[:90], [one]) for one in kernels[:20])):
         calls, total = (sum(getattr(one, key) for one in chosen) for key in ("count", time_of))
         record.row(title, kernel=name, calls=calls / steps, ms=total / steps / 1e3)
