@@ -138,6 +138,9 @@ class ModelSettings(Section):
     # the FRM's input, from F and F_hat: channel means (the paper), or a learned projection
     refinement_input: Literal["mean", "projection"] = "mean"
     refinement_channels: Positive = 1  # channels of that projection; 1 for `mean`
+    # channels of a path from the image to the FRM's last layers, whose map is then half the image's
+    # size instead of a quarter, for what is a pixel or two wide; 0: none (the paper)
+    fine_channels: Count = 0
     residual_channels: Count = 0  # mixtures of log(1 + (F - F_hat)^2) as further inputs of the FRM
     prior: OpenFraction | None = None  # probability of an anomaly at which the FRM starts
     standardize: bool = False  # the features' channels, by the normal training images

@@ -33,6 +33,7 @@ def model() -> ALMRR:
             decoder=(8, 12),
             refinement_width=4,
             residual_channels=2,
+            fine_channels=2,
         )
         model = ALMRR(backbone, sizes, image_size=SIZE).eval()
         with torch.no_grad():

@@ -158,9 +158,8 @@ def test_the_projection_is_one_for_both_and_trained(build_model) -> None:
     stacked = torch.cat(
         [torch.einsum("kc,bcij->bkij", weight, x) for x in (reconstruction, features)], dim=1
     )
-    torch.testing.assert_close(
-        model.refine(reconstruction, features), model.frm(stacked), rtol=1e-4, atol=1e-4
-    )
+    refined = model.refine(reconstruction, features, torch.rand(2, 3, *SIZE))
+    torch.testing.assert_close(refined, model.frm(stacked), rtol=1e-4, atol=1e-4)
     assert any(parameter is model.summary.weight for parameter in model.trainable_parameters())
 
 
@@ -193,7 +192,7 @@ def test_the_frm_sees_the_mixtures_after_the_summaries_and_trains_them(build_mod
     mixed = torch.einsum("rc,bcij->brij", model.residual.weight[:, :, 0, 0], residuals)
     mixed = mixed + model.residual.bias[:, None, None]
     means = [x.mean(1, keepdim=True) for x in (reconstruction, features)]
-    given = model.refine(reconstruction, features)
+    given = model.refine(reconstruction, features, torch.rand(2, 3, *SIZE))
     expected = model.frm(torch.cat([*means, mixed], dim=1))
     torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-4)
     given.square().mean().backward()
@@ -216,7 +215,7 @@ def test_under_autocast_large_residuals_stay_finite() -> None:
 
 def test_without_residuals_and_prior_the_model_is_the_papers(build_model) -> None:
     papers = ModelSettings()
-    assert (papers.residual_channels, papers.prior) == (0, None)
+    assert (papers.residual_channels, papers.fine_channels, papers.prior) == (0, 0, None)
     names = build_model(residual_channels=2).state_dict().keys() - build_model().state_dict().keys()
     assert names == {"residual.weight", "residual.bias"}
 
@@ -305,7 +304,8 @@ def test_a_model_of_version_0_2_loads_without_what_it_had_not(build_model, tmp_p
     model = build_model()
     model.save(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    del config["model"]["residual_channels"], config["model"]["prior"]
+    for name in ("fine_channels", "residual_channels", "prior"):
+        del config["model"][name]
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert ALMRR.load(tmp_path).settings == model.settings
 

@@ -132,3 +132,35 @@ def test_every_parameter_takes_part() -> None:
     untouched = [name for name, p in frm.named_parameters() if not p.grad.any()]  # type: ignore[union-attr]
     # The bias before a batch norm cancels, up to rounding; everything else has a gradient.
     assert all(name.endswith("bias") for name in untouched)
+
+
+def test_a_fine_path_gives_half_the_images_size_and_sees_single_pixels() -> None:
+    torch.manual_seed(0)
+    frm = FRM(2, width=4, fine=3).eval()
+    summaries, images = torch.randn(1, 2, 32, 40), torch.rand(1, 3, 128, 160)
+    logits = frm(summaries, images)
+    assert logits.shape == (1, 2, 64, 80)
+    changed = images.clone()
+    changed[0, :, 60, 90] = 1 - changed[0, :, 60, 90]
+    difference = (frm(summaries, changed) - logits).abs().amax(1)[0] > 0
+    rows, columns = difference.nonzero().T
+    # The 5x5 stem and three 3x3 convolutions reach four cells around the pixel's own.
+    assert rows.numel()
+    assert 26 <= int(rows.min()) <= int(rows.max()) <= 34
+    assert 41 <= int(columns.min()) <= int(columns.max()) <= 49
+
+
+def test_a_fine_path_is_trained() -> None:
+    torch.manual_seed(0)
+    frm = FRM(2, width=4, fine=3)
+    frm(torch.randn(2, 2, 32, 32), torch.rand(2, 3, 128, 128)).square().mean().backward()
+    assert frm.fine is not None
+    for part in (frm.fine, frm.join):
+        assert all(parameter.grad is not None for parameter in part.parameters())
+    assert bool(frm.fine[0].weight.grad.any())
+
+
+def test_without_a_fine_path_the_images_do_not_matter() -> None:
+    torch.manual_seed(0)
+    frm, summaries = FRM(2, width=4).eval(), torch.randn(1, 2, 32, 32)
+    assert torch.equal(frm(summaries), frm(summaries, torch.rand(1, 3, 128, 128)))

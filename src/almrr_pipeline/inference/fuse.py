@@ -105,7 +105,7 @@ class FusedALMRR(nn.Module):
         decoded = self.decoder(to_map(tokens, self.token_grid))  # (B, k, h, w), or k + C with F_hat
         inputs = self.inputs(maps, decoded)  # (B, 2 k + r, h, w)
         # The softmax of two logits is the logistic function of their difference.
-        probability = self.frm(inputs).sigmoid()  # (B, 1, h, w)
+        probability = self.frm(inputs, images).sigmoid()  # (B, 1, h, w)
         return resize_bilinear(probability, self.image_size)[:, 0]  # (B, H, W)
 
 
@@ -332,14 +332,14 @@ def normalize(x: Tensor) -> Tensor:
     return F.group_norm(x, x.shape[1], eps=_EPSILON)
 
 
-def fuse_batch_norms(network: nn.Module, example: Tensor) -> nn.Module:
+def fuse_batch_norms(network: nn.Module, *example: Tensor) -> nn.Module:
     """Copy a network, in evaluation mode, with its batch norms fused into the convolutions before.
 
     Which norm follows which convolution is found by running the network once.
 
     Args:
         network: any network of tensors to tensors.
-        example: an input for it; the outputs of copy and original are compared on it.
+        example: inputs for it; the outputs of copy and original are compared on them.
 
     Returns:
         The fused copy; or, where fusing changes the outputs (a convolution used twice, or
@@ -348,7 +348,7 @@ def fuse_batch_norms(network: nn.Module, example: Tensor) -> nn.Module:
     plain = copy.deepcopy(network).eval().requires_grad_(False)
     fused = copy.deepcopy(plain)
     names = {module: name for name, module in fused.named_modules()}
-    for convolution, norm in _convolutions_before_norms(fused, example):
+    for convolution, norm in _convolutions_before_norms(fused, *example):
         assert norm.running_mean is not None
         assert norm.running_var is not None
         statistics = (norm.running_mean, norm.running_var, norm.eps)
@@ -357,7 +357,7 @@ def fuse_batch_norms(network: nn.Module, example: Tensor) -> nn.Module:
         )
         # timm's BatchNormAct2d is a batch norm that carries its activation.
         fused.set_submodule(names[norm], getattr(norm, "act", nn.Identity()))
-    if _differ(plain, fused, example):
+    if _differ(plain, fused, *example):
         name = type(network).__name__
         logger.warning("The batch norms of %s cannot be fused; inference runs with them.", name)
         return plain
@@ -365,7 +365,7 @@ def fuse_batch_norms(network: nn.Module, example: Tensor) -> nn.Module:
 
 
 def _convolutions_before_norms(
-    network: nn.Module, example: Tensor
+    network: nn.Module, *example: Tensor
 ) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
     # By the id of the output, which is kept so that no other tensor takes that id.
     made_by: dict[int, tuple[nn.Conv2d, Tensor]] = {}
@@ -379,15 +379,15 @@ def _convolutions_before_norms(
 
     handles = [module.register_forward_hook(note) for module in network.modules()]
     with torch.no_grad():
-        network(example)
+        network(*example)
     for handle in handles:
         handle.remove()
     return pairs
 
 
-def _differ(plain: nn.Module, fused: nn.Module, example: Tensor) -> bool:
+def _differ(plain: nn.Module, fused: nn.Module, *example: Tensor) -> bool:
     with torch.no_grad():
-        expected, given = plain(example), fused(example)
+        expected, given = plain(*example), fused(*example)
     if isinstance(expected, Tensor):
         expected, given = [expected], [given]
     pairs = zip(expected, given, strict=True)
@@ -403,7 +403,8 @@ def _fuse_frm(frm: FRM) -> nn.Module:
     """Batch norms fused, and one output: the second logit minus the first."""
     inputs = frm.encoder[0][0].in_channels  # type: ignore[index]
     smallest = _draw_example(inputs, 32, 32).to(frm.out.weight)
-    fused = fuse_batch_norms(frm, smallest)
+    images = _draw_example(3, 128, 128).to(smallest)  # taken by a fine path only
+    fused = fuse_batch_norms(frm, smallest, images)
     for module in fused.modules():
         if isinstance(module, nn.ReLU):
             module.inplace = True

@@ -91,7 +91,12 @@ class ALMRR(nn.Module):
         if settings.residual_channels:
             self.residual = ResidualMixture(channels, settings.residual_channels)
         inputs = 2 * settings.refinement_channels + settings.residual_channels
-        self.frm = FRM(inputs, width=settings.refinement_width, prior=settings.prior)
+        self.frm = FRM(
+            inputs,
+            width=settings.refinement_width,
+            fine=settings.fine_channels,
+            prior=settings.prior,
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         """Anomaly maps of images.
@@ -108,7 +113,7 @@ class ALMRR(nn.Module):
         check_images(images, self.image_size)
         features = self.embed(images)  # stage 2: F (B, C, h, w), h = H / 4, w = W / 4
         reconstruction = self.reconstruct(features)  # stage 3, MFRM: F_hat (B, C, h, w)
-        logits = self.refine(reconstruction, features)  # stage 4, FRM: (B, 2, h, w)
+        logits = self.refine(reconstruction, features, images)  # stage 4, FRM: (B, 2, h, w)
         return self.upsample(logits.softmax(dim=1))[:, 1]  # (B, 2, H, W) -> (B, H, W)
 
     def training_forward(self, normal: Tensor, augmented: Tensor) -> TrainingOutput:
@@ -126,7 +131,7 @@ class ALMRR(nn.Module):
         check_shape(augmented, self.image_size)
         target, features = self._embed_both(normal, augmented)  # stage 2: phi, F (B, C, h, w)
         reconstruction = self.reconstruct(features)  # stage 3, MFRM: F_hat (B, C, h, w)
-        logits = self.refine(reconstruction, features)  # stage 4, FRM: (B, 2, h, w)
+        logits = self.refine(reconstruction, features, augmented)  # stage 4, FRM: (B, 2, h, w)
         probabilities = self.upsample(logits.softmax(dim=1))  # (B, 2, H, W)
         # The smallest normal float keeps the logarithm finite where the softmax underflows; the
         # gradient is zero there.
@@ -150,12 +155,15 @@ class ALMRR(nn.Module):
         """Stage 3, MFRM: F (B, C, h, w) -> F_hat (B, C, h, w)."""
         return self.mfrm(features)  # type: ignore[no-any-return]
 
-    def refine(self, reconstruction: Tensor, features: Tensor) -> Tensor:
-        """Stage 4, FRM: F_hat and F, each summarized to k channels -> logits (B, 2, h, w)."""
+    def refine(self, reconstruction: Tensor, features: Tensor, images: Tensor) -> Tensor:
+        """Stage 4, FRM: F_hat and F, each summarized to k channels -> logits (B, 2, h, w).
+
+        With a fine path (B, 2, H / 2, W / 2).
+        """
         inputs = [self.summary(reconstruction), self.summary(features)]  # (B, k, h, w) each
         if self.residual is not None:
             inputs.append(self.residual(features, reconstruction))  # (B, r, h, w)
-        return self.frm(torch.cat(inputs, dim=1))  # type: ignore[no-any-return] # (B, 2, h, w)
+        return self.frm(torch.cat(inputs, dim=1), images)  # type: ignore[no-any-return]
 
     def upsample(self, x: Tensor) -> Tensor:
         """Bilinear resize (B, c, h, w) -> (B, c, H, W)."""

@@ -21,11 +21,14 @@ class FRM(nn.Module):
     Args:
         inputs: input channels, 2 in the paper (the channel means of F_hat and F).
         width: base width, 64 in the paper.
+        fine: channels of a path from the image, at half its size, to the last layers; 0 for none.
         prior: probability of an anomaly that the last layer's biases start with (RetinaNet, arXiv
             1708.02002, section 4.1); None (the paper): torch's random biases.
     """
 
-    def __init__(self, inputs: int, *, width: int, prior: float | None = None) -> None:
+    def __init__(
+        self, inputs: int, *, width: int, fine: int = 0, prior: float | None = None
+    ) -> None:
         super().__init__()
         widths = [width * factor for factor in _WIDTHS]
         self.encoder = nn.ModuleList(
@@ -41,14 +44,22 @@ class FRM(nn.Module):
         self.decoder = nn.ModuleList(
             double_convolution(o + s, o) for o, s in zip(outputs, skips, strict=True)
         )
+        self.fine: nn.Sequential | None = None
+        if fine:
+            stem = nn.Conv2d(3, fine, 5, stride=2, padding=2)
+            self.fine = nn.Sequential(stem, nn.BatchNorm2d(fine), nn.ReLU())
+            self.join = double_convolution(width + fine, width)
         self.out = nn.Conv2d(width, 2, 3, padding=1)
         if prior is not None:
             assert self.out.bias is not None
             with torch.no_grad():
                 self.out.bias.copy_(torch.tensor([1.0 - prior, prior]).log())
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Summaries (B, inputs, h, w) -> logits (B, 2, h, w)."""
+    def forward(self, x: Tensor, images: Tensor | None = None) -> Tensor:
+        """Summaries (B, inputs, h, w) -> logits (B, 2, h, w).
+
+        With a fine path, which takes the images (B, 3, H, W) as well, (B, 2, H / 2, W / 2).
+        """
         skips = []
         for block in self.encoder[:-1]:
             x = block(x)
@@ -60,6 +71,11 @@ class FRM(nn.Module):
             # dropped an odd last line (DRAEM doubles, which needs multiples of 32).
             x = up(resize_bilinear(x, (skip.shape[-2], skip.shape[-1])))
             x = block(torch.cat([x, skip], dim=1))
+        if self.fine is not None:
+            assert images is not None
+            fine = self.fine(images)  # (B, fine, H / 2, W / 2)
+            x = resize_bilinear(x, (fine.shape[-2], fine.shape[-1]))
+            x = self.join(torch.cat([x, fine], dim=1))
         return self.out(x)  # type: ignore[no-any-return]
 
 
