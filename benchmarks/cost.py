@@ -69,8 +69,10 @@ SHORTEST = 2.5e-6
 """Seconds of a kernel that does nearly nothing, in a queue of others."""
 ISSUE = 6e-6
 """Seconds in which the host issues an operation from Python, autograd and optimizer included."""
-CHUNK = 16
-"""Tokens a state that the scan's forward pass keeps for the backward pass."""
+TILE = 8
+"""Tokens a state that the scan's forward pass keeps for the backward pass; triton_backend's."""
+BLOCK_D = 8
+"""Channels of a program, for which it writes gradients of B and C of its own; likewise."""
 SCAN_FLOP = {"forward": 9, "backward": 30}
 """For each token, channel and state, by counting the kernels' lines; an exponential as one."""
 
@@ -127,9 +129,10 @@ class Counter(TorchDispatchMode):
         rows = {"forward": 4, "backward": 7}[direction]  # u, delta, z, out; or with the gradients
         moved = rows * b * l * d * size + 2 * b * l * states * size
         if keeps:
-            moved += b * math.ceil(l / CHUNK) * states * d * 4
+            moved += b * math.ceil(l / TILE) * states * d * 4
         if direction == "backward":
-            moved += 2 * b * l * states * 4 + b * states * d * 4  # gradients of B, C and A
+            partial = 2 * math.ceil(d / BLOCK_D) * b * l * states * 4  # gradients of B and C,
+            moved += 2 * partial + b * states * d * 4  # written, read to be summed; and of A
         flop = SCAN_FLOP[direction] * b * l * d * states
         self.operations.append(Operation(f"scan {direction}", flop, moved, "float32"))
 

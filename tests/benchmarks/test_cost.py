@@ -98,7 +98,7 @@ def test_a_step_and_inference_are_counted_whole(cost: ModuleType) -> None:
     b, tokens, channels, states = 2, 64, 32, 4
     assert scan.flop == cost.SCAN_FLOP["forward"] * b * tokens * channels * states
     rows = 4 * (4 * b * tokens * channels + 2 * b * tokens * states)
-    assert scan.moved == rows + 4 * b * (tokens // cost.CHUNK) * states * channels
+    assert scan.moved == rows + 4 * b * (tokens // cost.TILE) * states * channels
     half = cost.count_step(2, "bfloat16", **options)
     assert half.flop() == pytest.approx(step.flop(), rel=0.1)
     inference = cost.count_inference(2, "float32", **options)
