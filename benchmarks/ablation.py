@@ -20,6 +20,7 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -67,8 +68,8 @@ def main() -> None:
     }
     output: Path = arguments.output
     output.mkdir(parents=True, exist_ok=True)
-    first = next(iter(settings.values()))
-    manifest = fetch(arguments.category, first, output)
+    for parameters in settings.values():
+        manifest = fetch(arguments.category, parameters, output)
     jobs = []
     for name, parameters in settings.items():
         for seed in arguments.seeds:
@@ -90,7 +91,7 @@ def main() -> None:
     with ThreadPoolExecutor(arguments.jobs) as pool:
         for line in pool.map(run_worker, jobs):
             print(f"{time.monotonic() - begun:6.0f} s  {line}", flush=True)
-    print(tabulate(output, list(settings)))
+    print(tabulate(output, list(settings), arguments.seeds))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -228,7 +229,8 @@ def train_variant(job: dict[str, Any]) -> None:
         image_size=parameters.data.image_size,
     )
     folder = output / "runs" / f"{job['variant']}-{seed}"
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier call, maybe of another category
+    folder.mkdir(parents=True)
     begun = time.monotonic()
     history = fit(
         model,
@@ -248,7 +250,7 @@ def train_variant(job: dict[str, Any]) -> None:
         model, parameters.inference, tiling=parameters.data.tiling, device=job["device"]
     )
     maps_folder = folder / "maps"
-    maps_folder.mkdir(exist_ok=True)
+    maps_folder.mkdir()
     for scaled in predictor.maps([output / name for name in rows["image"]]):
         np.save(maps_folder / f"{scaled.index:06d}.npy", scaled.anomaly_map)
     results = {**measure(rows, maps_folder, output, parameters), "seconds": seconds}
@@ -310,12 +312,13 @@ def rank(scores: npt.NDArray[np.float64], defective: npt.NDArray[np.bool_]) -> f
     return float(roc_auc_score(defective, scores)) if 0 < defective.sum() < len(scores) else None
 
 
-def tabulate(output: Path, variants: Sequence[str]) -> str:
+def tabulate(output: Path, variants: Sequence[str], seeds: Sequence[int]) -> str:
     """A Markdown table, a row per variant: means over the seeds, and their range in brackets."""
     rows = {}
     for name in variants:
-        files = sorted((output / "runs").glob(f"{name}-*/metrics.json"))
-        runs = pd.DataFrame([json.loads(file.read_text(encoding="utf-8")) for file in files])
+        files = [output / "runs" / f"{name}-{seed}" / "metrics.json" for seed in seeds]
+        found = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
+        runs = pd.DataFrame(found)
         if len(runs):
             rows[name] = {
                 column: f"{runs[column].mean():.3f} [{runs[column].min():.3f}, "

@@ -295,8 +295,36 @@ def test_devices_that_are_named_or_started_are_taken(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
     assert choose_devices(TrainSettings(batch_size=8, devices=3), (256, 256)) == 3
     assert choose_devices(TrainSettings(batch_size=8, accelerator="cpu"), (256, 256)) == "auto"
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "6")  # by torchrun
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "6")  # by sbatch, which starts one process
+    assert choose_devices(TrainSettings(batch_size=8), (256, 256)) == 8
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "12")  # by srun, on two machines
     assert choose_devices(TrainSettings(batch_size=8), (256, 256)) == 6
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # by torchrun, and the next
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert choose_devices(TrainSettings(batch_size=8), (256, 256)) == 4
+
+
+def test_a_notebook_which_cannot_start_processes_leaves_auto_to_lightning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    monkeypatch.setattr("sys.ps1", ">>> ", raising=False)
+    assert choose_devices(TrainSettings(batch_size=8), (256, 256)) == "auto"
+
+
+@pytest.mark.parametrize("before", ["highest", "high", "medium"])
+@pytest.mark.parametrize("tf32", [False, True])
+def test_the_callers_precision_of_products_is_readable_and_restored(
+    before: str, tf32: bool
+) -> None:
+    torch.set_float32_matmul_precision(before)
+    try:
+        with algorithms(deterministic=True, tf32=tf32):
+            # Lightning and torch.compile read it, and it raises where flags contradict each other.
+            assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
+        assert torch.get_float32_matmul_precision() == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.parametrize(
@@ -364,6 +392,31 @@ def test_a_slow_report_does_not_hold_up_the_steps(fabric_of_a_gpu: Any) -> None:
         history.record(2, torch.zeros(len(LOGGED)), 0.1)
         go.set()
     assert len(history.rows) == 2
+
+
+def test_a_training_that_fails_does_not_wait_for_reports_that_have_not_begun(
+    fabric_of_a_gpu: Any,
+) -> None:
+    begun, go, reported = threading.Event(), threading.Event(), []
+
+    def report(step: int, values: Any) -> None:
+        reported.append(step)
+        begun.set()
+        go.wait(30)
+
+    history = History(TrainSettings(steps=3, log_every=1), fabric_of_a_gpu, report)
+
+    def train() -> None:
+        with history.show_progress(done=0):
+            for step in (1, 2, 3):
+                history.record(step, torch.zeros(len(LOGGED)), 0.1)
+            assert begun.wait(30)
+            threading.Timer(0.1, go.set).start()
+            raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        train()
+    assert reported == [1]
 
 
 @pytest.mark.parametrize("tf32", [False, True])

@@ -106,7 +106,8 @@ class FusedALMRR(nn.Module):
         inputs = self.inputs(maps, decoded)  # (B, 2 k + r, h, w)
         # The softmax of two logits is the logistic function of their difference.
         probability = self.frm(inputs, images).sigmoid()  # (B, 1, h, w)
-        return resize_bilinear(probability, self.image_size)[:, 0]  # (B, H, W)
+        # Matrices of a GPU's half precision have rows whose sum is a little above 1.
+        return resize_bilinear(probability, self.image_size)[:, 0].clamp(0.0, 1.0)  # (B, H, W)
 
 
 class FusedBackbone(nn.Module):

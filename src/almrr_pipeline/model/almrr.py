@@ -114,7 +114,8 @@ class ALMRR(nn.Module):
         features = self.embed(images)  # stage 2: F (B, C, h, w), h = H / 4, w = W / 4
         reconstruction = self.reconstruct(features)  # stage 3, MFRM: F_hat (B, C, h, w)
         logits = self.refine(reconstruction, features, images)  # stage 4, FRM: (B, 2, h, w)
-        return self.upsample(logits.softmax(dim=1))[:, 1]  # (B, 2, H, W) -> (B, H, W)
+        # Matrices of a GPU's half precision have rows whose sum is a little above 1.
+        return self.upsample(logits.softmax(dim=1))[:, 1].clamp(0.0, 1.0)  # (B, H, W)
 
     def training_forward(self, normal: Tensor, augmented: Tensor) -> TrainingOutput:
         """Both branches of the paper's figure: phi of the normal images, F of the augmented ones.

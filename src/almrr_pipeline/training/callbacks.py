@@ -99,9 +99,10 @@ class History:
         with track(steps, unit="steps", description="training", done=done) as advance:
             try:
                 yield lambda: advance(1, **self._shown())
-            finally:
-                if self._thread is not None:
-                    self._thread.shutdown()  # after the last report
+            except BaseException:  # a slow server must not delay the end
+                self._finish_reports(drop_pending=True)
+                raise
+        self._finish_reports(drop_pending=False)
         self._raise_from_reports()
         line = "Trained %d steps: loss %.4f (reconstruction %.4f, refinement %.4f)."
         logger.info(line, *(self.rows[-1][name] for name in COLUMNS[:4]))
@@ -122,6 +123,10 @@ class History:
         device = self._fabric.device
         self._window = [torch.tensor(values, device=device) for values in state_dict["window"]]
         self._extra = state_dict["extra"]
+
+    def _finish_reports(self, *, drop_pending: bool) -> None:
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=drop_pending)
 
     def _shown(self) -> dict[str, str]:
         return {"loss": f"{self.rows[-1]['loss']:.4f}"} if self.rows else {}

@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -78,6 +78,14 @@ class CheckpointFolder:
         else:
             self._write(content, path)
         return path
+
+    def __enter__(self) -> Self:
+        """Write in the background, if at all, only until the end of the `with` statement."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Wait for the writing thread, whatever has happened."""
+        self._thread.shutdown()
 
     def wait(self) -> None:
         """Wait for the checkpoint that is written in the background; raises what that raised."""

@@ -53,7 +53,7 @@ def focal_loss(logits: Tensor, mask: Tensor, gamma: float = 2.0) -> Tensor:
 
 def reconstruction_loss(reconstruction: Tensor, target: Tensor) -> Tensor:
     """Mean squared error of F_hat against phi, both (B, C, h, w): float32 scalar, at least 0."""
-    if reconstruction.device.type == "cuda" and reconstruction.dtype != torch.float16:
+    if reconstruction.is_cuda and reconstruction.dtype in (torch.float32, torch.bfloat16):
         return _SquaredError.apply(reconstruction, target)  # type: ignore[no-any-return]
     return F.mse_loss(reconstruction.float(), target.float())
 

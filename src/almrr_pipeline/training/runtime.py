@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -28,8 +29,12 @@ DEEPEST_STRIDE = 128
 """Of the FRM's innermost map relative to the image: features at 4, then five halvings."""
 STOP_EVERY = 10
 """Steps between two decisions of several GPUs whether to stop: each one waits for all of them."""
-LAUNCHED = ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE")
-"""Environment variables: the number of processes that torchrun or SLURM started on a machine."""
+LAUNCHED = (
+    ("LOCAL_WORLD_SIZE", "LOCAL_RANK"),
+    ("SLURM_NTASKS_PER_NODE", "SLURM_STEP_NUM_TASKS"),
+)
+"""Environment variables: the number of processes that torchrun or SLURM started on a machine, and
+one that only such processes have (sbatch sets the number before it starts any)."""
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 """In the messages of RuntimeErrors by which torch reports that memory ran out."""
 
@@ -75,12 +80,14 @@ def prefers_channels_last(settings: TrainSettings, device: torch.device) -> bool
 
 def choose_devices(settings: TrainSettings, image_size: tuple[int, int]) -> int | str:
     """`devices`; for `auto` the largest number of GPUs among which a batch can be divided."""
-    for name in LAUNCHED:
-        if settings.devices == "auto" and os.environ.get(name, "").isdigit():
+    for name, started in LAUNCHED:
+        launched = started in os.environ and os.environ.get(name, "").isdigit()
+        if settings.devices == "auto" and launched:
             return int(os.environ[name])
     present = torch.cuda.device_count()
     on_gpus = settings.accelerator in ("auto", "gpu", "cuda")
-    if settings.devices != "auto" or not on_gpus or present < 2:
+    interactive = hasattr(sys, "ps1")  # Lightning's `auto` is one GPU there: it cannot start others
+    if settings.devices != "auto" or not on_gpus or present < 2 or interactive:
         return settings.devices
     numbers = range(present, 0, -1)
     suiting = (n for n in numbers if not misfit(settings, n * settings.nodes, image_size))
@@ -190,12 +197,20 @@ def algorithms(*, deterministic: bool, tf32: bool = False) -> Iterator[None]:
     with ExitStack() as stack:
         matmul: Any = torch.backends.cuda.matmul
         cudnn: Any = torch.backends.cudnn
+        with suppress(RuntimeError):
+            precision = torch.get_float32_matmul_precision()
+            if (precision != "highest") == (matmul.fp32_precision == "tf32"):
+                # Restored last: it sets what the others do, and a CPU's flags.
+                stack.callback(torch.set_float32_matmul_precision, precision)
         for owner in (matmul, cudnn.conv, cudnn.rnn):
             stack.callback(setattr, owner, "fp32_precision", owner.fp32_precision)
+        # The older flags, which torch.compile and Lightning read, raise if they disagree with the
+        # newer ones: then the caller has set the newer ones alone.
         for owner in (matmul, cudnn):
-            with suppress(RuntimeError):  # the caller has set the newer flag alone
+            with suppress(RuntimeError):
                 stack.callback(setattr, owner, "allow_tf32", owner.allow_tf32)
-            # The older flag, which torch.compile and Lightning read, raises if the two disagree.
+        torch.set_float32_matmul_precision("highest")  # sets a CPU's flags too
+        for owner in (matmul, cudnn):
             owner.allow_tf32 = tf32
         for owner in (matmul, cudnn.conv, cudnn.rnn):
             owner.fp32_precision = "tf32" if tf32 else "ieee"

@@ -83,7 +83,7 @@ def fit(
     """
     check_synthetic_set(synthetic_set, image_size=model.image_size)
     folder = CheckpointFolder(scratch, _describe(model, synthetic_set, settings, fingerprint, seed))
-    with training_environment(model, settings) as (fabric, stop):
+    with training_environment(model, settings) as (fabric, stop), folder:
         history = History(settings, fabric, on_metrics)
         selection = ValidationSelection(synthetic_set, settings, fabric, history)
         optimizer = build_optimizer(model, settings)
