@@ -225,3 +225,20 @@ def test_a_folder_that_is_not_there_is_named(workplace: Any, tmp_path: Path) -> 
         AlmrrError, match=r"data\.paths\.folder_tiles: there is nothing at .*absent"
     ):
         fetch(workplace, tmp_path / "absent")
+
+
+def test_normal_images_in_two_folders_are_refused(workplace: Any, draw: Any, flat: Path) -> None:
+    (flat / "normal").rename(flat / "train")
+    draw.image(flat / "train" / "good" / "1.png")
+    draw.image(flat / "train" / "normal" / "2.png")
+    with pytest.raises(AlmrrError, match="normal ones alone, in one folder"):
+        fetch(workplace, flat)
+
+
+def test_a_folder_without_images_does_not_matter(workplace: Any, flat: Path) -> None:
+    """As network storage and image viewers leave."""
+    (flat / "train").mkdir()
+    (flat / "normal").rename(flat / "train" / "good")
+    (flat / "train" / "@eaDir").mkdir()
+    (flat / "train" / "@eaDir" / "index").touch()
+    assert kinds(fetch(workplace, flat))["train", "good"] == 3

@@ -195,6 +195,13 @@ def test_another_checksum_is_refused_before_anything_is_written(
     assert list((tmp_path / "bad").iterdir()) == []
 
 
+def test_a_damaged_file_is_named_by_its_checksum(tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged.pth"
+    torch.save({"conv1.weight": torch.zeros(1)}, damaged)
+    with pytest.raises(AlmrrError, match=r"backbone\.sha256: .* expected was 0000"):
+        fetch(tmp_path / "bad", damaged, sha256="0" * 64)
+
+
 def test_what_cannot_be_had_is_said_beforehand(
     resnet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

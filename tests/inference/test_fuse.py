@@ -49,8 +49,9 @@ def test_in_float32_the_fused_map_is_within_1e_4_of_the_exact_one(
     with torch.no_grad():
         plain = model(images).double()
         exact = model.double()(images.double())
-    # Random layers may round more than a trained model's: then as much as the plain model.
-    limit = max(1e-4, float((plain - exact).abs().max()))
+    # The fine path's random layers round more than a trained model's: then as the plain model.
+    rounding = float((plain - exact).abs().max()) if "fine_channels" in kind else 0.0
+    limit = max(1e-4, rounding)
     torch.testing.assert_close(fused.double(), exact, rtol=0, atol=limit)
 
 

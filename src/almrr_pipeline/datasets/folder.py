@@ -108,9 +108,9 @@ def list_normal(folder: Path, split: Literal["train", "validation", "test"]) -> 
 
 def _normal_folder(folder: Path) -> Path:
     """Return the folder that contains the normal images: its `good`, its `normal`, or itself."""
-    folders = list_folders(folder)
+    folders = [inner for inner in list_folders(folder) if list_images(inner)]
     odd = [inner for inner in folders if inner.name not in _NORMAL_NAMES]
-    if odd or (folders and list_images(folder)):
+    if odd or len(folders) > 1 or (folders and list_images(folder)):
         where = odd[0] if odd else folder
         rule = "training and validation images are normal ones alone, in one folder"
         raise AlmrrError(f"{where}: {rule}; move defective ones to test/DEFECT.")

@@ -60,15 +60,15 @@ def fetch_backbone(settings: BackboneSettings, *, target: Path) -> None:
     """
     backbone = build_backbone(settings, weights=None)
     found = _find(settings)
+    if found.sha256:  # first: a damaged file may lack a tensor too
+        _check_sha256(settings, found, found.sha256)
     load_weights(backbone.network, found.tensors, origin=found.origin)
     state = backbone.network.state_dict()
     # Not save_file, which reports a full disk by an error of its own instead of an OSError.
     content = save({name: each.contiguous() for name, each in state.items()})
     sha256 = hashlib.sha256(content).hexdigest()
-    checked, expected = found.sha256 or sha256, (settings.sha256 or "").lower()
-    if expected and checked != expected:
-        difference = f"{found.origin} has {checked}, expected was {expected}"
-        raise AlmrrError(f"backbone.sha256: {difference}; fetch it again.")
+    if not found.sha256:
+        _check_sha256(settings, found, sha256)
     written = target / WEIGHTS_FILE
     with report_disk_errors(target):
         written.write_bytes(content)
@@ -85,6 +85,13 @@ def fetch_backbone(settings: BackboneSettings, *, target: Path) -> None:
         problem = f"{settings.name} with these weights gives features that are not finite"
         raise AlmrrError(f"{found.origin}: {problem}; use others.")
     logger.info("backbone %s from %s, sha256 %s", settings.name, found.origin, sha256)
+
+
+def _check_sha256(settings: BackboneSettings, found: _Found, sha256: str) -> None:
+    expected = (settings.sha256 or "").lower()
+    if expected and sha256 != expected:
+        difference = f"{found.origin} has {sha256}, expected was {expected}"
+        raise AlmrrError(f"backbone.sha256: {difference}; fetch it again.")
 
 
 def check_backbone(settings: BackboneSettings) -> None:

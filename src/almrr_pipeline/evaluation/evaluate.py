@@ -155,7 +155,8 @@ class _Pixels:
         outlined = found = None
         if threshold is not None and threshold.value is not None:
             lowest = px.just_above(threshold.value)
-            normal = self.counts.normal[:, self.counts.edge == lowest]  # it is one of the edges
+            place = np.flatnonzero(self.counts.edge == lowest)[0]  # it is one of the edges
+            normal = self.counts.normal[:, place]
             outlined = _divide(normal.sum(), self.counts.normals.sum())
             found = _divide((self.anomalous.score >= lowest).sum(), self.anomalous.score.size)
         return _describe_threshold(threshold, self.counts.peak, self.labels) | {

@@ -52,8 +52,9 @@ class FolderDataset(AbstractDataset[Path, Any]):
 class ArrayDataset(AbstractDataset[Array, Array]):
     """A numpy array in an .npy file, memory-mapped when it is loaded."""
 
-    def __init__(self, *, filepath: str) -> None:
+    def __init__(self, *, filepath: str, metadata: dict[str, Any] | None = None) -> None:
         self._path = Path(filepath)
+        self.metadata = metadata  # for tools such as Kedro-Viz
 
     def load(self) -> Array:
         """Open the array for reading."""

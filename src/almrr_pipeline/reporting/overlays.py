@@ -51,8 +51,8 @@ def color_map(anomaly_map: npt.NDArray[np.floating]) -> ImageArray:
     from matplotlib import colormaps  # slow to import, and not needed to predict without overlays
 
     values = np.clip(np.nan_to_num(anomaly_map, nan=0.0), 0.0, 1.0)
-    colors = colormaps["inferno"](np.rint(values * 255).astype(np.int64), bytes=True)
-    return np.asarray(colors[..., :3])
+    table = colormaps["inferno"](np.arange(256), bytes=True)[:, :3]  # a look-up is a third the work
+    return np.asarray(table[np.rint(values * 255).astype(np.uint8)])
 
 
 def draw_panel(

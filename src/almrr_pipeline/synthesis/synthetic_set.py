@@ -147,7 +147,9 @@ def _plan_arrays(
 
 def _check_images(images: ImagePaths) -> None:
     if not images.training:
-        raise AlmrrError("There is no normal image to train on; look at the category's manifest.")
+        raise AlmrrError(
+            "There is no normal image to train on; look at the category's manifest.csv."
+        )
     if not images.textures:
         raise AlmrrError("There is no image to serve as a texture; run `dvc repro shared`.")
     if both := sorted({*images.training} & {*images.validation}):
