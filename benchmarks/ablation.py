@@ -35,7 +35,12 @@ import pandas as pd
 import torch
 import yaml
 
-from almrr_pipeline.config import EvaluateSettings, Parameters, parse_parameters
+from almrr_pipeline.config import (
+    EvaluateSettings,
+    Parameters,
+    merge_values,
+    parse_parameters,
+)
 from almrr_pipeline.datasets.base import FetchRequest
 from almrr_pipeline.datasets.manifest import build_manifest, training_split
 from almrr_pipeline.datasets.registry import dataset_for, fetch_category, fetch_textures
@@ -124,23 +129,16 @@ def compose(suite: str, values: Sequence[str], mirror: str | None) -> Parameters
     """Merge conf/config.yaml, a suite and single values, as `dvc exp run -S` does."""
     merged = yaml.safe_load((CONF / "config.yaml").read_text(encoding="utf-8"))
     merged.pop("defaults")
-    _update(merged, yaml.safe_load((CONF / "suite" / f"{suite}.yaml").read_text(encoding="utf-8")))
-    _update(merged, {"data": {"mirror": mirror}})
+    laid_over = yaml.safe_load((CONF / "suite" / f"{suite}.yaml").read_text(encoding="utf-8"))
+    merged = merge_values(merged, laid_over)
+    merged = merge_values(merged, {"data": {"mirror": mirror}})
     for each in values:
         name, _, value = each.partition("=")
         nested: Any = yaml.safe_load(value)
         for key in reversed(name.split(".")):
             nested = {key: nested}
-        _update(merged, nested)
+        merged = merge_values(merged, nested)
     return parse_parameters(merged)
-
-
-def _update(below: dict[str, Any], above: dict[str, Any]) -> None:
-    for key, value in above.items():
-        if isinstance(value, dict) and isinstance(below.get(key), dict):
-            _update(below[key], value)
-        else:
-            below[key] = value
 
 
 def fetch(category: str, parameters: Parameters, output: Path) -> pd.DataFrame:

@@ -44,7 +44,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -296,6 +295,7 @@ def run_section(arguments: argparse.Namespace) -> None:
 def measure_environment(arguments: argparse.Namespace, record: Record) -> None:
     """Device, versions, and the ceilings that times are compared with."""
     import torch
+    from run import read_processor, read_version
 
     record.put(python=platform.python_version(), processor=read_processor(), cores=os.cpu_count())
     record.put(scratch_gb_free=shutil.disk_usage(tempfile.gettempdir()).free / 1e9)
@@ -744,21 +744,6 @@ def half_precision(device: Any, *, enabled: bool) -> Any:  # noqa: ANN401
     import torch
 
     return torch.autocast(device.type, torch.bfloat16) if enabled else nullcontext()
-
-
-def read_processor() -> str:
-    """The processor's name."""
-    from run import read_processor as read
-
-    return read()
-
-
-def read_version(package: str) -> str:
-    """An installed package's version."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "absent"
 
 
 if __name__ == "__main__":

@@ -282,7 +282,7 @@ class Parameters(Section):
     def for_category(self, category: str) -> Parameters:
         """Merge a category's own overrides; AlmrrError if one is unknown or out of its range."""
         changes = self.overrides.get(category, {})
-        return parse_parameters(_merged(self.model_dump(mode="json"), changes))
+        return parse_parameters(merge_values(self.model_dump(mode="json"), changes))
 
     def redacted(self) -> dict[str, Any]:
         """Plain values for a report or a log: without passwords, and without this disk's folders.
@@ -327,11 +327,12 @@ def list_faults(error: ValidationError) -> str:
     )
 
 
-def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def merge_values(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Nested values with others laid over them, name by name; neither is changed."""
     merged = dict(below)
     for key, value in above.items():
         nested = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merged(merged[key], value) if nested else value
+        merged[key] = merge_values(merged[key], value) if nested else value
     return merged
 
 

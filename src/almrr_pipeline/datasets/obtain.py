@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -55,9 +56,9 @@ class ArchivedDataset(Dataset):
         """Return the archives that contain a category, in the order of preference."""
         return (self.archive,)
 
+    @abstractmethod
     def extract(self, category: str, folder: Path) -> list[Path]:
         """Return a category's files and folders in an unpacked archive; AlmrrError if absent."""
-        raise NotImplementedError
 
     def verify(self, category: str, target: Path, request: FetchRequest) -> None:
         """Compare the counts of a filled `target` with the published ones, as `check_counts`."""

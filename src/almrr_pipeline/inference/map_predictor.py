@@ -95,8 +95,6 @@ class MapPredictor:
             device: as for `resolve_device`, which may raise AlmrrError.
         """
         target = resolve_device(device)
-        # Fused on the CPU: float64, in which it composes, is missing on MPS, and TF32 would blur
-        # the outputs that it compares.
         network = average_flips(fuse(model), settings.flips).to(target)
         return cls(network, model.image_size, tiling, settings.batch_size, target)
 

@@ -80,15 +80,16 @@ def prefers_channels_last(settings: TrainSettings, device: torch.device) -> bool
 
 def choose_devices(settings: TrainSettings, image_size: tuple[int, int]) -> int | str:
     """`devices`; for `auto` the largest number of GPUs among which a batch can be divided."""
+    if settings.devices != "auto":
+        return settings.devices
     for name, started in LAUNCHED:
-        launched = started in os.environ and os.environ.get(name, "").isdigit()
-        if settings.devices == "auto" and launched:
+        if started in os.environ and os.environ.get(name, "").isdigit():
             return int(os.environ[name])
     present = torch.cuda.device_count()
     on_gpus = settings.accelerator in ("auto", "gpu", "cuda")
     interactive = hasattr(sys, "ps1")  # Lightning's `auto` is one GPU there: it cannot start others
-    if settings.devices != "auto" or not on_gpus or present < 2 or interactive:
-        return settings.devices
+    if not on_gpus or present < 2 or interactive:
+        return "auto"
     numbers = range(present, 0, -1)
     suiting = (n for n in numbers if not misfit(settings, n * settings.nodes, image_size))
     chosen = next(suiting, 1)
