@@ -12,8 +12,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
-from almrr_pipeline.common.errors import DiskError
+from almrr_pipeline.common.errors import AlmrrError, DiskError
 from almrr_pipeline.common.progress import track
 
 logger = logging.getLogger(__name__)
@@ -135,12 +136,64 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+_SYSTEM_FOLDERS = frozenset(
+    {"@eadir", "@recycle", "#recycle", "#snapshot", "__macosx", "$recycle.bin", "lost+found"}
+)
+"""Of network storage and operating systems, in lower case; some hold thumbnails of the images."""
+
+
+class Entry(NamedTuple):
+    """A file found by `walk`, or what it does not follow, with the reason."""
+
+    path: Path
+    skipped: str = ""
+    is_loss: bool = False  # what is skipped may be images that someone means to use
+
+
+def walk(folder: Path, *, recursive: bool = True) -> Iterator[Entry]:
+    """List the files below a folder, by name; links are followed.
+
+    Hidden files, system folders, links that lead back to a folder around them, links to nothing and
+    devices are given with `skipped`, the reason. AlmrrError if a folder cannot be read.
+    """
+    yield from _walk(folder, recursive, (Path(os.path.realpath(folder)),))
+
+
+def _walk(folder: Path, recursive: bool, around: tuple[Path, ...]) -> Iterator[Entry]:
+    try:
+        paths = sorted(folder.iterdir())
+    except OSError as error:
+        advice = "change its permissions"
+        raise AlmrrError(f"{folder} cannot be read ({error.strerror}); {advice}.") from error
+    for path in paths:
+        real = Path(os.path.realpath(path))
+        if path.name.startswith("."):
+            yield Entry(path, "hidden")
+        elif path.is_dir():
+            if path.name.lower() in _SYSTEM_FOLDERS:
+                yield Entry(path, "a folder of the system, not of images")
+            elif any(each.is_relative_to(real) for each in around):
+                yield Entry(path, "a link that leads back to a folder around it")
+            elif recursive:
+                yield from _walk(path, recursive, (*around, real))
+        elif path.is_file():
+            yield Entry(path)
+        elif path.is_symlink():
+            yield Entry(path, "a link to nothing", is_loss=True)
+        else:
+            yield Entry(path, "neither a file nor a folder")
+
+
 def list_folders(folder: Path) -> list[Path]:
-    """Return the folders directly in `folder`, sorted by name, without hidden ones."""
+    """Return the folders directly in `folder`, by name, without hidden ones and the system's."""
     if not folder.is_dir():
         return []
     folders = [path for path in folder.iterdir() if path.is_dir()]
-    return sorted(path for path in folders if not path.name.startswith("."))
+    return sorted(
+        path
+        for path in folders
+        if not path.name.startswith(".") and path.name.lower() not in _SYSTEM_FOLDERS
+    )
 
 
 def find_folder(root: Path, *children: str, name: str | None = None, depth: int = 3) -> Path | None:
@@ -174,14 +227,17 @@ def transfer(paths: list[Path], target: Path, *, move: bool) -> None:
         files = [
             (file, target / file.relative_to(path.parent))
             for path in paths
-            for file in ([path] if path.is_file() else sorted(path.rglob("*")))
-            if file.is_file() and (file == path or not file.name.startswith("."))
+            for file in ([path] if path.is_file() else _files_below(path))
         ]
         with track(len(files), unit="files", description=f"copy to {target.name}") as advance:
             for file, copy in files:
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, copy)
                 advance(1)
+
+
+def _files_below(folder: Path) -> list[Path]:
+    return [entry.path for entry in walk(folder) if not entry.skipped]
 
 
 def remove_folder(folder: Path) -> None:

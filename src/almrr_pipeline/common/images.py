@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 
 from almrr_pipeline.common.arrays import AnomalyMap, ImageArray, MaskArray
 from almrr_pipeline.common.errors import AlmrrError
+from almrr_pipeline.common.files import walk
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
 _ANOMALOUS_ABOVE = 127
@@ -21,17 +22,12 @@ _WHITE_OF_16_BITS = 65535.0  # 257 times the white of 8 bits
 def list_images(
     folder: Path, suffixes: Iterable[str] = IMAGE_SUFFIXES, *, recursive: bool = False
 ) -> list[Path]:
-    """Return the images in `folder`, sorted by path, without hidden ones (._copy.png, .git/)."""
+    """Return the images in `folder`, sorted by path, as `walk` lists them: links are followed."""
     wanted = {suffix.lower() for suffix in suffixes}
     if not folder.is_dir():
         return []
-    return sorted(
-        path
-        for path in (folder.rglob("*") if recursive else folder.iterdir())
-        if path.suffix.lower() in wanted
-        and not any(name.startswith(".") for name in path.relative_to(folder).parts)
-        and path.is_file()
-    )
+    entries = walk(folder, recursive=recursive)
+    return sorted(e.path for e in entries if not e.skipped and e.path.suffix.lower() in wanted)
 
 
 def read_image(path: Path) -> ImageArray:
