@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from kedro.framework.hooks.manager import _create_hook_manager
 from kedro.io import DataCatalog
 from kedro.pipeline import Node, Pipeline
 
@@ -44,13 +45,18 @@ def track_a_run(project: Path, ranks: dict[str, str]) -> None:
         custom_resolvers={"tracking_uri": lambda: tracking_uri(project)},
     )
     context: Any = SimpleNamespace(
-        config_loader=loader, project_path=project, _get_config_credentials=dict
+        config_loader=loader,
+        project_path=project,
+        _get_config_credentials=dict,
+        _hook_manager=_create_hook_manager(),
     )
     node = Node(_train, "params:seed", "model", name="train", namespace="sample_brick.seed_0")
     pipeline, catalog = Pipeline([node]), DataCatalog()
     named = {"pipeline_names": ["train"], "namespaces": ["sample_brick.seed_0"]}
-    hook = ProjectHook()
-    hook.after_context_created(context)
+    manager = context._hook_manager
+    manager.register(ProjectHook())
+    hook = manager.hook
+    hook.after_context_created(context=context)
     hook.before_pipeline_run(run_params=RUN | named, pipeline=pipeline, catalog=catalog)
     hook.before_node_run(node=node, catalog=catalog, inputs={}, is_async=False)
     hook.after_node_run(node=node)

@@ -1,4 +1,7 @@
-"""Backbone weights from timm's hub, a package or a file, written as backbone.safetensors."""
+"""Backbone weights from timm's hub, a package or a file, written as backbone.safetensors.
+
+torch and timm are imported where weights are read: every fetch checks them, which needs neither.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +13,14 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-import timm
-import torch
-from safetensors.torch import save
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.common.files import hash_file, report_disk_errors
 from almrr_pipeline.config import BackboneSettings
-from almrr_pipeline.model.backbone import build_backbone
-from almrr_pipeline.model.weights_io import load_weights, read_weights
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,12 @@ def fetch_backbone(settings: BackboneSettings, *, target: Path) -> None:
         AlmrrError: the weights are not available, not this network's, or have another checksum.
         DiskError: the disk is full, or the folder cannot be written.
     """
+    import torch
+    from safetensors.torch import save
+
+    from almrr_pipeline.model.backbone import build_backbone
+    from almrr_pipeline.model.weights_io import load_weights
+
     backbone = build_backbone(settings, weights=None)
     found = _find(settings)
     if found.sha256:  # first: a damaged file may lack a tensor too
@@ -108,11 +114,15 @@ def _find(settings: BackboneSettings) -> _Found:
         return _find_in_hub(settings.name)
     if settings.weights == "package":
         return _find_in_package(settings.name)
+    from almrr_pipeline.model.weights_io import read_weights
+
     path = Path(settings.weights).expanduser()
     return _Found(read_weights(path), f"file {path.name}", hash_file(path))
 
 
 def _find_in_hub(name: str) -> _Found:
+    import timm
+
     try:
         network = timm.create_model(name, pretrained=True)
     except Exception as error:  # the hub's clients raise all kinds of errors
@@ -127,6 +137,10 @@ def _find_in_hub(name: str) -> _Found:
 
 def _find_in_package(name: str) -> _Found:
     """Read the weights from a package; its tensors have other names, but timm's order."""
+    import timm
+
+    from almrr_pipeline.model.weights_io import read_weights
+
     package, path = _package_file(name)
     tensors = list(read_weights(path).values())
     expected = timm.create_model(name, pretrained=False).state_dict()

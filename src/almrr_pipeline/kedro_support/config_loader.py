@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kedro.config import OmegaConfigLoader
+from kedro.framework.project import pipelines
 from omegaconf import OmegaConf
 
 from almrr_pipeline.common.errors import AlmrrError
@@ -53,6 +54,12 @@ def project_root() -> Path:
         if (folder / "params.yaml").is_file() and (folder / "conf" / "base").is_dir():
             return folder
     return Path(__file__).resolve().parents[3]
+
+
+def requested_pipelines() -> list[str] | None:
+    """The names that `kedro run` was given; None if it was given none, or another command runs."""
+    requested: list[str] | None = getattr(pipelines, "_requested_pipelines", None)
+    return requested
 
 
 def tracking_uri(project: Path) -> str:

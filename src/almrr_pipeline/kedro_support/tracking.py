@@ -8,8 +8,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import mlflow
-
 LONGEST_VALUE = 500
 """MLflow's limit for the text of a parameter, which it refuses to exceed."""
 
@@ -49,6 +47,8 @@ def live_logger() -> Callable[[int, Mapping[str, float]], None]:
 
     Any thread may call it; MLflow's active run is known to this one alone.
     """
+    import mlflow  # slow; only here: the other functions serve runs that are not tracked too
+
     run = mlflow.active_run()
 
     def log(step: int, values: Mapping[str, float]) -> None:
