@@ -173,6 +173,7 @@ class TrainSettings(Section):
     devices: int | Literal["auto"] = "auto"
     nodes: Positive = 1
     workers: Count = 0  # loading what a GPU has no room for; 0: four a GPU, none on a CPU
+    feature_cache_gb: NonNegative = 4.0  # of disk for the backbone's maps, on a CPU; 0 keeps none
     checkpoint_every: Positive = 200  # steps between checkpoints for resuming
     log_every: Positive = 10  # steps between two values of the loss curve
     # weights of record: the last step's, or the best on validation images with new anomalies

@@ -58,7 +58,7 @@ def test_an_image_does_not_feel_its_neighbors(build_model, images: Tensor) -> No
 def test_images_without_an_anomaly_have_the_same_features_in_both_branches(build_model) -> None:
     model = build_model().train()
     normal, other = torch.rand(2, 3, *SIZE), torch.rand(1, 3, *SIZE)
-    target, features = model._embed_both(normal, torch.cat([normal[:1], other]))
+    target, features = model.embed_both(normal, torch.cat([normal[:1], other]))
     torch.testing.assert_close(features[0], target[0], rtol=0, atol=0)
     torch.testing.assert_close(target, model.embed(normal))
     torch.testing.assert_close(features[1:], model.embed(other))

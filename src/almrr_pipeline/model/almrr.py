@@ -8,7 +8,7 @@ stage 4   feature refinement module, FRM            -> map    frm.py
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -117,12 +117,15 @@ class ALMRR(nn.Module):
         # Matrices of a GPU's half precision have rows whose sum is a little above 1.
         return self.upsample(logits.softmax(dim=1))[:, 1].clamp(0.0, 1.0)  # (B, H, W)
 
-    def training_forward(self, normal: Tensor, augmented: Tensor) -> TrainingOutput:
+    def training_forward(
+        self, normal: Tensor, augmented: Tensor, embedded: tuple[Tensor, Tensor] | None = None
+    ) -> TrainingOutput:
         """Both branches of the paper's figure: phi of the normal images, F of the augmented ones.
 
         Args:
             normal: RGB, float in [0, 1], shape (B, 3, H, W).
             augmented: the same images with simulated anomalies.
+            embedded: phi and F, where `embed_both` has been called already.
 
         Raises:
             AlmrrError: shapes or types do not fit; values are not checked, since that waits for a
@@ -130,7 +133,8 @@ class ALMRR(nn.Module):
         """
         check_shape(normal, self.image_size)
         check_shape(augmented, self.image_size)
-        target, features = self._embed_both(normal, augmented)  # stage 2: phi, F (B, C, h, w)
+        # stage 2: phi, F (B, C, h, w)
+        target, features = embedded or self.embed_both(normal, augmented)
         reconstruction = self.reconstruct(features)  # stage 3, MFRM: F_hat (B, C, h, w)
         logits = self.refine(reconstruction, features, augmented)  # stage 4, FRM: (B, 2, h, w)
         probabilities = self.upsample(logits.softmax(dim=1))  # (B, 2, H, W)
@@ -146,7 +150,12 @@ class ALMRR(nn.Module):
             # On a CPU convolutions, resizing and normalization are faster with channels innermost,
             # and every later tensor keeps this format. On a GPU the caller chooses.
             images = images.contiguous(memory_format=torch.channels_last)
-        features: Tensor = self.regional_features(self.backbone(images))
+        return self.pool(self.backbone(images))
+
+    @torch.no_grad()
+    def pool(self, maps: Sequence[Tensor]) -> Tensor:
+        """Stage 2 from the backbone's maps on: F (B, C, h, w), standardized if set."""
+        features: Tensor = self.regional_features(maps)
         if self.settings.standardize:
             mean, std = self.feature_mean.to(features.dtype), self.feature_std.to(features.dtype)
             features = (features - mean[:, None, None]) / std[:, None, None]
@@ -171,13 +180,27 @@ class ALMRR(nn.Module):
         return resize_bilinear(x, self.image_size)
 
     @torch.no_grad()
-    def _embed_both(self, normal: Tensor, augmented: Tensor) -> tuple[Tensor, Tensor]:
-        """Phi and F in one call of the backbone; on a CPU clean samples are embedded once."""
+    def embed_both(
+        self,
+        normal: Tensor,
+        augmented: Tensor,
+        recall: Callable[[Tensor, Tensor], Sequence[Tensor]] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Phi and F in one call of the backbone; on a CPU clean samples are embedded once.
+
+        There, `recall` may take the backbone's place. It gets images and their positions in the
+        batch: below B in `normal`, from B on in `augmented`.
+        """
         if normal.device.type != "cpu" or torch.compiler.is_compiling():
             target, features = self.embed(torch.cat([normal, augmented])).chunk(2)
             return target, features
         changed = (normal != augmented).flatten(1).any(dim=1)  # (B,); a GPU would be waited for
-        embedded = self.embed(torch.cat([normal, augmented[changed]]))
+        images = torch.cat([normal, augmented[changed]])
+        if recall is None:
+            embedded = self.embed(images)
+        else:
+            chosen = torch.cat([torch.ones_like(changed), changed]).nonzero()[:, 0]
+            embedded = self.pool(recall(images, chosen))
         target = embedded[: len(normal)]
         features = target.clone()
         features[changed] = embedded[len(normal) :]

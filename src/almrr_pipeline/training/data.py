@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, TypedDict, cast
+from typing import Any, NotRequired, TypedDict, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -36,11 +36,16 @@ LOADER_PROCESSES = 4
 
 
 class Batch(TypedDict):
-    """Images as in the synthetic set: uint8 (B, H, W, 3); mask: bool or {0, 1} (B, H, W)."""
+    """Images as in the synthetic set: uint8 (B, H, W, 3); mask: bool or {0, 1} (B, H, W).
+
+    keys: int64 (2, B), a number for each normal and augmented image in its orientation, equal where
+    the image is; normal ones have the numbers below 8 times their count.
+    """
 
     normal: Tensor
     augmented: Tensor
     mask: Tensor
+    keys: NotRequired[Tensor]
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -113,6 +118,7 @@ class SyntheticBatches(Dataset[Batch]):
         self._order = order
         self._device = device
         self._normal_index = np.asarray(synthetic_set.normal_index)
+        self._normals = len(synthetic_set.normals)
         arrays: dict[str, npt.NDArray[Any]] = {
             "normal": synthetic_set.normals,
             "augmented": synthetic_set.augmented,
@@ -134,6 +140,11 @@ class SyntheticBatches(Dataset[Batch]):
         gathered = {name: self._gather(name, indices) for name, indices in rows.items()}
         if drawn.any():
             gathered = {k: apply_symmetries(images, symmetries) for k, images in gathered.items()}
+        if symmetries.device.type == "cpu":  # a GPU keeps no features
+            height, width = gathered["mask"].shape[1:]
+            oriented = symmetries if height == width else symmetries & FLIPS
+            images = torch.stack([normal, augmented + self._normals])
+            gathered["keys"] = 8 * images + oriented
         return cast(Batch, gathered)
 
     def _gather(self, name: str, indices: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from almrr_pipeline.training.data import (
     sample_normals,
     to_images,
 )
+from almrr_pipeline.training.features import FeatureCache
 from almrr_pipeline.training.losses import compute_losses
 from almrr_pipeline.training.optim import build_optimizer, clip_gradient, set_learning_rate
 from almrr_pipeline.training.runtime import (
@@ -30,7 +31,9 @@ from almrr_pipeline.training.runtime import (
     training_environment,
 )
 
-NOT_DECISIVE = {"accelerator", "checkpoint_every", "devices", "nodes", "workers"}
+NOT_DECISIVE = {
+    *("accelerator", "checkpoint_every", "devices", "feature_cache_gb", "nodes", "workers"),
+}
 """Settings that may change between an interruption and the next run."""
 STANDARDIZATION_IMAGES = 256
 """Normal images, at most, over which mean and std of the features are taken."""
@@ -87,7 +90,12 @@ def fit(
         history = History(settings, fabric, on_metrics)
         selection = ValidationSelection(synthetic_set, settings, fabric, history)
         optimizer = build_optimizer(model, settings)
-        forward, optimizer = fabric.setup(TrainingStep(model, settings), optimizer)
+        recall = None
+        if settings.feature_cache_gb > 0 and fabric.device.type == "cpu":
+            limit = settings.feature_cache_gb * 1e9 / fabric.world_size
+            preferred = 8 * len(synthetic_set.normals)
+            recall = FeatureCache(model.backbone, scratch, limit=limit, preferred=preferred)
+        forward, optimizer = fabric.setup(TrainingStep(model, settings, recall), optimizer)
         parts = {"model": model, "optimizer": optimizer, "scaler": fabric.strategy.precision}
         parts |= {"history": history, "selection": selection}
         newest = fabric.broadcast(folder.newest() if fabric.is_global_zero else None)
@@ -133,9 +141,12 @@ def fit(
 class TrainingStep(nn.Module):
     """The forward pass of a step; Fabric runs it in the training's precision, and by DDP."""
 
-    def __init__(self, model: ALMRR, settings: TrainSettings) -> None:
+    def __init__(
+        self, model: ALMRR, settings: TrainSettings, recall: FeatureCache | None = None
+    ) -> None:
         super().__init__()
         self.model = model
+        self._recall = recall
         self._settings = settings
         forward = model.training_forward
         self._forward = torch.compile(forward) if settings.compile else forward
@@ -145,7 +156,14 @@ class TrainingStep(nn.Module):
         channels_last = prefers_channels_last(self._settings, batch["mask"].device)
         normal = to_images(batch["normal"], channels_last=channels_last)
         augmented = to_images(batch["augmented"], channels_last=channels_last)
-        return compute_losses(self._forward(normal, augmented), batch["mask"], self._settings)
+        embedded = None
+        if (recall := self._recall) is not None:
+            keys = batch["keys"].flatten()
+            embedded = self.model.embed_both(
+                normal, augmented, lambda images, chosen: recall(images, keys[chosen])
+            )
+        output = self._forward(normal, augmented, embedded)
+        return compute_losses(output, batch["mask"], self._settings)
 
 
 def _describe(
