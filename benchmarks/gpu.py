@@ -13,6 +13,8 @@ that a failing kernel or a hanging one costs the others nothing:
     step         training steps at the paper's widths, ours and the authors' formulation
     inference    anomaly maps: fused, unfused, the authors' formulation, the bare backbone
     train        real trainings from images in folders, and their metrics (gpu_training.py)
+    graph        training steps captured as a CUDA graph, against the same steps issued one by one,
+                 and deterministic algorithms against others, by turns; only if named by --only
     compile      training steps under torch.compile; only if named by --only
 
 The machine needs torch, timm, lightning, triton and this package's other libraries, but not Kedro,
@@ -54,7 +56,11 @@ from unittest import mock
 HERE = Path(__file__).resolve().parent
 LIMITS = {"environment": 40, "tests": 100, "scan": 75, "step": 150, "inference": 75, "train": 600}
 """Seconds of a section, the start of its process included; the budget can leave it less."""
-COMPILE = {"compile": 180}
+NAMED = {"graph": 60, "compile": 180}
+"""Seconds of the sections that only --only starts."""
+AUTHORS_MOST = 31
+"""Images in a batch of the authors', at most: their 1024 channels at 256 x 256 are 2^31 values at
+32, one more than the 32-bit indices of torch's kernels reach."""
 GRACE = 8.0
 """Seconds between the end of a section's time, at which it stops itself, and its being killed."""
 LEAST = 5.0
@@ -125,7 +131,7 @@ def main() -> None:
     output: Path = arguments.output
     output.mkdir(parents=True, exist_ok=True)
     chosen = arguments.only.split(",") if arguments.only else list(LIMITS)
-    limits = {**LIMITS, **COMPILE, **read_pairs(arguments.limit)}
+    limits = {**LIMITS, **NAMED, **read_pairs(arguments.limit)}
     end = time.monotonic() + arguments.budget
     results: dict[str, Any] = {"command": sys.argv[1:], "commit": arguments.commit or read_commit()}
     results["sections"] = {}
@@ -148,7 +154,7 @@ def parse(command: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("build/gpu"))
     parser.add_argument("--data", type=Path, help="folder with the datasets; for `train`")
     parser.add_argument("--budget", type=float, default=540, help="seconds for everything")
-    parser.add_argument("--only", help=f"of {','.join([*LIMITS, *COMPILE])}")
+    parser.add_argument("--only", help=f"of {','.join([*LIMITS, *NAMED])}")
     parser.add_argument("--limit", action="append", default=[], help="SECTION=SECONDS")
     parser.add_argument("--datasets", default="mt_defect,nanotwice", help="that `train` trains on")
     parser.add_argument("--minutes", action="append", default=[], help="DATASET=MINUTES, of `fit`")
@@ -161,7 +167,7 @@ def parse(command: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args(command)
-    known = {*LIMITS, *COMPILE}
+    known = {*LIMITS, *NAMED}
     names = set(arguments.only.split(",") if arguments.only else ()) | set(
         read_pairs(arguments.limit)
     )
@@ -278,6 +284,7 @@ def run_section(arguments: argparse.Namespace) -> None:
         "step": measure_steps,
         "inference": measure_inference,
         "train": train,
+        "graph": measure_graphs,
         "compile": measure_compiled,
     }
     try:
@@ -382,18 +389,53 @@ def measure_scan(arguments: argparse.Namespace, record: Record) -> None:
 
     device = torch.device(arguments.device)
     shapes = [(1, 64, 32, 16)] if arguments.tiny else [(b, 256, 384, 16) for b in (4, 8, 32)]
+    ways = scan.list_scans(arguments.device)
+    ways = {
+        name: ways[name] for name in sorted(ways, key=("triton", "mamba_ssm").__contains__)[::-1]
+    }
     for dtype in (torch.float32, torch.bfloat16):
         for shape in shapes:
             inputs = scan.draw_inputs(shape, str(device), dtype)
-            for name, way in scan.list_scans(arguments.device).items():
+            for name, way in ways.items():
                 slow = name in (scan.LOOP, "torch", "parallel")
                 if slow and (dtype, shape) != (torch.float32, shapes[0]):
                     continue
                 with record.attempt(f"{name} {shape} {dtype}"):
                     record.require(5)
                     record.row("scan", backend=name, **time_scan(way, inputs, slow=slow))
+            compare_with_mamba_ssm(record, inputs)
     if device.type == "cuda":
         sweep_constants(record)
+
+
+def compare_with_mamba_ssm(record: Record, inputs: Any) -> None:  # noqa: ANN401 (scan.Inputs)
+    """How many times mamba-ssm's time ours takes: by its adapter here, and in its own layout."""
+    rows = {row["backend"]: row for row in record.tables.get("scan", [])[-8:]
+            if row["batch"] == len(inputs.z)
+            and row["dtype"] == str(inputs.z.dtype).removeprefix("torch.")}  # fmt: skip
+    if not {"triton", "mamba_ssm"} <= rows.keys():
+        return
+    with record.attempt("mamba_ssm in its own layout"):
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+        def turn(tensor: Any) -> Any:  # noqa: ANN401
+            return tensor.detach().transpose(1, 2).contiguous().requires_grad_()
+
+        u, delta, a, b, c, d = inputs.required
+        floats = [one.detach().float().requires_grad_() for one in (a, d, inputs.delta_bias)]
+        required = (turn(u), turn(delta), floats[0], turn(b), turn(c), floats[1])
+        own = type(inputs)(required, turn(inputs.z), floats[2], turn(inputs.gradient).detach())
+        way = partial(selective_scan_fn, delta_softplus=True)
+        rows["mamba_ssm, its own layout"] = time_scan(way, own)
+        row = {"batch": len(inputs.z), "dtype": rows["triton"]["dtype"]}
+        record.row("scan", backend="mamba_ssm, its own layout",
+                   **rows["mamba_ssm, its own layout"])  # fmt: skip
+        row |= {
+            f"{label}, over {name}": rows["triton"][key] / rows[name][key]
+            for name in ("mamba_ssm", "mamba_ssm, its own layout")
+            for label, key in (("forward", "forward, graph, us"), ("both", "both, graph, us"))
+        }
+        record.row("triton over mamba_ssm", **row)
 
 
 def time_scan(way: Callable[..., Any], inputs: Any, *, slow: bool = False) -> Row:  # noqa: ANN401
@@ -457,7 +499,7 @@ def measure_steps(arguments: argparse.Namespace, record: Record) -> None:
             time_ours(arguments, record, model, batch, {"precision": precision})
             if arguments.tiny:
                 break
-    for batch in batches:
+    for batch in (min(batch, AUTHORS_MOST) for batch in batches):
         for half in (False,) if arguments.tiny else (False, True):
             time_authors(arguments, record, batch, half=half)
     for changes in (
@@ -474,13 +516,103 @@ def measure_steps(arguments: argparse.Namespace, record: Record) -> None:
 
 def measure_compiled(arguments: argparse.Namespace, record: Record) -> None:
     """Training steps under torch.compile."""
+    import torch
+
     from almrr_pipeline.model.almrr import ALMRR
 
     backbone, settings, size = build_parts(arguments)
     model = ALMRR(backbone, settings, image_size=size)
-    for precision in ("bf16-mixed", "32-true"):
-        changes = {"precision": precision, "compile": True}
-        time_ours(arguments, record, model, 2 if arguments.tiny else 32, changes)
+    for batch in (2,) if arguments.tiny else (32, 4):
+        for mode in ("default", "reduce-overhead"):
+            torch._dynamo.reset()  # or the second batch size would be compiled as a dynamic one
+            given = {"precision": "bf16-mixed", "compile": True}
+            time_ours(arguments, record, model, batch, given, mode=mode)
+
+
+def measure_graphs(arguments: argparse.Namespace, record: Record) -> None:
+    """Training steps by turns: deterministic or not, and captured as a CUDA graph."""
+    from almrr_pipeline.model.almrr import ALMRR
+
+    backbone, settings, size = build_parts(arguments)
+    model = ALMRR(backbone, settings, image_size=size)
+    for batch in (2,) if arguments.tiny else (32, 4):
+        label = f"by turns, batch {batch}"
+        with record.attempt(label), training_step(arguments, model, batch, {}) as (step, _, _):
+            record.require(8)
+            compare_algorithms(record, step, arguments.device, batch)
+        free_memory()
+    for batch in (2,) if arguments.tiny else (32, 4):
+        label = f"captured, batch {batch}"
+        with record.attempt(label), training_step(arguments, model, batch, {}) as parts:
+            record.require(8)
+            compare_with_graph(record, model, parts, arguments.device, batch)
+        free_memory()
+
+
+def compare_algorithms(record: Record, step: Callable[[], object], device: str, batch: int) -> None:
+    """Times of deterministic algorithms and of others in one process, five times by turns."""
+    import torch
+
+    from almrr_pipeline.training.runtime import algorithms
+
+    took: dict[bool, list[float]] = {True: [], False: []}
+    for _ in range(5 if device == "cuda" else 1):
+        for deterministic in (True, False):
+            with algorithms(deterministic=deterministic):
+                timing = time_calls(step, torch.device(device), most=12, seconds=0.6)
+            took[deterministic].append(timing.median * 1e3)
+    ratios = sorted(a / b for a, b in zip(took[True], took[False], strict=True))
+    record.row("deterministic over not", batch=batch, deterministic_ms=min(took[True]),
+               other_ms=min(took[False]), ratio=ratios[len(ratios) // 2],
+               lowest=ratios[0], highest=ratios[-1])  # fmt: skip
+
+
+def compare_with_graph(
+    record: Record,
+    model: Any,  # noqa: ANN401
+    parts: Any,  # noqa: ANN401
+    device: str,
+    batch: int,
+) -> None:
+    """Times of a step and of the same step as a CUDA graph, and whether both give one model."""
+    import torch
+
+    step, optimizer, wait = parts
+    for group in optimizer.param_groups:
+        group["capturable"] = device == "cuda"  # the count of steps stays on the device
+    eager = time_calls(step, torch.device(device), most=20, seconds=1.5).median
+    if device != "cuda":
+        record.row("captured step", batch=batch, eager_ms=eager * 1e3)
+        return
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    optimizer.zero_grad(set_to_none=True)
+    graph = torch.cuda.CUDAGraph()
+    begun = time.monotonic()
+    with torch.cuda.graph(graph, stream=side):
+        step()
+    first = time.monotonic() - begun
+    captured = time_calls(graph.replay, torch.device(device), most=20, seconds=1.5).median
+    tensors = [*model.parameters(), *model.buffers()]
+    tensors += [one for state in optimizer.optimizer.state.values() for one in state.values()]
+    before = [one.detach().clone() for one in tensors]
+    after = []
+    for call in (graph.replay, step):
+        with torch.no_grad():
+            for one, value in zip(tensors, before, strict=True):
+                one.copy_(value)
+        for number in range(3):
+            torch.manual_seed(number)
+            call()
+        wait()
+        after.append([one.detach().clone() for one in model.trainable_parameters()])
+    differs = max(float((a - b).abs().max()) for a, b in zip(*after, strict=True))
+    record.row("captured step", batch=batch, eager_ms=eager * 1e3, captured_ms=captured * 1e3,
+               ratio=eager / captured, capture_s=first, weights_differ_by=differs)  # fmt: skip
 
 
 def time_ours(
@@ -489,8 +621,40 @@ def time_ours(
     model: Any,  # noqa: ANN401
     batch: int,
     changes: Row,
+    mode: str | None = None,
 ) -> None:
-    """A row of our step: what `fit` does in a step, but for the making of the batch."""
+    """A row of our step; `mode`: of torch.compile."""
+    import torch
+
+    device = torch.device(arguments.device)
+    label = f"ours, batch {batch}, {changes}"
+    with record.attempt(label), training_step(arguments, model, batch, changes, mode) as parts:
+        record.require(8)
+        step, _, wait = parts
+        begun = time.monotonic()
+        step()
+        wait()
+        first = time.monotonic() - begun
+        took = time_calls(step, device, most=30, seconds=2.5)
+        shown = {"deterministic": True, "channels_last": "auto", "compile": False, **changes}
+        record.row("training step", batch=batch, way="ours", **shown, mode=mode,
+                   ms=took.median * 1e3, quartiles=f"{took.low * 1e3:.4g}-{took.high * 1e3:.4g}",
+                   images_per_second=batch / took.median, peak_gb=peak_memory(step, device),
+                   first_s=first)  # fmt: skip
+        if changes == {"precision": "bf16-mixed"} and batch != 8:
+            profile_step(step, device, record, title=f"kernels, {label}")
+    free_memory()
+
+
+@contextmanager
+def training_step(
+    arguments: argparse.Namespace,
+    model: Any,  # noqa: ANN401
+    batch: int,
+    changes: Row,
+    mode: str | None = None,
+) -> Iterator[tuple[Callable[[], None], Any, Callable[[], None]]]:
+    """What `fit` does in a step, but for the making of the batch; its optimizer; a wait for it."""
     import torch
 
     from almrr_pipeline.config import TrainSettings
@@ -500,13 +664,14 @@ def time_ours(
 
     device = torch.device(arguments.device)
     accelerator = "gpu" if device.type == "cuda" else "cpu"
+    changes = {"precision": "bf16-mixed", **changes}
     settings = TrainSettings(batch_size=batch, accelerator=accelerator, devices=1, **changes)
-    shown = settings.model_dump(include={"precision", "deterministic", "channels_last", "compile"})
-    label = f"ours, batch {batch}, {changes}"
-    with record.attempt(label), training_environment(model, settings) as (fabric, _):
-        record.require(8)
+    with training_environment(model, settings) as (fabric, _):
         optimizer = build_optimizer(model, settings)
-        forward, optimizer = fabric.setup(TrainingStep(model, settings), optimizer)
+        module = TrainingStep(model, settings)
+        if mode is not None:
+            module._forward = torch.compile(model.training_forward, mode=mode)
+        forward, optimizer = fabric.setup(module, optimizer)
         given = draw_batch(batch, model.image_size, device)
 
         def step() -> None:
@@ -516,17 +681,7 @@ def time_ours(
             clip_gradient(fabric, model, optimizer, settings.gradient_clip)
             optimizer.step()
 
-        begun = time.monotonic()
-        step()
-        first = time.monotonic() - begun
-        took = time_calls(step, device, most=30, seconds=2.5)
-        record.row("training step", batch=batch, way="ours", **shown, ms=took.median * 1e3,
-                   quartiles=f"{took.low * 1e3:.4g}-{took.high * 1e3:.4g}",
-                   images_per_second=batch / took.median, peak_gb=peak_memory(step, device),
-                   first_s=first)  # fmt: skip
-        if changes == {"precision": "bf16-mixed"} and batch != 8:
-            profile_step(step, device, record, title=f"kernels, {label}")
-    free_memory()
+        yield step, optimizer, torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
 
 def profile_step(step: Callable[[], object], device: Any, record: Record, *, title: str) -> None:  # noqa: ANN401
@@ -600,12 +755,13 @@ def measure_inference(arguments: argparse.Namespace, record: Record) -> None:
                 slow = name == model_benchmark.AUTHORS
                 with record.attempt(label), torch.no_grad(), float32_by(mode), half:
                     record.require(4)
-                    call = partial(way, images)
+                    most = AUTHORS_MOST if name.startswith(model_benchmark.AUTHORS) else batch
+                    call = partial(way, images[:most])
                     took = time_calls(call, device, most=3 if slow else 30, seconds=1.0)
-                    record.row("inference", batch=batch, way=name, precision=precision,
+                    record.row("inference", batch=min(batch, most), way=name, precision=precision,
                                ms=took.median * 1e3,
                                quartiles=f"{took.low * 1e3:.4g}-{took.high * 1e3:.4g}",
-                               images_per_second=batch / took.median,
+                               images_per_second=min(batch, most) / took.median,
                                peak_gb=peak_memory(call, device))  # fmt: skip
         free_memory()
 

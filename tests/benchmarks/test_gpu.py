@@ -70,7 +70,10 @@ def test_every_way_is_measured(load_benchmark: Callable[[str], ModuleType], tmp_
     record = module.Record(tmp_path / "found.json", deadline=time.monotonic() + 600)
     for measure in (module.measure_scan, module.measure_steps, module.measure_inference):
         measure(arguments, record)
+    module.measure_graphs(arguments, record)
     assert record.errors == []
+    assert record.tables["deterministic over not"][0]["ratio"] > 0
+    assert record.tables["captured step"][0]["eager_ms"] > 0
     assert {row["dtype"] for row in record.tables["scan"]} == {"float32", "bfloat16"}
     ways = {row["way"] for row in record.tables["training step"]}
     assert ways == {"ours", "authors'", "authors', our scan"}
