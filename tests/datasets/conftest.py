@@ -251,7 +251,8 @@ class Workplace:
 
     def fetch(self, category: str, request: FetchRequest) -> pd.DataFrame:
         """Fetch a category as the pipeline does, all or nothing, and list its images."""
-        dataset, target = dataset_for(category), self.target(category)
+        dataset = dataset_for(category, request.settings)
+        target = self.target(category)
         target.mkdir(parents=True)
         try:
             fetch_category(category, target=target, request=request)

@@ -200,10 +200,10 @@ def empty_training(draw: Any, folder: Path) -> None:
         (put_defect_into_training, "training and validation images are normal ones alone"),
         (
             put_defect_into_validation,
-            r"validation/scratch: training and validation images are normal ones alone",
+            r"validation/scratch/0\.png: training and validation images are normal ones alone",
         ),
-        (leave_validation_empty, "validation holds no image"),
-        (put_image_beside_the_test_folders, r"0\.png is next to the folders"),
+        (leave_validation_empty, "validation: it holds no image"),
+        (put_image_beside_the_test_folders, r"0\.png: next to the folders"),
         (
             remove_training,
             r"^data\.paths\.folder_tiles: .*: there is neither a folder train nor a folder normal",

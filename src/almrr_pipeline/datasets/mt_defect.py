@@ -9,16 +9,12 @@ from pathlib import Path
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.common.files import find_folder, list_folders
 from almrr_pipeline.common.images import list_images
+from almrr_pipeline.datasets.account import GOOD
 from almrr_pipeline.datasets.base import FetchRequest
-from almrr_pipeline.datasets.folder import (
-    GOOD,
-    SPECIMENS_FILE,
-    read_specimens,
-    write_specimens,
-)
 from almrr_pipeline.datasets.manifest import Counts, Item, Split
 from almrr_pipeline.datasets.obtain import Archive, ArchivedDataset
 from almrr_pipeline.datasets.same_tile import group_by_tile
+from almrr_pipeline.datasets.specimens import SPECIMENS_FILE, read_specimens, write_specimens
 
 _BY_NAME, _BY_TILE = "mt_defect", "mt_defect_tiles"
 _PREFIX = "MT_"
@@ -68,7 +64,7 @@ class MtDefect(ArchivedDataset):
     def items(self, category: str, folder: Path) -> list[Item]:
         """Return the split by hash of the file name or of the tile; normal images have no mask."""
         images = _list_images(folder)
-        tiles = read_specimens(folder) if category == _BY_TILE else {}
+        tiles = read_specimens(folder, images) if category == _BY_TILE else {}
         if category == _BY_TILE and not tiles:
             raise AlmrrError(f"{folder} holds no {SPECIMENS_FILE}; fetch {_BY_TILE} again.")
         normal = {path: tiles.get(path, path.name) for path in images if images[path] == GOOD}

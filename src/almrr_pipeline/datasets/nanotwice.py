@@ -8,7 +8,7 @@ from pathlib import Path
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.common.files import find_folder
 from almrr_pipeline.common.images import list_images
-from almrr_pipeline.datasets.folder import GOOD
+from almrr_pipeline.datasets.account import GOOD
 from almrr_pipeline.datasets.manifest import Counts, Item
 from almrr_pipeline.datasets.obtain import Archive, ArchivedDataset
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from almrr_pipeline.common.errors import AlmrrError
+from almrr_pipeline.config import DataSettings
 from almrr_pipeline.datasets.base import Dataset, FetchRequest
 from almrr_pipeline.datasets.folder import PREFIX as FOLDER_PREFIX
 from almrr_pipeline.datasets.folder import Folder
@@ -29,10 +30,14 @@ def known_categories() -> list[str]:
     return sorted(category for dataset in DATASETS.values() for category in dataset.categories)
 
 
-def dataset_for(category: str) -> Dataset:
-    """Return a category's dataset; AlmrrError, with the most similar names, if there is none."""
+def dataset_for(category: str, settings: DataSettings | None = None) -> Dataset:
+    """Return a category's dataset; AlmrrError, with the most similar names, if there is none.
+
+    Of the settings, `normal_names` and `strict` decide how the user's own folders are read.
+    """
     if re.fullmatch(rf"{FOLDER_PREFIX}[\w-]+", category):  # no dots: Kedro's namespaces have them
-        return DATASETS["folder"]
+        settings = settings or DataSettings()
+        return Folder(settings.normal_names, strict=settings.strict)
     for dataset in DATASETS.values():
         if category in dataset.categories:
             return dataset
@@ -70,7 +75,7 @@ def fetch_category(category: str, *, target: Path, request: FetchRequest) -> Non
     Raises:
         AlmrrError: nothing could be fetched, or an image or mask is missing or broken.
     """
-    dataset = dataset_for(category)
+    dataset = dataset_for(category, request.settings)
     dataset.fetch(category, target=target, request=request)
     inspect_items(dataset.items(category, target), root=target)
 

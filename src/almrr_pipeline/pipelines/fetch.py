@@ -40,7 +40,7 @@ def download_images(category: str, data: DataSettings, scratch: Path) -> Path:
 
 def list_images(category: str, images: Path, data_folder: Path, data: DataSettings) -> pd.DataFrame:
     """Open every image once, and list them with their split, label and mask."""
-    dataset = dataset_for(category)
+    dataset = dataset_for(category, data)
     return build_manifest(
         dataset.items(category, images),
         root=data_folder,
