@@ -62,7 +62,9 @@ class DataSettings(Section):
     addresses: dict[str, list[str]] = {}  # tried in turn, in place of the built-in ones
     sha256: dict[str, str] = {}  # checksum of the archive, in place of the built-in one
     accept_licenses: list[str] = []  # SPDX names, such as CC-BY-NC-SA-4.0 (MVTec AD)
-    strict: bool = False  # refuse a dataset with other than the published counts; else warn
+    strict: bool = False  # refuse other than the published counts, and unused images; else warn
+    # names of folders of normal images, compared without case; null: good, normal, ok, pass, ...
+    normal_names: list[str] | None = None
     textures: Literal["package", "dtd"] = "dtd"  # scikit-image's, or Describable Textures Dataset
     image_size: tuple[Side, Side] = (256, 256)  # rows and columns of the network's input
     tiling: Tiling = Tiling()

@@ -376,12 +376,12 @@ class _Sorter:
             self._note(mask, "a mask of a normal image" if of_normal else "a mask without an image")
         kept = []
         for item in items:
-            mask = found.get(item.image)
-            if mask in shared:
-                reason = f"images of one stem would share the mask {show(mask, self.root)}"
+            own = found.get(item.image)
+            if own and own in shared:
+                reason = f"images of one stem would share the mask {show(own, self.root)}"
                 self._note(item.image, f"{reason}; rename one of them, and give it a mask", "error")
             else:
-                kept.append(replace(item, mask=mask))
+                kept.append(replace(item, mask=own))
         for mask in shared.intersection(masks):
             self._note(mask, "a mask of two images", "error")
         return kept
