@@ -68,3 +68,13 @@ def test_a_predictor_follows_the_models_settings(
         )
         expected = np.mean([one, right[:, ::-1], down[::-1], both[::-1, ::-1]], axis=0)
         np.testing.assert_allclose(given.anomaly_map, expected, rtol=0, atol=1e-5)
+
+
+def test_the_network_runs_once_for_all_flips() -> None:
+    model = Slanted().eval()
+    batches: list[int] = []
+    model.register_forward_hook(lambda _, inputs, __: batches.append(len(inputs[0])))
+
+    average_flips(model, True)(torch.rand(3, 3, 4, 6))
+
+    assert batches == [12]

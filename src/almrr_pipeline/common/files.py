@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 _FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 _BLOCK = 1 << 20
+_TRIED = 4096  # bytes; a block of most file systems
 STAGING_PREFIX = ".staging@"
 """How the names of staging folders begin, those of killed processes included."""
 _HASHED_WITHOUT_PROGRESS = 100_000_000  # bytes that are hashed in less than a second
@@ -47,6 +48,41 @@ def report_disk_errors(path: Path, *, only_full: bool = False) -> Iterator[None]
         else:
             raise
         raise DiskError(message) from error
+
+
+def check_writable(folder: Path) -> None:
+    """Try to write into a folder, or into the nearest one above it that exists.
+
+    For targets of long work; DiskError if not even a block can be written there.
+    """
+    place = folder.absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    try:
+        with report_disk_errors(folder), tempfile.TemporaryFile(dir=place) as file:
+            file.write(bytes(_TRIED))
+            file.flush()
+    except DiskError:
+        raise
+    except OSError as error:
+        advice = "name another folder"
+        raise DiskError(f"{folder} cannot be written ({error.strerror}); {advice}.") from error
+
+
+def check_target_file(path: Path) -> None:
+    """Refuse, before long work, a path where no file can be written; AlmrrError, DiskError."""
+    if not path.parent.is_dir():
+        raise AlmrrError(
+            f"There is no folder {path.parent} to write {path.name} to; make it first."
+        )
+    if path.is_dir():
+        raise AlmrrError(f"{path} is a folder; name a file.")
+    check_writable(path.parent)
+
+
+def escape_name(path: Path) -> str:
+    r"""Path with forward slashes, as UTF-8 text: other bytes of a name become `\xff`."""
+    return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
 
 
 @contextmanager

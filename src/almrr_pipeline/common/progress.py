@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from tqdm import tqdm
 logger = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LINES = 10.0
+_SECONDS_BETWEEN_SIGNS = 5.0
 
 
 class Advance(Protocol):
@@ -73,6 +75,25 @@ def _log_lines(total: int | None, *, unit: str, description: str, done: int) -> 
         logger.info("%s", line)
 
     return advance
+
+
+@contextmanager
+def report_waiting(task: str) -> Iterator[None]:
+    """Log every few seconds for how long a task has run that cannot tell how far it is."""
+    start, done = time.monotonic(), threading.Event()
+
+    def report() -> None:
+        while not done.wait(_SECONDS_BETWEEN_SIGNS):
+            logger.info("%s: %.0f s so far.", task, time.monotonic() - start)
+
+    logger.info("%s.", task)
+    thread = threading.Thread(target=report, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def format_amount(amount: int, unit: str) -> str:

@@ -3,8 +3,9 @@
 Input "images": RGB, float32 in [0, 1], shape (batch, 3, H, W), any batch, the model's own H and W.
 Output "anomaly_map": float32 in [0, 1], shape (batch, H, W).
 
-The selective scan is exported in its parallel form, so that the graph has no step per token. Values
-are not checked inside the graph: the caller divides by 255 and resizes, as `Predictor` does.
+The selective scan is one `Scan` node in ONNX and in its parallel form in torch.export, so that the
+graph has no step per token. Values are not checked inside the graph: the caller divides by 255 and
+resizes, as `Predictor` does.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.common.files import write_atomically
+from almrr_pipeline.common.files import check_target_file, write_atomically
+from almrr_pipeline.common.progress import report_waiting
 from almrr_pipeline.inference.fuse import FusedALMRR, fuse
 from almrr_pipeline.inference.tta import average_flips
 from almrr_pipeline.model.almrr import ALMRR
+from almrr_pipeline.model.kernels.scan.onnx_backend import write_scans
 
 INPUT, OUTPUT = "images", "anomaly_map"
 _TRACED_BATCH = 2
@@ -38,28 +41,31 @@ def export_onnx(model: ALMRR | FusedALMRR, path: Path, *, flips: bool = False) -
     Raises:
         AlmrrError: the file cannot be written there, or the packages that write ONNX are missing.
     """
-    _check_target(path)
+    check_target_file(path)
     try:
-        import onnx  # noqa: F401
+        import onnx
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise AlmrrError(
             f"ONNX needs a package that is not installed ({error}): "
             "pip install 'almrr-pipeline[onnx]'."
         ) from error
-    graph, images, dynamic_shapes = _prepare_tracing(model, flips)
-    program = torch.onnx.export(
-        graph,
-        (images,),
-        dynamic_shapes=dynamic_shapes,
-        input_names=[INPUT],
-        output_names=[OUTPUT],
-        dynamo=True,
-        verbose=False,
-    )
-    assert program is not None
+    with report_waiting(f"Exporting {path.name}"):
+        graph, images, dynamic_shapes = _prepare_tracing(model, flips, scan_backend="onnx")
+        program = torch.onnx.export(
+            graph,
+            (images,),
+            dynamic_shapes=dynamic_shapes,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            dynamo=True,
+            verbose=False,
+        )
+        assert program is not None
+        exported = program.model_proto
+        write_scans(exported)
     with write_atomically(path) as partial:
-        program.save(partial, external_data=False)
+        onnx.save(exported, partial)
 
 
 def export_torch(model: ALMRR | FusedALMRR, path: Path, *, flips: bool = False) -> None:
@@ -67,20 +73,21 @@ def export_torch(model: ALMRR | FusedALMRR, path: Path, *, flips: bool = False) 
 
     Arguments and errors are those of `export_onnx`.
     """
-    _check_target(path)
-    graph, images, dynamic_shapes = _prepare_tracing(model, flips)
-    program = torch.export.export(graph, (images,), dynamic_shapes=dynamic_shapes, strict=False)
+    check_target_file(path)
+    graph, images, shapes = _prepare_tracing(model, flips, scan_backend="parallel")
+    with report_waiting(f"Exporting {path.name}"):
+        program = torch.export.export(graph, (images,), dynamic_shapes=shapes, strict=False)
     with write_atomically(path) as partial:
         torch.export.save(program, partial)
 
 
 class _Graph(nn.Module):
-    """The exported function: fused, on the CPU, scan in parallel form, input unchecked."""
+    """The exported function: fused, on the CPU, input unchecked."""
 
-    def __init__(self, model: ALMRR | FusedALMRR) -> None:
+    def __init__(self, model: ALMRR | FusedALMRR, scan_backend: str) -> None:
         super().__init__()
         self.fused = (fuse(model) if isinstance(model, ALMRR) else copy.deepcopy(model)).cpu()
-        self.fused.encoder.set_scan_backend("parallel")
+        self.fused.encoder.set_scan_backend(scan_backend)
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -88,18 +95,9 @@ class _Graph(nn.Module):
 
 
 def _prepare_tracing(
-    model: ALMRR | FusedALMRR, flips: bool
+    model: ALMRR | FusedALMRR, flips: bool, *, scan_backend: str
 ) -> tuple[nn.Module, Tensor, dict[str, Any]]:
     """The exported function, an example of its input, and the axes that may vary."""
     example = torch.full((_TRACED_BATCH, 3, *model.image_size), 0.5)
-    return average_flips(_Graph(model), flips), example, {INPUT: {0: torch.export.Dim("batch")}}
-
-
-def _check_target(path: Path) -> None:
-    """Refuse, before the minute that tracing takes, a place where no file can be written."""
-    if not path.parent.is_dir():
-        raise AlmrrError(
-            f"There is no folder {path.parent} to write {path.name} to; make it first."
-        )
-    if path.is_dir():
-        raise AlmrrError(f"{path} is a folder; name a file.")
+    graph = average_flips(_Graph(model, scan_backend), flips)
+    return graph, example, {INPUT: {0: torch.export.Dim("batch")}}

@@ -26,8 +26,10 @@ class FlipAveraged(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map each flip, flip back, and average: (B, 3, H, W) -> (B, H, W), both in [0, 1]."""
-        maps = [self.model(images.flip(axes)).flip(axes) for axes in _FLIPS]
-        return torch.stack(maps).mean(0)
+        # One pass over all flips: a graph that is exported holds the network once.
+        maps = self.model(torch.cat([images.flip(axes) for axes in _FLIPS]))  # (4 B, H, W)
+        maps = maps.unflatten(0, (len(_FLIPS), -1))  # (4, B, H, W)
+        return torch.stack([maps[i].flip(axes) for i, axes in enumerate(_FLIPS)]).mean(0)
 
 
 def average_flips(model: nn.Module, flips: bool) -> nn.Module:

@@ -6,6 +6,7 @@
     numba       CPU       ours, fused; needs no compiler
     torch       anything  the reference, with a hand-written backward
     parallel    anything  few tensor operations, for exported and compiled graphs and other devices
+    onnx        -         one `Scan` node of a graph that is exported to ONNX
 
 `auto` takes the fastest that is present and logs which once; `parallel` while a graph is exported.
 A backend requested by name is used, or its absence is an error; under torch.compile `torch` is
@@ -65,6 +66,7 @@ _IMPLEMENTATIONS = {
     "numba": _Implementation(("cpu",), "`pip install numba`"),
     "torch": _Implementation(_ANY_DEVICE),
     "parallel": _Implementation(_ANY_DEVICE),
+    "onnx": _Implementation(_ANY_DEVICE, "`pip install 'almrr-pipeline[onnx]'`"),
 }
 # On CUDA ours comes first: mamba-ssm's kernel needs every tensor transposed, and flipped for the
 # reverse direction, which moves more memory than the scan itself; and its atomic sums make
@@ -122,6 +124,10 @@ def selective_scan(
         return scan_fused(operands, name)
     if name == "mamba_ssm":
         return _scan_with_mamba_ssm(operands)  # type: ignore[no-any-return]
+    if name == "onnx":
+        from almrr_pipeline.model.kernels.scan.onnx_backend import scan_with_onnx
+
+        return scan_with_onnx(operands)
     compiling = torch.compiler.is_compiling()
     scan = scan_in_parallel if name == "parallel" or compiling else scan_with_torch
     return scan(operands)
