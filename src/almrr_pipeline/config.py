@@ -287,6 +287,17 @@ class Parameters(Section):
         changes = self.overrides.get(category, {})
         return parse_parameters(merge_values(self.model_dump(mode="json"), changes))
 
+    def anchored(self, root: Path) -> Parameters:
+        """Make the paths of images and weights absolute; relative ones are below `root`."""
+        paths = {name: _anchor(path, root) for name, path in self.data.paths.items()}
+        mirror = _anchor(self.data.mirror, root) if self.data.mirror else self.data.mirror
+        data = self.data.model_copy(update={"paths": paths, "mirror": mirror})
+        weights = self.backbone.weights
+        if weights not in {"hub", "package"}:
+            weights = _anchor(weights, root)
+        backbone = self.backbone.model_copy(update={"weights": weights})
+        return self.model_copy(update={"data": data, "backbone": backbone})
+
     def redacted(self) -> dict[str, Any]:
         """Plain values for a report or a log: without passwords, and without this disk's folders.
 
@@ -303,6 +314,11 @@ class Parameters(Section):
             if values[section][name] is not None:
                 values[section][name] = redact_address(values[section][name])
         return values
+
+
+def _anchor(path: str, root: Path) -> str:
+    """Return a path below `root` if it is relative; an address with a scheme stays as it is."""
+    return path if "://" in path else str(root / Path(path).expanduser())
 
 
 def parse_parameters(values: dict[str, Any]) -> Parameters:

@@ -234,6 +234,7 @@ class _Sorter:
         names = [each.name for each in list_folders(self.root)]
         for role, keys in _ROLES.items():
             found = [name for name in names if key(name) in keys]
+            found.sort(key=lambda name: key(name) in folder_names.FLAT_TRAIN)  # train first
             full = [name for name in found if name in self._images]
             if found:
                 self.chosen[role] = (full or found)[0]

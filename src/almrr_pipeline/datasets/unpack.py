@@ -32,6 +32,8 @@ _COMPRESSIONS = {b"\x1f\x8b": gzip.GzipFile, b"BZh": bz2.BZ2File, b"\xfd7zXZ\x00
 _DECODING = (zipfile.BadZipFile, tarfile.TarError, lzma.LZMAError, zlib.error, struct.error)
 _BROKEN = (*_DECODING, EOFError, RuntimeError, ValueError, OverflowError, MemoryError)
 """What broken archives raise; RuntimeError for encryption and for unknown compressions."""
+_WINDOWS = {0, 10, 14}
+"""Systems in a zip's headers, by APPNOTE 4.4.2: MS-DOS, NTFS and VFAT."""
 _ADVICE = "nothing was unpacked. Fetch it from a place that you trust"
 
 
@@ -152,9 +154,12 @@ def _zip_members(archive: Path, limits: Limits) -> Iterator[_Member]:
         limits.check_size(sum(info.file_size for info in opened.infolist()), archive)
         for info in opened.infolist():
             mode = stat.S_IFMT(info.external_attr >> 16)  # 0 when it was not packed on Unix
-            is_folder = info.filename.endswith("/") or mode == stat.S_IFDIR
+            name = info.filename
+            if info.create_system in _WINDOWS:  # older tools of Windows separate by backslashes
+                name = name.replace("\\", "/")
+            is_folder = name.endswith("/") or mode == stat.S_IFDIR
             is_file = not is_folder and mode in {0, stat.S_IFREG}
-            yield _Member(info.filename, is_folder, is_file, partial(opened.open, info))
+            yield _Member(name, is_folder, is_file, partial(opened.open, info))
 
 
 def _tar_members(archive: Path, limits: Limits) -> Iterator[_Member]:

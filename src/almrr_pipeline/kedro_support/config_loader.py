@@ -37,7 +37,7 @@ class ParamsYamlLoader(OmegaConfigLoader):
 
     @property
     def parameters(self) -> Parameters:
-        """The checked parameters, typed."""
+        """The checked parameters, typed; relative paths are those below the project's root."""
         path = Path(self.conf_source).resolve().parent / "params.yaml"
         if not path.is_file():
             advice = "compose one with `dvc exp run -S suite=sample` or restore it"
@@ -45,7 +45,7 @@ class ParamsYamlLoader(OmegaConfigLoader):
         layers = OmegaConf.create(super().__getitem__("parameters"))
         merged = OmegaConf.merge(OmegaConf.load(path), layers)
         values: dict[str, Any] = OmegaConf.to_container(merged, resolve=True)  # type: ignore[assignment]
-        return parse_parameters(values)
+        return parse_parameters(values).anchored(path.parent)
 
 
 def project_root() -> Path:
