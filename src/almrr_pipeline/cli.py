@@ -1,4 +1,4 @@
-"""The `almrr` command: predict, calibrate, export, info, categories.
+"""The `almrr` command: check, predict, calibrate, export, info, categories.
 
 What is slow to import is imported inside the commands, so that `--help` answers at once, and torch
 only after the paths have been checked.
@@ -6,7 +6,10 @@ only after the paths have been checked.
 
 from __future__ import annotations
 
+import errno
 import logging
+import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from almrr_pipeline.common.errors import AlmrrError
+from almrr_pipeline.common.files import check_target_file, check_writable, escape_name
 
 if TYPE_CHECKING:
     from almrr_pipeline.inference.predictor import Predictor
@@ -23,16 +27,29 @@ SCAN_BACKENDS = ("auto", "mamba_ssm", "triton", "numba", "torch")
 """Those of `config.ScanBackend`, which would bring pydantic; a test compares the two."""
 EXPORT_SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
 _LISTED_UNREADABLE = 20  # images named at the end; more are counted
+_LARGEST_BATCH = 65536  # images; more than any memory holds
 
 _folder = click.Path(path_type=Path)
 _model_folder = click.argument("model_folder", type=_folder)
 _images = click.argument("images", type=_folder, nargs=-1, required=True)
+
+
+class _Number(click.FloatRange):
+    """A range of numbers; click's own takes nan for a member of any range."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:  # noqa: ANN401 - click's own
+        number: float = click.FLOAT.convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 _recursive = click.option("-r", "--recursive", is_flag=True, help="Look into sub-folders too.")
 
 
 def _predictor_options(command: Callable[..., None]) -> Callable[..., None]:
     """Options that are arguments of `Predictor` under the same names."""
-    backends, at_least_one = click.Choice(SCAN_BACKENDS), click.IntRange(min=1)
+    backends, at_least_one = click.Choice(SCAN_BACKENDS), click.IntRange(1, _LARGEST_BATCH)
     device = "auto (CUDA if there is one, else the CPU), cpu, cuda, cuda:1, mps, ..."
     scan, batch = "Implementation of the selective scan.", "Images (or tiles) per forward pass."
     for option in (  # the last one is listed first
@@ -45,13 +62,21 @@ def _predictor_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 class _Group(click.Group):
-    """Prints an AlmrrError's message alone and exits with 1, as click does with its own errors."""
+    """Prints the message of an AlmrrError or OSError alone and exits with 1, as click does."""
 
     def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401 - click's own signature
         try:
             return super().invoke(ctx)
         except AlmrrError as error:
             raise click.ClickException(str(error)) from error
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # the reader of the output ended; click exits quietly
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            raise click.ClickException(f"{where}{error.strerror or error}.") from error
+        except MemoryError as error:
+            advice = "use a smaller --batch-size or smaller images"
+            raise click.ClickException(f"There is not enough memory; {advice}.") from error
 
 
 @click.group(
@@ -77,6 +102,8 @@ def almrr(verbose: bool) -> None:
 
     `almrr COMMAND --help` explains a command.
     """  # noqa: D301 - click reads \b as: keep these lines as they are
+    if reconfigure := getattr(sys.stdout, "reconfigure", None):
+        reconfigure(errors="backslashreplace")  # names that the terminal's encoding lacks
     level = logging.INFO if verbose else logging.WARNING
     logging.basicConfig(level=level, format="%(levelname)s: %(message)s")
     logging.getLogger("almrr_pipeline.common.progress").setLevel(logging.INFO)
@@ -96,13 +123,13 @@ def almrr(verbose: bool) -> None:
 @click.option("--no-overlays", is_flag=True, help="No overlays: scores.csv comes much sooner.")
 @click.option(
     "--threshold",
-    type=click.FloatRange(min=0.0),
+    type=_Number(0.0, 1.0),
     metavar="SCORE",
     help="Call an image anomalous above this score, in place of the model's threshold.",
 )
 @click.option(
     "--pixel-threshold",
-    type=click.FloatRange(min=0.0),
+    type=_Number(0.0, 1.0),
     metavar="VALUE",
     help="Outline where the map is above this value, in place of the model's threshold.",
 )
@@ -166,7 +193,7 @@ def predict(
 @_images
 @click.option(
     "--false-alarm-rate",
-    type=click.FloatRange(0.0, 1.0, min_open=True, max_open=True),
+    type=_Number(0.0, 1.0, min_open=True, max_open=True),
     default=0.05,
     help="Largest fraction of normal images that may be called anomalous.",
 )
@@ -183,8 +210,8 @@ def calibrate(
 
     The images must be free of defects, must not have been trained on, and should come from the
     process that will be watched: the thresholds guarantee a false-alarm rate for images like these.
-    At least 1/rate - 1 are needed, 19 for 0.05. The thresholds in inference.json are replaced.
-    Where DVC owns the folder, copy it first.
+    At least 1/rate - 1 are needed, 19 for 0.05; copies of an image count once. The thresholds
+    in inference.json are replaced. Where DVC owns the folder, copy it first.
 
     \b
     Example:
@@ -194,6 +221,7 @@ def calibrate(
     from almrr_pipeline.reporting.predict_files import find_images
 
     config = InferenceConfig.load(model_folder)
+    check_writable(model_folder)
     paths = find_images(images, recursive=recursive)
 
     from almrr_pipeline.inference.calibration import calibrate as choose
@@ -238,9 +266,10 @@ def export(model_folder: Path, file_format: str, output: Path | None, overwrite:
     from almrr_pipeline.inference.inference_config import InferenceConfig
 
     config = InferenceConfig.load(model_folder)
-    target = output or Path(config.category + EXPORT_SUFFIXES[file_format])
+    target = output or Path(Path(config.category).name + EXPORT_SUFFIXES[file_format])
     if target.exists() and not overwrite:
         raise AlmrrError(f"{target} exists; name another file, or replace it with --overwrite.")
+    check_target_file(target)
 
     from almrr_pipeline.inference.export import export_onnx, export_torch
     from almrr_pipeline.model.almrr import ALMRR
@@ -301,14 +330,16 @@ def _print_summary(summary: Summary, predictor: Predictor, output: Path, *, chos
         guarantee = stored.guarantee if stored and not chosen else chosen_here
         click.echo(f"Threshold {threshold:.6g}. {guarantee}")
     highest = max(summary.verdicts, key=lambda verdict: verdict.score)
-    click.echo(f"Highest score {highest.score:.6g}: {highest.image}")
-    click.echo(f"Results: {output}")
+    click.echo(f"Highest score {highest.score:.6g}: {escape_name(highest.image)}")
+    click.echo(f"Results: {escape_name(output)}")
 
 
 def _report_unreadable(summary: Summary) -> None:
     """Name the images that could not be read and exit with 1, if there are any."""
     if count := len(summary.unreadable):
-        named = ", ".join(str(image) for image in [*summary.unreadable][:_LISTED_UNREADABLE])
+        named = ", ".join(
+            escape_name(image) for image in [*summary.unreadable][:_LISTED_UNREADABLE]
+        )
         more = f" and {count - _LISTED_UNREADABLE} more" if count > _LISTED_UNREADABLE else ""
         total = count + len(summary.verdicts)
         raise AlmrrError(f"{count} of {total} images could not be read: {named}{more}.")

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from almrr_pipeline.config import Tiling
@@ -36,6 +37,18 @@ def test_thresholds_by_hand(brightness: nn.Module, write_images, tiling: Tiling)
     assert thresholds.pixel.value == pytest.approx(180 / 255)
     assert thresholds.image.value == pytest.approx(180 / 255 / 9)
     assert (thresholds.image.normals, thresholds.image.guaranteed_rate) == (3, 0.25)
+
+
+def test_copies_of_an_image_count_once(
+    brightness: nn.Module, write_images, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    paths = write_images(_dots([90, 180, 90, 90, 45]))
+    again = tmp_path / "again.bmp"  # the same pixels in another format
+    Image.open(paths[1]).save(again)
+    thresholds = _calibrate(brightness, [*paths, again])
+    assert thresholds == _calibrate(brightness, [paths[0], paths[1], paths[4]])
+    assert thresholds.image.normals == 3
+    assert "3 of 6 normal images are copies of others" in caplog.text
 
 
 def test_a_higher_rate_gives_lower_thresholds(brightness: nn.Module, write_images) -> None:

@@ -14,6 +14,7 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
+from mlflow.exceptions import MlflowException
 from mlflow.models.model import ModelInfo
 from mlflow.pyfunc import PyFuncModel
 from mlflow.pyfunc.scoring_server import invocations
@@ -110,6 +111,57 @@ def test_json_with_base64_is_served(served: PyFuncModel, contents: list[bytes]) 
     assert all(row["is_anomalous"] in (True, False) for row in answer)
 
 
+def _in_base64(content: bytes) -> dict[str, str]:
+    standard, safe = base64.b64encode(content).decode(), base64.urlsafe_b64encode(content).decode()
+    return {
+        "standard": standard,
+        "url-safe, no padding": safe.rstrip("="),
+        "data URI": f"data:image/png;base64,{standard}",
+        "lines": base64.encodebytes(content).decode(),
+    }
+
+
+def _bodies(text: str) -> dict[str, dict]:
+    return {
+        "records": {"dataframe_records": [{"image": text}]},
+        "split": {"dataframe_split": {"columns": ["image"], "data": [[text]]}},
+        "instances": {"instances": [{"image": text}]},
+        "instances in TensorFlow Serving's form": {"instances": [{"image": {"b64": text}}]},
+        "bare instances": {"instances": [text]},
+        "inputs": {"inputs": {"image": [text]}},
+        "bare inputs": {"inputs": [text]},
+    }
+
+
+@pytest.mark.parametrize("spelling", list(_in_base64(b"")))
+@pytest.mark.parametrize("form", list(_bodies("")))
+def test_base64_is_taken_wherever_it_comes(
+    served: PyFuncModel, contents: list[bytes], form: str, spelling: str
+) -> None:
+    if form.startswith("instances in") and spelling == "lines":
+        pytest.skip("MLflow writes the line ends as escapes")
+    content = contents[0] + b"\xfb\xff\xbe"  # ignored after a PNG's end; "+/" in base64
+    text = _in_base64(content)[spelling]
+    (row,) = _post(served, _bodies(text)[form])
+    (expected,) = served.predict(pd.DataFrame({"image": contents[:1]}))["score"]
+    assert row["score"] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "bad", ["no image", "%%%", "", 5, None, True, [1, 2], {"b64": 3}, "data:,"]
+)
+def test_the_answer_to_what_is_no_image_says_what_to_send(
+    served: PyFuncModel, contents: list[bytes], bad: object
+) -> None:
+    records = [{"image": base64.b64encode(contents[0]).decode()}, {"image": bad}]
+    body = json.dumps({"dataframe_records": records})
+    with pytest.raises(MlflowException) as raised:
+        invocations(body, "application/json", served, served.metadata.get_input_schema())
+    assert raised.value.get_http_status_code() == 400
+    assert "row 1 of the column 'image'" in raised.value.message
+    assert "dataframe_records" in raised.value.message
+
+
 def test_the_map_comes_on_demand(
     served: PyFuncModel, contents: list[bytes], noise_paths: list[Path], model_folder: Path
 ) -> None:
@@ -122,7 +174,7 @@ def test_the_map_comes_on_demand(
 
 def test_the_signature_is_what_a_client_needs_to_know(logged: ModelInfo) -> None:
     assert logged.signature is not None
-    assert [str(column) for column in logged.signature.inputs] == ["'image': binary (required)"]
+    assert [str(column) for column in logged.signature.inputs] == ["'image': string (required)"]
     assert [column.name for column in logged.signature.outputs] == [
         "score",
         "is_anomalous",

@@ -96,6 +96,20 @@ def conformal_threshold(
     return Threshold(float(ranked[rank - 1]), rate, count, guaranteed, guarantee + ".")
 
 
+def find_fault(threshold: Threshold) -> str | None:
+    """Name a number of a stored threshold that is out of its range, or return None."""
+    ranges = {
+        "value": (threshold.value, 0.0, 1.0),
+        "rate": (threshold.rate, 0.0, 1.0),
+        "guaranteed_rate": (threshold.guaranteed_rate, 0.0, 1.0),
+        "normals": (threshold.normals, 0, math.inf),
+    }
+    for name, (number, low, high) in ranges.items():
+        if number is not None and not low <= number <= high:  # nan is in no range
+            return f"{name} is {number}, not between {low:g} and {high:g}"
+    return None
+
+
 def withdraw_guarantee(threshold: Threshold) -> Threshold:
     """Same threshold without a guarantee, for a model that was selected on the validation images.
 

@@ -12,10 +12,13 @@ overshoot, so the pixel threshold, taken at the network's scale, holds at both s
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from almrr_pipeline.common.images import read_image
 from almrr_pipeline.common.progress import track
 from almrr_pipeline.evaluation.thresholds import conformal_threshold
 from almrr_pipeline.inference.inference_config import Thresholds
@@ -36,13 +39,15 @@ def calibrate(
 
     Args:
         predictor: the fused model.
-        image_paths: validation images: normal, not trained on, not from the test set.
+        image_paths: validation images: normal, not trained on, not from the test set. Copies of an
+            image are no further evidence: they are counted once, with a warning.
         smoothing: side of the mean filter of `image_score`, in pixels.
         false_alarm_rate: the chosen fraction, in (0, 1).
 
     Raises:
         AlmrrError: an image cannot be read, or the rate is out of range.
     """
+    image_paths = _leave_out_copies(image_paths)
     scores, peaks = [], []
     with track(len(image_paths), unit="images", description="calibrate") as advance:
         for scaled in predictor.maps(image_paths):
@@ -54,3 +59,25 @@ def calibrate(
     pixel = conformal_threshold(peaks, false_alarm_rate, event=event)
     logger.info("Thresholds: image %s, pixel %s.", image.value, pixel.value)
     return Thresholds(image=image, pixel=pixel)
+
+
+def _leave_out_copies(image_paths: Sequence[Path]) -> list[Path]:
+    """Keep the first of the images with equal pixels, whatever their files' formats."""
+    with ThreadPoolExecutor(max_workers=4) as threads:  # decoding releases the GIL
+        pixels = list(threads.map(_hash_pixels, image_paths))
+    first: dict[bytes, Path] = {}
+    for content, path in zip(pixels, image_paths, strict=True):
+        first.setdefault(content, path)
+    if copies := len(image_paths) - len(first):
+        logger.warning(
+            "%d of %d normal images are copies of others; each image is counted once, %d in all.",
+            copies,
+            len(image_paths),
+            len(first),
+        )
+    return list(first.values())
+
+
+def _hash_pixels(path: Path) -> bytes:
+    image = read_image(path)
+    return hashlib.sha256(repr(image.shape).encode() + image.tobytes()).digest()

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.common.files import write_atomically
-from almrr_pipeline.config import Positive, Section, Side, Tiling, list_faults
-from almrr_pipeline.evaluation.thresholds import Threshold, withdraw_guarantee
+from almrr_pipeline.config import Section, Side, Tiling, list_faults
+from almrr_pipeline.evaluation.thresholds import Threshold, find_fault, withdraw_guarantee
 
 INFERENCE_FILE = "inference.json"
 MODEL_FILES = ("model.safetensors", "config.json", INFERENCE_FILE)
 """Files of a model folder: weights, architecture, and the settings of this module."""
+_WIDEST_SMOOTHING = 4096  # pixels: more than the side of any map; it bounds the filter's time
 _KEY_OF_0_1 = ("mirrored",)
 """Where a fault is reported in an inference.json of version 0.1; `flips` today."""
 
@@ -24,6 +26,13 @@ class Thresholds(Section):
     image: Threshold  # for the score of an image
     pixel: Threshold  # for the values of the anomaly map: the outline
 
+    @field_validator("image", "pixel")
+    @classmethod
+    def _check_numbers(cls, threshold: Threshold) -> Threshold:
+        if fault := find_fault(threshold):
+            raise ValueError(fault)
+        return threshold
+
 
 class InferenceConfig(Section):
     """How images are brought to the network, how maps become scores, and the thresholds."""
@@ -31,7 +40,8 @@ class InferenceConfig(Section):
     category: str  # that the model was trained on
     image_size: tuple[Side, Side]  # rows and columns of the network's input
     tiling: Tiling = Tiling()
-    smoothing: Positive = 9  # side of the image score's mean filter, in pixels at network scale
+    # side of the image score's mean filter, in pixels at network scale
+    smoothing: Annotated[int, Field(ge=1, le=_WIDEST_SMOOTHING)] = 9
     flips: bool = False  # test-time augmentation; see `almrr_pipeline.inference.tta`
     thresholds: Thresholds | None = None  # None until the model has been calibrated
 

@@ -6,11 +6,16 @@ package's source. `mlflow models serve` answers:
 
     curl http://127.0.0.1:5000/invocations -H 'Content-Type: application/json' \
          -d '{"dataframe_records": [{"image": "<base64 of a PNG or JPEG file>"}]}'
+
+`instances`, `inputs` and `dataframe_split` are taken too, and the base64 may be URL-safe, without
+padding, or in a data URI.
 """
 
 from __future__ import annotations
 
 import base64
+import binascii
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -21,8 +26,10 @@ from typing import Any
 import mlflow
 import numpy as np
 import pandas as pd
+from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature, set_model
 from mlflow.models.model import ModelInfo
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
@@ -36,7 +43,7 @@ from almrr_pipeline.inference.predictor import Prediction, Predictor
 _ARTIFACT = "model_folder"
 _REQUIREMENTS = (
     "torch", "torchvision", "timm", "einops", "numpy", "scipy", "pandas", "pillow", "pydantic",
-    "safetensors",
+    "safetensors", "tifffile",
 )  # fmt: skip
 """What prediction imports; pinned to the versions that are installed at logging."""
 
@@ -44,7 +51,7 @@ MODEL_CONFIG: dict[str, Any] = {"device": "auto", "batch_size": 8, "scan_backend
 """Arguments of `Predictor`; `mlflow.pyfunc.load_model(uri, model_config={...})` replaces them."""
 
 SIGNATURE = ModelSignature(
-    inputs=Schema([ColSpec(DataType.binary, "image")]),
+    inputs=Schema([ColSpec(DataType.string, "image")]),  # as `binary` MLflow spoils other base64
     outputs=Schema(
         [
             ColSpec(DataType.double, "score"),
@@ -54,7 +61,16 @@ SIGNATURE = ModelSignature(
     ),
     params=ParamSchema([ParamSpec("anomaly_map", DataType.boolean, False)]),
 )
-"""One row per image: its file's bytes (base64 in JSON) in; score, verdict, map on request out."""
+"""One row per image: its file, as base64 or bytes, in; score, verdict, map on request out."""
+_PREFIX = re.compile(r"\s*(?:\{'b64': ')?(?:data:[^,]*,)?")
+"""Of a data URI, or of TensorFlow Serving's {"b64": ...} as MLflow writes it into a cell."""
+
+
+class RequestError(AlmrrError, MlflowException):
+    """A row is no image; MLflow answers with HTTP 400 and shows the message."""
+
+    def __init__(self, message: str) -> None:
+        MlflowException.__init__(self, message, error_code=INVALID_PARAMETER_VALUE)
 
 
 class ServedModel(PythonModel):
@@ -76,7 +92,8 @@ class ServedModel(PythonModel):
 
         Args:
             context: unused.
-            model_input: column `image`, the bytes of an image file in any format that Pillow reads.
+            model_input: column `image`, an image file in any format that Pillow reads, as bytes or
+                as base64.
             params: `anomaly_map`: whether to return each image's map too.
 
         Returns:
@@ -84,7 +101,7 @@ class ServedModel(PythonModel):
             anomaly_map, the base64 of a 16-bit gray PNG of the image's size, 65535 standing for 1.
 
         Raises:
-            AlmrrError: a row is no image; names it.
+            RequestError: a row is no image; names it.
         """
         with_map = bool((params or {}).get("anomaly_map", False))
         # The server calls from many threads; one at a time, so that one batch takes memory.
@@ -122,7 +139,7 @@ def log_model(
         model_config=MODEL_CONFIG,
         code_paths=[str(Path(almrr_pipeline.__file__).parent)],
         signature=SIGNATURE,
-        input_example=pd.DataFrame({"image": [encode_map(gray)]}),
+        input_example=pd.DataFrame({"image": [base64.b64encode(encode_map(gray)).decode()]}),
         pip_requirements=_pinned_requirements(),
         registered_model_name=registered_name,
         metadata={"category": config.category},
@@ -135,7 +152,25 @@ def log_model(
 
 def _decode_rows(model_input: pd.DataFrame) -> Iterator[ImageArray]:
     for position, content in enumerate(model_input["image"]):
-        yield decode_image(content, Path(f"row {position} of the column 'image'"))
+        row = f"row {position} of the column 'image'"
+        try:
+            yield decode_image(_to_bytes(content), Path(row))
+        except (AlmrrError, TypeError, binascii.Error) as error:
+            reason = str(error) if row in str(error) else f"{row} is not base64 ({error})"
+            advice = 'send {"dataframe_records": [{"image": "<base64 of an image file>"}]}'
+            raise RequestError(f"{reason.rstrip('.')}; {advice}.") from error
+
+
+def _to_bytes(content: object) -> bytes:
+    """Return an image file's bytes; base64 is decoded, wherever MLflow has left it as it came."""
+    if isinstance(content, bytes) and not re.fullmatch(rb"[\x20-\x7e\s]*", content[:64]):
+        return content  # every image format has other bytes in its header
+    text = content.decode("ascii") if isinstance(content, bytes) else content
+    if not isinstance(text, str):
+        raise TypeError(f"it is of the type {type(content).__name__}")
+    encoded = _PREFIX.sub("", text, count=1).removesuffix("'}")
+    standard = "".join(encoded.split()).rstrip("=").translate(str.maketrans("-_", "+/"))
+    return base64.b64decode(standard + "=" * (-len(standard) % 4), validate=True)
 
 
 def _to_row(prediction: Prediction, *, with_map: bool) -> dict[str, Any]:

@@ -61,15 +61,23 @@ class Predictor:
                 cuda:1 or mps.
             batch_size: images, or tiles, per forward pass; at least 1.
             scan_backend: implementation of the selective scan.
-            image_threshold: in place of the model's own.
-            pixel_threshold: in place of the model's own.
+            image_threshold: in place of the model's own, in [0, 1].
+            pixel_threshold: in place of the model's own, in [0, 1].
 
         Raises:
-            AlmrrError: the folder holds no model, or the device or the backend is not there.
+            AlmrrError: the folder holds no model, the device or the backend is not there, or a
+                number is out of its range.
         """
         folder = Path(folder)
         self.config = InferenceConfig.load(folder)
         self.image_threshold, self.pixel_threshold = image_threshold, pixel_threshold
+        for threshold in (image_threshold, pixel_threshold):
+            if threshold is not None and not 0.0 <= threshold <= 1.0:  # nan neither
+                raise AlmrrError(
+                    f"The threshold {threshold} is not between 0 and 1, as scores are."
+                )
+        if batch_size < 1:
+            raise AlmrrError(f"The batch size {batch_size} is not at least 1.")
         stored = self.config.thresholds
         if stored and image_threshold is None:
             self.image_threshold = stored.image.value

@@ -22,7 +22,12 @@ from PIL import Image
 
 from almrr_pipeline.common.arrays import AnomalyMap
 from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.common.files import STAGING_PREFIX, staging_folder
+from almrr_pipeline.common.files import (
+    STAGING_PREFIX,
+    check_writable,
+    escape_name,
+    staging_folder,
+)
 from almrr_pipeline.common.images import IMAGE_SUFFIXES, encode_map, list_images, read_image
 from almrr_pipeline.common.progress import track
 from almrr_pipeline.inference.streams import submit_ahead
@@ -79,7 +84,8 @@ def find_images(paths: Iterable[Path], *, recursive: bool = False) -> list[Path]
             raise AlmrrError(f"The folder {path} holds no image; {advice}.")
         for image in images:
             if not image.is_file():
-                raise AlmrrError(f"There is no image or folder at {image}; check the path.")
+                where = escape_name(image)
+                raise AlmrrError(f"There is no image or folder at {where}; check the path.")
             found.setdefault(_absolute(image), image)
     return list(found.values())
 
@@ -144,11 +150,11 @@ def predict_files(
 
 
 def check_output(output: Path, images: Iterable[Path], *, overwrite: bool) -> None:
-    """Refuse an output folder whose contents would be lost.
+    """Refuse an output folder whose contents would be lost, or that cannot be written.
 
     Raises:
         AlmrrError: `output` is a file, holds something else than results of an earlier run, holds
-            such results while `overwrite` is False, or holds one of the images.
+            such results while `overwrite` is False, holds one of the images, or cannot be written.
     """
     if output.exists() and not output.is_dir():
         raise AlmrrError(f"The output {output} is a file; name a folder.")
@@ -168,8 +174,10 @@ def check_output(output: Path, images: Iterable[Path], *, overwrite: bool) -> No
     for image in images:
         if resolved in image.parent.resolve().joinpath(image.name).parents:
             raise AlmrrError(
-                f"The image {image} is in the output folder {output}; name another output folder."
+                f"The image {escape_name(image)} is in the output folder {output}; name another "
+                "output folder."
             )
+    check_writable(output)
 
 
 def _absolute(path: Path) -> Path:
@@ -238,5 +246,5 @@ def _write_scores(verdicts: Iterable[Verdict], target: Path) -> None:
         writer = csv.writer(file)
         writer.writerow(["image", "score", "threshold", "is_anomalous"])
         for verdict in verdicts:
-            image = verdict.image.as_posix()
+            image = escape_name(verdict.image)
             writer.writerow([image, verdict.score, verdict.threshold, verdict.is_anomalous])
