@@ -11,7 +11,8 @@ from PIL import Image
 from scipy import ndimage
 
 from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.common.images import read_image, read_mask
+from almrr_pipeline.common.images import read_image
+from almrr_pipeline.common.masks import read_mask
 from almrr_pipeline.datasets.base import FetchRequest
 from almrr_pipeline.datasets.drawn_defects import DRAWINGS
 from almrr_pipeline.datasets.manifest import build_manifest, count_items

@@ -1,22 +1,70 @@
-"""Reading and resizing of images and masks, the only place where either is done; maps as PNG."""
+"""Reading and resizing of images, the only place where either is done; anomaly maps as PNG.
+
+Images of 8 bits are taken as they are. For deeper ones `Reading` holds which values are black and
+white, decided once for a category (`decide_ranges`) and stored with its model.
+"""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field
 
-from almrr_pipeline.common.arrays import AnomalyMap, ImageArray, MaskArray
+from almrr_pipeline.common.arrays import AnomalyMap, ImageArray
+from almrr_pipeline.common.decoding import Stored, decode
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.common.files import walk
 
+logger = logging.getLogger(__name__)
+
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
-_ANOMALOUS_ABOVE = 127
-"""Half of white: lossy compression and resizing leave values between 0 and 255."""
-_WHITE_OF_16_BITS = 65535.0  # 257 times the white of 8 bits
+ValueRange = tuple[float, float]
+"""The values that are black and white; black is the smaller one."""
+EIGHT_BITS: ValueRange = (0.0, 255.0)
+_DEPTHS = (8, 10, 12, 14, 16, 20, 24, 28, 32)  # of cameras and of number types, in bits
+_TOLERANCE = 0.05  # of a range, by which interpolation and single pixels leave it
+_BEYOND = 0.01  # fraction of values beyond a range that is no longer a few reflections
+_LITTLE = 1 / 16  # of a range: what 8 bits keep of it is fewer than 16 values
+
+
+class Reading(BaseModel):
+    """How image files become 8-bit RGB."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    # by the type of the values, such as uint16; "any" for all of more than 8 bits
+    value_ranges: dict[str, ValueRange] = {}
+    max_megapixels: float = Field(default=500.0, gt=0.0)  # 1.5 GB as RGB
+
+    def range_of(self, dtype: str) -> ValueRange | None:
+        """Black and white of a type; None where only the file itself can tell."""
+        if dtype == "uint8":
+            return EIGHT_BITS
+        return self.value_ranges.get(dtype) or self.value_ranges.get("any")
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What an image file holds."""
+
+    size: tuple[int, int]  # rows and columns, upright
+    mode: str  # Pillow's (L, RGB, P, ...) or, of more than 8 bits, type and channels: uint16 x 3
+    dtype: str  # uint8 for everything of 8 bits or less
+    low: float  # smallest and largest value, as stored
+    high: float
+    white: float | None = None  # largest possible value, where the file declares it
+    turned: bool = False  # EXIF turned it upright
+
+    @property
+    def bits(self) -> int:
+        """Bits of a value, as the type has them."""
+        return 8 * np.dtype(self.dtype).itemsize
 
 
 def list_images(
@@ -30,39 +78,119 @@ def list_images(
     return sorted(e.path for e in entries if not e.skipped and e.path.suffix.lower() in wanted)
 
 
-def read_image(path: Path) -> ImageArray:
+def read_image(path: Path, reading: Reading | None = None) -> ImageArray:
     """Read any image as RGB.
 
     EXIF orientation is applied and alpha dropped; palettes and CMYK are converted, and gray is
-    repeated three times. Integers deeper than 8 bits are divided by 257 (65535 becomes 255). The
-    range of floating-point values is taken from their maximum: [0, 1], 8 bits or 16 bits.
+    repeated three times. Deeper values than 8 bits are scaled from the range that `reading` holds
+    for their type; without one, from the range that the image alone makes certain.
 
     Returns:
         uint8 in [0, 255], shape (H, W, 3), upright, writable.
 
     Raises:
-        AlmrrError: the file is missing, empty, or not an image that can be decoded.
+        AlmrrError: the file is missing, empty, not an image that can be decoded, of several pages,
+            or too large; or its range is uncertain, or another than `reading` holds.
     """
-    return decode_image(read_bytes(path), path)
+    return decode_image(read_bytes(path), path, reading)
 
 
-def decode_image(data: bytes, path: Path) -> ImageArray:
+def decode_image(data: bytes, path: Path, reading: Reading | None = None) -> ImageArray:
     """Decode an image file's bytes as `read_image` does; `path` only names it in an error."""
-    return np.array(_decoded(data, path, mode="RGB"))
+    reading = reading or Reading()
+    return _as_rgb(decode(data, path, max_megapixels=reading.max_megapixels), path, reading)
 
 
-def read_mask(path: Path, *, name: Path | None = None) -> MaskArray:
-    """Read a ground truth mask; values above 127 of 255 are anomalous.
+def inspect_image(path: Path, reading: Reading | None = None) -> ImageFacts:
+    """Read what an image file holds; raises as `read_image`, but for the range of its values."""
+    return inspect_bytes(read_bytes(path), path, reading)[0]
 
-    The authors' code counted 255 alone. A mask of 16 bits or more without values above 255 is taken
-    for an 8-bit one, because many tools save masks so. Raises as `read_image`; errors show `name`
-    instead of the path.
+
+def inspect_bytes(
+    data: bytes, path: Path, reading: Reading | None = None
+) -> tuple[ImageFacts, ImageArray]:
+    """The facts of an image file's bytes, and its pixels as RGB.
+
+    Pixels of more than 8 bits are scaled from the smallest depth that holds them: good for a look
+    and for comparing images, not for a network.
+    """
+    reading = reading or Reading()
+    stored = decode(data, path, max_megapixels=reading.max_megapixels)
+    values = _as_rgb(stored, path, reading) if stored.values is None else stored.values
+    facts = ImageFacts(
+        size=stored.size,
+        mode=stored.mode,
+        dtype=values.dtype.name,
+        low=float(values.min()),
+        high=float(values.max()),
+        white=stored.white,
+        turned=stored.turned,
+    )
+    if stored.values is None:
+        return facts, values
+    ends = reading.range_of(facts.dtype) or _smallest_range([facts])
+    if ends is None:
+        raise _unknown_range(path, facts)
+    return facts, _scale(stored, ends)
+
+
+def decide_ranges(
+    images: Iterable[ImageFacts], stated: ValueRange | None = None
+) -> dict[str, ValueRange]:
+    """Decide once, from a category's normal training images, which values are black and white.
+
+    Integers are taken for the smallest of 8, 10, 12, 14, 16, ... bits that holds all of them, or
+    for the depth that a file declares; numbers with a fraction for [0, 1] if none is above 2, else
+    for integers. Where values are negative, the range is that of signed integers, or [-1, 1].
+
+    Args:
+        images: facts of all normal training images, validation included; no test image.
+        stated: the range by `data.value_range`, which then holds for all that is not of 8 bits.
 
     Returns:
-        bool, shape (H, W), upright.
+        The range by the type of the values, for `Reading.value_ranges`; empty for 8 bits alone.
+
+    Raises:
+        AlmrrError: values are beyond 32 bits.
     """
-    gray = _decoded(read_bytes(path, name=name), name or path, mode="L")
-    return np.array(gray) > _ANOMALOUS_ABOVE
+    of_type: dict[str, list[ImageFacts]] = {}
+    for facts in images:
+        of_type.setdefault(facts.dtype, []).append(facts)
+    of_type.pop("uint8", None)
+    if stated is not None:
+        return {"any": stated}
+    ranges = {}
+    for dtype, same_type in sorted(of_type.items()):
+        ends = _smallest_range(same_type)
+        if ends is None:
+            high = max(facts.high for facts in same_type)
+            raise AlmrrError(
+                f"The training images hold {dtype} values up to {high:g}; state which values are "
+                "black and white in data.value_range."
+            )
+        ranges[dtype] = ends
+    return ranges
+
+
+def find_narrow_range(
+    images: Iterable[ImageFacts], value_ranges: Mapping[str, ValueRange]
+) -> str | None:
+    """Return a sentence if the images use less than a sixteenth of their range, else None."""
+    reading = Reading(value_ranges=dict(value_ranges))
+    used = [
+        ((facts.low - ends[0]) / (ends[1] - ends[0]), (facts.high - ends[0]) / (ends[1] - ends[0]))
+        for facts in images
+        if (ends := reading.range_of(facts.dtype)) is not None
+    ]
+    if not used:
+        return None
+    low, high = min(low for low, _ in used), max(high for _, high in used)
+    if high - low >= _LITTLE:
+        return None
+    return (
+        f"the normal images use {high - low:.1%} of the range of their values, so little that "
+        "8 bits lose their texture; expose them longer, or state the range in data.value_range"
+    )
 
 
 def resize_image(image: ImageArray, size: tuple[int, int]) -> ImageArray:
@@ -70,13 +198,6 @@ def resize_image(image: ImageArray, size: tuple[int, int]) -> ImageArray:
     if image.shape[:2] == tuple(size):
         return image
     return np.array(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
-
-
-def resize_mask(mask: MaskArray, size: tuple[int, int]) -> MaskArray:
-    """Resize to `size` = (rows, columns), nearest neighbor; bool (H, W) in and out."""
-    if mask.shape == tuple(size):
-        return mask
-    return np.array(Image.fromarray(mask).resize(size[::-1], Image.Resampling.NEAREST))
 
 
 def encode_map(anomaly_map: AnomalyMap) -> bytes:
@@ -98,34 +219,77 @@ def read_bytes(path: Path, *, name: Path | None = None) -> bytes:
         raise AlmrrError(message) from error
 
 
-def _decoded(data: bytes, path: Path, *, mode: str) -> Image.Image:
-    """Decode, turn upright and convert; all of Pillow's errors become AlmrrError."""
-    if not data:
-        raise AlmrrError(f"{path} is an empty file, not an image; replace or remove it.")
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
-            upright = _as_eight_bit(ImageOps.exif_transpose(image), is_mask=mode == "L")
-            upright.info.pop("transparency", None)  # alpha is dropped; Pillow would warn of it
-            return upright.convert(mode)
-    except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything
-        reason = str(error) or type(error).__name__
-        if "cannot identify" in reason:
-            reason = "it is not an image"
-        message = f"{path} cannot be read as an image ({reason}); replace or remove it."
-        raise AlmrrError(message) from error
+def _as_rgb(stored: Stored, path: Path, reading: Reading) -> ImageArray:
+    if stored.image is not None:
+        stored.image.info.pop("transparency", None)  # alpha is dropped; Pillow would warn of it
+        return np.array(stored.image.convert("RGB"))
+    values = stored.values
+    assert values is not None
+    low, high = float(values.min()), float(values.max())
+    dtype = values.dtype.name
+    facts = ImageFacts(stored.size, stored.mode, dtype, low, high, stored.white)
+    ends = reading.range_of(dtype)
+    if ends is None:
+        ends = _certain_range(facts)
+        if ends is None:
+            raise _unknown_range(path, facts)
+        return _scale(stored, ends)
+    slack = _TOLERANCE * (ends[1] - ends[0])
+    if low < ends[0] - slack or high > ends[1] + slack:
+        beyond = float(np.mean((values < ends[0] - slack) | (values > ends[1] + slack)))
+        said = f"holds values from {low:g} to {high:g}, the range is {ends[0]:g} to {ends[1]:g}"
+        if beyond > _BEYOND:
+            raise AlmrrError(f"{path} {said}; save it as the training images, or train anew.")
+        logger.warning("%s %s: %.2g %% of its values are clipped.", path, said, 100 * beyond)
+    return _scale(stored, ends)
 
 
-def _as_eight_bit(image: Image.Image, *, is_mask: bool) -> Image.Image:
-    """Scale deeper images to 8 bits; Pillow's own conversion would clip them."""
-    if image.mode not in {"I", "F"} and not image.mode.startswith("I;16"):
-        return image
-    values = np.asarray(image).astype(np.float64)
-    if not np.isfinite(values).all():
-        raise ValueError("it holds values that are not finite")
-    white = _WHITE_OF_16_BITS
-    if image.mode == "F" and values.max() <= 1.0:
-        white = 1.0
-    elif (image.mode == "F" or is_mask) and values.max() <= 255:
-        white = 255.0
-    return Image.fromarray(np.clip(np.rint(values * (255 / white)), 0, 255).astype(np.uint8))
+def _scale(stored: Stored, ends: ValueRange) -> ImageArray:
+    """Scale to 8-bit RGB; black and white change places where 0 is white."""
+    low, high = ends
+    values = np.asarray(stored.values, dtype=np.float64)
+    gray = np.clip(np.rint((values - low) * (255 / (high - low))), 0, 255).astype(np.uint8)
+    if stored.white_is_0:
+        gray = 255 - gray
+    return gray.copy() if gray.ndim == 3 else np.repeat(gray[..., None], 3, axis=2)
+
+
+def _smallest_range(images: Iterable[ImageFacts]) -> ValueRange | None:
+    """The smallest usual range that holds the values of images of one type; None beyond 32 bits."""
+    images = list(images)
+    low, high = min(one.low for one in images), max(one.high for one in images)
+    declared = [one.white for one in images if one.white is not None]
+    if len(declared) == len(images) and low >= 0:
+        return 0.0, max(declared)
+    is_float = images[0].dtype.startswith("float")
+    largest = max(high, -low)
+    slack = 1 + _TOLERANCE if is_float else 1.0
+    negative = low < -_TOLERANCE * largest if is_float else low < 0
+    if is_float and largest <= 2:  # 255 cannot be white: all would be black
+        return (-1.0, 1.0) if negative else (0.0, 1.0)
+    for bits in _DEPTHS:
+        white = 2.0**bits - 1
+        if largest <= white * slack:
+            return (-white - 1, white) if negative else (0.0, white)
+    return None
+
+
+def _certain_range(facts: ImageFacts) -> ValueRange | None:
+    """The range that an image alone makes certain: no smaller depth holds it, or it is declared."""
+    ends = _smallest_range([facts])
+    if ends is None or facts.white is not None or facts.high == facts.low == 0:
+        return ends
+    if facts.dtype.startswith("float"):
+        return ends if ends[1] in (1.0, 255.0, 65535.0) else None
+    whole = 2.0**facts.bits - 1 if facts.dtype.startswith("u") else 2.0 ** (facts.bits - 1) - 1
+    # cameras of 14 bits are common, between 14 bits and the 16 of files there are none; files of
+    # 32-bit integers hold the values of 16-bit files
+    return ends if ends[1] in (65535.0, whole) else None
+
+
+def _unknown_range(path: Path, facts: ImageFacts) -> AlmrrError:
+    return AlmrrError(
+        f"{path} holds {facts.dtype} values from {facts.low:g} to {facts.high:g}, and which ones "
+        "are black and white cannot be told from one image; state them in data.value_range before "
+        "the training, or as the value_range of Predictor."
+    )

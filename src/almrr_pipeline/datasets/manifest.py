@@ -19,7 +19,8 @@ from typing import Literal
 import pandas as pd
 
 from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.common.images import decode_image, read_bytes, read_mask
+from almrr_pipeline.common.images import decode_image, read_bytes
+from almrr_pipeline.common.masks import read_mask
 from almrr_pipeline.common.progress import track
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from almrr_pipeline.common.arrays import AnomalyMap, MaskArray
-from almrr_pipeline.common.images import read_mask, resize_mask
+from almrr_pipeline.common.masks import read_mask, resize_mask
 from almrr_pipeline.evaluation.curves import average_precision, trace_curve
 
 

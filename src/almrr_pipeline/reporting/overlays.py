@@ -16,7 +16,8 @@ from scipy import ndimage
 
 from almrr_pipeline.common.arrays import AnomalyMap, ImageArray, MaskArray
 from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.common.images import resize_image, resize_mask
+from almrr_pipeline.common.images import resize_image
+from almrr_pipeline.common.masks import resize_mask
 
 Color = tuple[int, int, int]
 
