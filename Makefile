@@ -27,6 +27,9 @@ check: $(VENV)/installed
 	lint-imports
 
 $(VENV)/installed: pyproject.toml constraints.txt
+	@command -v git >/dev/null || { echo "git is needed; install it first."; exit 1; }
+	@test -e .git || echo "Note: this is no git repository, which DVC needs; run: git init"
+	@git var GIT_COMMITTER_IDENT >/dev/null 2>&1 || echo 'Note: git has no identity, which `dvc exp run` needs; run: git config --global user.name NAME, and the same with user.email'
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint constraints.txt

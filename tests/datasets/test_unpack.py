@@ -497,3 +497,31 @@ def test_a_zip_that_lies_about_sizes_cannot_write_more(tmp_path: Path) -> None:
     assert_refused(
         save(tmp_path, bytes(content)), tmp_path / "work", r"truncated or broken|unpacks to more"
     )
+
+
+@pytest.mark.parametrize("system", [0, 10, 14])
+def test_a_zip_of_windows_may_separate_by_backslashes(tmp_path: Path, system: int) -> None:
+    """As .NET packed before version 4.6.1."""
+    with zipfile.ZipFile(tmp_path / "old.zip", "w") as archive:
+        for name in ("tiles\\train\\", "tiles\\train\\good\\0.png"):
+            info = zipfile.ZipInfo(name)
+            info.create_system = system
+            archive.writestr(info, b"" if name.endswith("\\") else b"first")
+
+    unpack(tmp_path / "old.zip", tmp_path / "out")
+
+    assert (tmp_path / "out/tiles/train/good/0.png").read_bytes() == b"first"
+
+
+@pytest.mark.parametrize(
+    "name", ["..\\outside", "a\\..\\..\\x", "\\x", "C:\\x", "\\\\host\\share\\x"]
+)
+def test_backslashes_of_windows_do_not_lead_out_either(tmp_path: Path, name: str) -> None:
+    info = zipfile.ZipInfo(name)
+    info.create_system = 0
+    with zipfile.ZipFile(tmp_path / "old.zip", "w") as archive:
+        archive.writestr(info, b"first")
+
+    with pytest.raises(AlmrrError, match="leads out of its folder"):
+        unpack(tmp_path / "old.zip", tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["old.zip"]

@@ -85,3 +85,18 @@ def test_mlflow_logs_to_the_project_unless_told_otherwise(
     assert tracking_uri(copy) == f"sqlite:///{copy.as_posix()}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://localhost:5000")
     assert tracking_uri(copy) == "http://localhost:5000"
+
+
+def test_relative_paths_are_those_below_the_project(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    paths = {"mt_defect": "images/mt", "nanotwice": "/srv/nano"}
+    data = {"paths": paths, "mirror": "http://example.org/mirror"}
+
+    values = _loader(copy, data=data, backbone={"weights": "w.pt"})["parameters"]
+
+    assert values["data"]["paths"] == {"mt_defect": f"{copy}/images/mt", "nanotwice": "/srv/nano"}
+    assert values["data"]["mirror"] == "http://example.org/mirror"
+    assert values["backbone"]["weights"] == f"{copy}/w.pt"
