@@ -7,6 +7,7 @@ from pathlib import Path
 
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.common.files import find_folder
+from almrr_pipeline.datasets.account import inspect_folder
 from almrr_pipeline.datasets.base import FetchRequest
 from almrr_pipeline.datasets.folder import list_items
 from almrr_pipeline.datasets.manifest import Counts, Item
@@ -81,6 +82,12 @@ class MvtecAd(ArchivedDataset):
         if not accepted and not has_own_path(self.archives(category), request):
             advice = f"If you accept these terms, add {_TERMS} to data.accept_licenses."
             raise AlmrrError(f"{category}: {self.license} {advice}")
+
+    def verify(self, category: str, target: Path, request: FetchRequest) -> None:
+        """Report what is not used, and compare the counts."""
+        account = inspect_folder(target, needs_masks=True)
+        account.check(name=category, strict=request.settings.strict)
+        super().verify(category, target, request)
 
     def items(self, category: str, folder: Path) -> list[Item]:
         """Return the dataset's own split."""
