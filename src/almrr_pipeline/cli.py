@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 SCAN_BACKENDS = ("auto", "mamba_ssm", "triton", "numba", "torch")
 """Those of `config.ScanBackend`, which would bring pydantic; a test compares the two."""
-EXPORT_SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
+EXPORT_SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
+RUNTIMES = ("torch", "onnxruntime", "openvino")
 _LISTED_UNREADABLE = 20  # images named at the end; more are counted
 _LARGEST_BATCH = 65536  # images; more than any memory holds
 
@@ -51,8 +52,10 @@ def _predictor_options(command: Callable[..., None]) -> Callable[..., None]:
     """Options that are arguments of `Predictor` under the same names."""
     backends, at_least_one = click.Choice(SCAN_BACKENDS), click.IntRange(1, _LARGEST_BATCH)
     device = "auto (CUDA if there is one, else the CPU), cpu, cuda, cuda:1, mps, ..."
+    runtime = "What runs the network; the last two on the CPU, from a graph exported at first use."
     scan, batch = "Implementation of the selective scan.", "Images (or tiles) per forward pass."
     for option in (  # the last one is listed first
+        click.option("--runtime", type=click.Choice(RUNTIMES), default="torch", help=runtime),
         click.option("--scan-backend", type=backends, default="auto", help=scan),
         click.option("--batch-size", type=at_least_one, default=8, help=batch),
         click.option("--device", default="auto", metavar="NAME", help=device),
@@ -92,6 +95,8 @@ class _Group(click.Group):
 def almrr(verbose: bool) -> None:
     """Find and outline defects on textured surfaces with a trained model.
 
+    `almrr check FOLDER` tells whether images of your own are ready to be trained on.
+
     \b
     A model is a folder with model.safetensors, config.json and inference.json,
     such as data/06_models/sample_brick/seed_0 after `dvc repro`. Begin with:
@@ -107,6 +112,61 @@ def almrr(verbose: bool) -> None:
     level = logging.INFO if verbose else logging.WARNING
     logging.basicConfig(level=level, format="%(levelname)s: %(message)s")
     logging.getLogger("almrr_pipeline.common.progress").setLevel(logging.INFO)
+
+
+@almrr.command(short_help="What a folder of images would be used as, and what is wrong with it.")
+@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--html", type=_folder, metavar="FILE", help="Also write a page with thumbnails.")
+@click.option(
+    "--normal-name",
+    "normal_names",
+    multiple=True,
+    metavar="NAME",
+    help="Name of a folder of normal images, as data.normal_names; may be repeated.",
+)
+@click.option(
+    "--image-size",
+    type=click.IntRange(128, 4096),
+    default=256,
+    help="Side of the network's input, in pixels.",
+)
+@click.option("--strict", is_flag=True, help="Exit with 1 at warnings too.")
+def check(
+    folder: Path, html: Path | None, normal_names: tuple[str, ...], image_size: int, strict: bool
+) -> None:
+    """Check FOLDER, images of your own, before they are trained on.
+
+    Tells what each file would be used as or why it is not used, and finds what would give wrong
+    numbers: masks that mean something else, images in two splits, defects too small for the input.
+
+    \b
+    Examples:
+      almrr check photographs/
+      almrr check photographs/ --html check.html --normal-name gut
+
+    \b
+    Exit codes: 0 nothing stands in the way, or warnings alone;
+                1 training would fail or give wrong numbers;
+                2 the command line was wrong.
+    """  # noqa: D301
+    if html is not None:
+        check_target_file(html)
+
+    from almrr_pipeline.datasets.doctor import examine
+
+    size = image_size, image_size
+    diagnosis = examine(folder, normal_names=normal_names or None, image_size=size)
+    for line in diagnosis.lines():
+        click.echo(line)
+    for finding in diagnosis.findings:
+        click.echo(f"{finding.level}: {finding.text}.")
+    if html is not None:
+        from almrr_pipeline.reporting.doctor_page import render_diagnosis
+
+        html.write_text(render_diagnosis(diagnosis), encoding="utf-8")
+        click.echo(f"Wrote {escape_name(html)}")
+    if diagnosis.has_errors or (strict and diagnosis.findings):
+        sys.exit(1)
 
 
 @almrr.command(short_help="Overlays, scores and verdicts for images.")
@@ -234,24 +294,26 @@ def calibrate(
         click.echo(f"{name} threshold {threshold.value:.6g}. {threshold.guarantee}")
 
 
-@almrr.command(short_help="One file that runs without this package: ONNX or torch.export.")
+@almrr.command(short_help="Files that run without this package: ONNX, OpenVINO, torch.export.")
 @_model_folder
 @click.option(
     "--format",
     "file_format",
     type=click.Choice(list(EXPORT_SUFFIXES)),
     required=True,
-    help="onnx for onnxruntime and others, torch for torch.export.load.",
+    help="onnx for onnxruntime and others, openvino for OpenVINO, torch for torch.export.load.",
 )
 @click.option(
     "-o",
     "--output",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="File to write; CATEGORY.onnx or CATEGORY.pt2 in the current folder if not given.",
+    help="File to write; CATEGORY.onnx, .xml or .pt2 in the current folder if not given.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
 def export(model_folder: Path, file_format: str, output: Path | None, overwrite: bool) -> None:
-    """Export the model in MODEL_FOLDER, fused, to one file that runs without this package.
+    """Export the model in MODEL_FOLDER, fused, to a file that runs without this package.
+
+    OpenVINO's .xml has its weights in a .bin next to it.
 
     \b
     The exported model takes float32 RGB in [0, 1] of shape (batch, 3, rows, columns),
@@ -271,13 +333,15 @@ def export(model_folder: Path, file_format: str, output: Path | None, overwrite:
         raise AlmrrError(f"{target} exists; name another file, or replace it with --overwrite.")
     check_target_file(target)
 
-    from almrr_pipeline.inference.export import export_onnx, export_torch
+    from almrr_pipeline.inference.export import export_onnx, export_openvino, export_torch
     from almrr_pipeline.model.almrr import ALMRR
 
-    write = {"onnx": export_onnx, "torch": export_torch}[file_format]
+    formats = {"onnx": export_onnx, "openvino": export_openvino, "torch": export_torch}
+    write = formats[file_format]
     write(ALMRR.load(model_folder), target, flips=config.flips)
     rows, columns = config.image_size
-    size = target.stat().st_size / 2**20
+    files = {target, target.with_suffix(".bin")} if file_format == "openvino" else {target}
+    size = sum(file.stat().st_size for file in files) / 2**20
     click.echo(f"Wrote {target}: {size:.1f} MiB, input (batch, 3, {rows}, {columns}).")
 
 

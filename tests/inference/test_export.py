@@ -11,8 +11,9 @@ import torch
 
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.config import BackboneSettings, ModelSettings
-from almrr_pipeline.inference.export import export_onnx, export_torch
+from almrr_pipeline.inference.export import export_onnx, export_openvino, export_torch
 from almrr_pipeline.inference.fuse import fuse
+from almrr_pipeline.inference.runtimes import ExportedNetwork
 from almrr_pipeline.inference.tta import FlipAveraged
 from almrr_pipeline.model.almrr import ALMRR
 from almrr_pipeline.model.backbone import build_backbone
@@ -100,6 +101,25 @@ def test_torch_export_gives_the_models_maps(model: ALMRR, tmp_path: Path) -> Non
         images = draw_images(batch)
         given = program(images).detach().numpy()
         np.testing.assert_allclose(given, map_with_torch(model, images), rtol=0, atol=1e-4)
+
+
+def test_openvino_gives_the_models_maps(model: ALMRR, tmp_path: Path) -> None:
+    """Read from its own format, with flips, by the network that `--runtime openvino` takes."""
+    pytest.importorskip("openvino")
+    export_openvino(model, tmp_path / "model.xml", flips=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.bin", "model.xml"]
+    network = ExportedNetwork(tmp_path / "model.xml", "openvino")
+    for batch in (1, 3):
+        images = draw_images(batch)
+        expected = map_with_torch(FlipAveraged(model), images)
+        np.testing.assert_allclose(network(images).numpy(), expected, rtol=0, atol=1e-4)
+
+
+def test_openvino_reads_the_onnx_file_too(model: ALMRR, onnx_file: Path) -> None:
+    pytest.importorskip("openvino")
+    images = draw_images(3)
+    given = ExportedNetwork(onnx_file, "openvino")(images).numpy()
+    np.testing.assert_allclose(given, map_with_torch(model, images), rtol=0, atol=1e-4)
 
 
 def test_both_formats_take_the_mean_over_flips(model: ALMRR, tmp_path: Path) -> None:

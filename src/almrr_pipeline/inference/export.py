@@ -1,4 +1,4 @@
-"""Export of the fused model to one file that runs without this package: ONNX or torch.export.
+"""Export of the fused model to files that run without this package: ONNX, OpenVINO, torch.export.
 
 Input "images": RGB, float32 in [0, 1], shape (batch, 3, H, W), any batch, the model's own H and W.
 Output "anomaly_map": float32 in [0, 1], shape (batch, H, W).
@@ -11,6 +11,7 @@ resizes, as `Predictor` does.
 from __future__ import annotations
 
 import copy
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,26 @@ def export_onnx(model: ALMRR | FusedALMRR, path: Path, *, flips: bool = False) -
         write_scans(exported)
     with write_atomically(path) as partial:
         onnx.save(exported, partial)
+
+
+def export_openvino(model: ALMRR | FusedALMRR, path: Path, *, flips: bool = False) -> None:
+    """Write the model, fused, for OpenVINO: the graph `path` (.xml), its weights next to it (.bin).
+
+    Arguments and errors are those of `export_onnx`, through which it goes.
+    """
+    check_target_file(path)
+    try:
+        import openvino
+    except ImportError as error:
+        raise AlmrrError(
+            f"OpenVINO is not installed ({error}): pip install 'almrr-pipeline[openvino]'."
+        ) from error
+    with tempfile.TemporaryDirectory(prefix=".almrr-", dir=path.parent) as folder:
+        source, graph = Path(folder, "model.onnx"), Path(folder, path.stem + ".xml")
+        export_onnx(model, source, flips=flips)
+        openvino.save_model(openvino.Core().read_model(source), graph, compress_to_fp16=False)
+        graph.with_suffix(".bin").replace(path.with_suffix(".bin"))  # the weights first
+        graph.replace(path)
 
 
 def export_torch(model: ALMRR | FusedALMRR, path: Path, *, flips: bool = False) -> None:

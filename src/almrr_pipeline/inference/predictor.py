@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from scipy.ndimage import uniform_filter
 
 from almrr_pipeline.common.arrays import AnomalyMap
@@ -20,6 +21,7 @@ from almrr_pipeline.inference.map_predictor import (
     OnUnreadable,
     raise_unreadable,
 )
+from almrr_pipeline.inference.runtimes import ExportedNetwork, cached_graph, import_runtime
 from almrr_pipeline.model.almrr import ALMRR
 
 
@@ -50,6 +52,7 @@ class Predictor:
         device: str = "auto",
         batch_size: int = 8,
         scan_backend: str = "auto",
+        runtime: str = "torch",
         image_threshold: float | None = None,
         pixel_threshold: float | None = None,
     ) -> None:
@@ -61,6 +64,8 @@ class Predictor:
                 cuda:1 or mps.
             batch_size: images, or tiles, per forward pass; at least 1.
             scan_backend: implementation of the selective scan.
+            runtime: torch, or onnxruntime or openvino, which run on the CPU a graph that is
+                exported at first use (`almrr_pipeline.inference.runtimes`).
             image_threshold: in place of the model's own, in [0, 1].
             pixel_threshold: in place of the model's own, in [0, 1].
 
@@ -90,9 +95,22 @@ class Predictor:
                 f"inference.json of one for {self.config.image_size}; they belong to different "
                 "models. Train again."
             )
-        settings = InferenceSettings(flips=self.config.flips)
-        predictor = MapPredictor.build(model, settings, tiling=self.config.tiling, device=device)
-        self.map_predictor = replace(predictor, batch_size=batch_size)
+        flips, tiling = self.config.flips, self.config.tiling
+        if runtime == "torch":
+            settings = InferenceSettings(flips=flips)
+            predictor = MapPredictor.build(model, settings, tiling=tiling, device=device)
+            self.map_predictor = replace(
+                predictor, batch_size=batch_size, reading=self.config.reading
+            )
+            return
+        if device not in {"auto", "cpu"}:
+            raise AlmrrError(f"The runtime {runtime} runs on the CPU, not on {device}; take torch.")
+        import_runtime(runtime)  # before the export, which takes half a minute
+        network = ExportedNetwork(cached_graph(folder, model, flips=flips), runtime)
+        cpu = torch.device("cpu")
+        self.map_predictor = MapPredictor(
+            network, model.image_size, tiling, batch_size, cpu, self.config.reading
+        )
 
     def __call__(self, images: Iterable[ImageInput]) -> list[Prediction]:
         """Predict all of `images` and hold all their maps at once; `stream` holds a few."""
