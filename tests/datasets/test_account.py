@@ -16,6 +16,8 @@ from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.common.images import IMAGE_SUFFIXES, list_images
 from almrr_pipeline.datasets.account import inspect_folder
 from almrr_pipeline.datasets.folder_names import judge
+from almrr_pipeline.datasets.manifest import build_manifest
+from almrr_pipeline.datasets.registry import dataset_for
 
 
 def touch(folder: Path, *names: str) -> Path:
@@ -303,6 +305,38 @@ def test_the_table_has_a_row_for_each_file(tmp_path: Path) -> None:
     assert list(table.index) == ["other/2.png", "test/cut/1.png", "train/good/0.png"]
     assert table.loc["test/cut/1.png", "mask"] == "masks/cut/1.png"
     assert table.loc["other/2.png", "level"] == "warning"
+
+
+def test_the_files_of_mvtec_ad_are_accounted_for_too(
+    workplace: Any, draw: Any, tmp_path: Path
+) -> None:
+    folder = draw.mvtec(tmp_path / "wood")
+    draw.mask(folder / "ground_truth/cut/099_mask.png")
+    draw.image(folder / "train/good/9.png").rename(folder / "train/good/9.jfif")
+    paths = {"mvtec_wood": str(folder)}
+    said = r"099_mask\.png: a mask without an image\. .*9\.jfif: the suffix"
+    with pytest.raises(AlmrrError, match=said):
+        workplace.fetch("mvtec_wood", workplace.request(paths=paths, strict=True))
+
+
+def test_a_link_to_nothing_is_named_where_images_are_listed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (touch(tmp_path, "0.png") / "1.png").symlink_to("absent.png")
+    assert list_images(tmp_path) == [tmp_path / "0.png"]
+    assert f"{tmp_path}/1.png is left out: a link to nothing" in caplog.text
+
+
+def test_a_category_spelled_apart_is_refused_with_the_reason() -> None:
+    with pytest.raises(AlmrrError, match="has its accents apart"):
+        dataset_for(unicodedata.normalize("NFD", "folder_Prüfling"))
+
+
+def test_a_manifest_without_training_images_names_the_category(tmp_path: Path) -> None:
+    touch(tmp_path, "train/good/notes.txt", "test/good/0.png")
+    items = list(inspect_folder(tmp_path).items)
+    with pytest.raises(AlmrrError, match=r"^folder_tiles: there is no normal image"):
+        build_manifest(items, root=tmp_path, expected=None, strict=False, name="folder_tiles")
 
 
 TOPS = [

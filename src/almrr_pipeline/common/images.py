@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from almrr_pipeline.common.arrays import AnomalyMap, ImageArray
 from almrr_pipeline.common.decoding import Stored, decode
 from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.common.files import walk
+from almrr_pipeline.common.files import escape_name, walk
 
 logger = logging.getLogger(__name__)
 
@@ -70,11 +70,17 @@ class ImageFacts:
 def list_images(
     folder: Path, suffixes: Iterable[str] = IMAGE_SUFFIXES, *, recursive: bool = False
 ) -> list[Path]:
-    """Return the images in `folder`, sorted by path, as `walk` lists them: links are followed."""
+    """Return the images in `folder`, sorted by path, as `walk` lists them: links are followed.
+
+    Links to nothing are logged.
+    """
     wanted = {suffix.lower() for suffix in suffixes}
     if not folder.is_dir():
         return []
-    entries = walk(folder, recursive=recursive)
+    entries = list(walk(folder, recursive=recursive))
+    for entry in entries:
+        if entry.is_loss:
+            logger.warning("%s is left out: %s", escape_name(entry.path), entry.skipped)
     return sorted(e.path for e in entries if not e.skipped and e.path.suffix.lower() in wanted)
 
 
@@ -291,5 +297,5 @@ def _unknown_range(path: Path, facts: ImageFacts) -> AlmrrError:
     return AlmrrError(
         f"{path} holds {facts.dtype} values from {facts.low:g} to {facts.high:g}, and which ones "
         "are black and white cannot be told from one image; state them in data.value_range before "
-        "the training, or as the value_range of Predictor."
+        "the training, or in the model's inference.json, under reading.value_ranges."
     )

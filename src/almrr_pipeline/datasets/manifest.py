@@ -19,14 +19,23 @@ from typing import Literal
 import pandas as pd
 
 from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.common.images import decode_image, read_bytes
-from almrr_pipeline.common.masks import read_mask
+from almrr_pipeline.common.images import (
+    ImageFacts,
+    Reading,
+    decide_ranges,
+    find_narrow_range,
+    inspect_bytes,
+    read_bytes,
+)
+from almrr_pipeline.common.masks import MaskReading, explain_size, inspect_mask
 from almrr_pipeline.common.progress import track
+from almrr_pipeline.config import DataSettings
 
 logger = logging.getLogger(__name__)
 
 _OF_ITEM = ("image", "mask", "split", "label", "defect_type", "specimen")
-COLUMNS = (*_OF_ITEM, "width", "height", "sha256")
+_OF_VALUES = ("mode", "dtype", "low", "high", "white")
+COLUMNS = (*_OF_ITEM, "width", "height", "sha256", *_OF_VALUES)
 _NAMED = 5  # files that a message names before it counts the rest
 Split = Literal["train", "validation", "test"]
 
@@ -89,12 +98,18 @@ def check_counts(
 
 
 def build_manifest(
-    items: Sequence[Item], *, root: Path, expected: Counts | None, strict: bool
+    items: Sequence[Item],
+    *,
+    root: Path,
+    expected: Counts | None,
+    strict: bool,
+    settings: DataSettings | None = None,
+    name: str | None = None,
 ) -> pd.DataFrame:
     """Open every image and mask once and list them.
 
-    `items` are a category's images, all under `root`, the data folder. Other numbers than the
-    `expected` ones are refused if `strict`, and logged otherwise.
+    `items` are the images of the category `name`, all under `root`, the data folder. Other numbers
+    than the `expected` ones are refused if `strict`, and logged otherwise.
 
     Returns:
         One row per image, sorted by split and image: image and mask (paths relative to `root`, with
@@ -108,10 +123,11 @@ def build_manifest(
             specimen. Names the files.
     """
     common = os.path.commonpath([item.image.parent for item in items]) if items else root
-    name = Path(common).name  # the category's folder
+    name = name or Path(common).name  # the category's folder, if it has a training image
     if difference := check_counts(items, expected, name=name, strict=strict):
         logger.warning("%s", difference)
-    table = inspect_items(items, root=root)
+    table = inspect_items(items, root=root, settings=settings)
+    _report_doubts(table, name, strict=strict)
     empty = [Path(image).name for image in table.loc[table["mask_is_empty"], "image"]]
     if empty:
         logger.warning(
@@ -166,12 +182,14 @@ def split_validation(names: Sequence[str], fraction: float) -> tuple[list[str], 
     return training, [name for name in names if name in chosen]
 
 
-def inspect_items(items: Sequence[Item], *, root: Path) -> pd.DataFrame:
+def inspect_items(
+    items: Sequence[Item], *, root: Path, settings: DataSettings | None = None
+) -> pd.DataFrame:
     """Open every image and mask under `root`, in threads (decoding releases the GIL).
 
     Returns:
         `COLUMNS`, and `pixels`, a hash that equal images of different formats share, and
-        `mask_is_empty`; in the order of `items`.
+        `mask_is_empty`, and `mask_problem`, what is doubtful about a mask; in the order of `items`.
 
     Raises:
         AlmrrError: as `build_manifest` for the files; names all broken ones at once.
@@ -181,7 +199,8 @@ def inspect_items(items: Sequence[Item], *, root: Path) -> pd.DataFrame:
         ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads,
         track(len(items), unit="images", description="check images") as advance,
     ):
-        for future in [threads.submit(_inspect, item, root) for item in items]:
+        settings = settings or DataSettings()
+        for future in [threads.submit(_inspect, item, root, settings) for item in items]:
             try:
                 rows.append(future.result())
             except AlmrrError as error:
@@ -191,7 +210,7 @@ def inspect_items(items: Sequence[Item], *, root: Path) -> pd.DataFrame:
         if len(failures) > _NAMED:
             failures[_NAMED:] = [f"And {len(failures) - _NAMED} more of this kind."]
         raise AlmrrError(" ".join(failures))
-    table = pd.DataFrame(rows, columns=[*COLUMNS, "pixels", "mask_is_empty"])
+    table = pd.DataFrame(rows, columns=[*COLUMNS, "pixels", "mask_is_empty", "mask_problem"])
     _refuse_shared(table, "pixels", "The same image is", "remove one of each pair")
     of_specimens = table[table["specimen"] != ""]
     what, advice = "Images of the same specimen are", "keep each specimen in one split"
@@ -199,7 +218,7 @@ def inspect_items(items: Sequence[Item], *, root: Path) -> pd.DataFrame:
     return table
 
 
-def _inspect(item: Item, root: Path) -> tuple[object, ...]:
+def _inspect(item: Item, root: Path, settings: DataSettings) -> tuple[object, ...]:
     """Return a row of `inspect_items`."""
     try:
         str(item.image).encode("utf-8")
@@ -209,30 +228,78 @@ def _inspect(item: Item, root: Path) -> tuple[object, ...]:
     image = item.image.relative_to(root)
     mask = item.mask.relative_to(root) if item.mask else None
     data = read_bytes(item.image, name=image)
-    pixels = decode_image(data, image)
-    height, width = pixels.shape[:2]
+    facts, pixels = inspect_bytes(data, image, Reading(max_megapixels=settings.max_megapixels))
+    height, width = facts.size
     content = hashlib.sha256(f"{height} {width} ".encode() + pixels.tobytes()).hexdigest()
     return (
         image.as_posix(),
         mask.as_posix() if mask else "",
         *(item.split, item.label, item.defect_type, item.specimen),
-        *(width, height, hashlib.sha256(data).hexdigest(), content),
-        mask is not None and _is_empty_mask(root, mask, image, (height, width)),
+        *(width, height, hashlib.sha256(data).hexdigest()),
+        *(facts.mode, facts.dtype, facts.low, facts.high),
+        *("" if facts.white is None else facts.white, content),
+        *((False, "") if mask is None else _inspect_mask(root, mask, image, facts, settings)),
     )
 
 
-def _is_empty_mask(root: Path, mask: Path, image: Path, shape: tuple[int, int]) -> bool:
+def _inspect_mask(
+    root: Path, mask: Path, image: Path, facts: ImageFacts, settings: DataSettings
+) -> tuple[bool, str]:
+    """Whether a mask is empty, and what is doubtful about it."""
     path, name, image_name = root / mask, mask.as_posix(), image.as_posix()
     if not path.is_file():
         missing = f"{image_name} is defective but has no mask: there is no {name}"
         raise AlmrrError(f"{missing}; add it, or remove the image.")
-    found = read_mask(path, name=mask)
-    if found.shape != shape:
-        raise AlmrrError(
-            f"{name} has {found.shape[1]} x {found.shape[0]} pixels, its image {image_name} has "
-            f"{shape[1]} x {shape[0]}; a mask has the size of its image."
+    found = inspect_mask(path, name=mask, reading=mask_reading(settings))
+    difference = explain_size(found, facts.size, image=image, image_turned=facts.turned)
+    if difference and found.mask.shape != facts.size:
+        raise AlmrrError(f"{name} {difference}.")
+    return not found.mask.any(), difference or found.problem
+
+
+def _report_doubts(table: pd.DataFrame, name: str, *, strict: bool) -> None:
+    """Name the masks that may mean something else; an error if `strict`."""
+    doubtful = table[table["mask_problem"] != ""]
+    for problem, rows in doubtful.groupby("mask_problem", sort=False):
+        masks = [Path(mask).name for mask in rows["mask"]]
+        more = f" (and {len(masks) - 1} more)" if len(masks) > 1 else ""
+        message = f"{name}: the mask {masks[0]}{more} {problem}"
+        if strict:
+            raise AlmrrError(f"{message}.")
+        logger.warning("%s", message)
+
+
+def mask_reading(settings: DataSettings) -> MaskReading:
+    """Which values of the masks are anomalous, by the settings."""
+    return MaskReading(threshold=settings.mask_threshold, values=settings.mask_values)
+
+
+def image_reading(manifest: pd.DataFrame, settings: DataSettings) -> Reading:
+    """How a category's images become 8-bit RGB, decided by its normal training images alone.
+
+    Those for validation are among them, test images are not. Logs a warning where these images use
+    less than a sixteenth of their range.
+
+    Raises:
+        AlmrrError: no range can be decided; see `decide_ranges`.
+    """
+    is_normal = (manifest["label"] == "normal") & (manifest["split"] != "test")
+    table = manifest.reindex(columns=["height", "width", *_OF_VALUES])[is_normal]
+    facts = [
+        ImageFacts(
+            size=(row["height"], row["width"]),
+            mode=str(row["mode"]),
+            dtype=str(row["dtype"]),
+            low=float(row["low"]),
+            high=float(row["high"]),
+            white=float(row["white"]) if row["white"] not in ("", None) else None,
         )
-    return not found.any()
+        for row in table.dropna(subset=["dtype"]).to_dict("records")
+    ]
+    ranges = decide_ranges(facts, settings.value_range)
+    if narrow := find_narrow_range(facts, ranges):
+        logger.warning("%s: %s", Path(manifest["image"].iloc[0]).parts[1], narrow)
+    return Reading(value_ranges=ranges, max_megapixels=settings.max_megapixels)
 
 
 def _refuse_shared(table: pd.DataFrame, key: str, what: str, advice: str) -> None:

@@ -13,6 +13,7 @@ from almrr_pipeline.config import DataSettings
 from almrr_pipeline.datasets.base import Dataset, FetchRequest
 from almrr_pipeline.datasets.folder import PREFIX as FOLDER_PREFIX
 from almrr_pipeline.datasets.folder import Folder
+from almrr_pipeline.datasets.folder_names import normalize
 from almrr_pipeline.datasets.manifest import inspect_items
 from almrr_pipeline.datasets.mt_defect import MtDefect
 from almrr_pipeline.datasets.mvtec_ad import MvtecAd
@@ -38,6 +39,9 @@ def dataset_for(category: str, settings: DataSettings | None = None) -> Dataset:
     if re.fullmatch(rf"{FOLDER_PREFIX}[\w-]+", category):  # no dots: Kedro's namespaces have them
         settings = settings or DataSettings()
         return Folder(settings.normal_names, strict=settings.strict)
+    if normalize(category) != category:
+        advice = "write it with composed letters (NFC)"
+        raise AlmrrError(f"categories: {category!r} has its accents apart (NFD); {advice}.")
     for dataset in DATASETS.values():
         if category in dataset.categories:
             return dataset
@@ -77,7 +81,7 @@ def fetch_category(category: str, *, target: Path, request: FetchRequest) -> Non
     """
     dataset = dataset_for(category, request.settings)
     dataset.fetch(category, target=target, request=request)
-    inspect_items(dataset.items(category, target), root=target)
+    inspect_items(dataset.items(category, target), root=target, settings=request.settings)
 
 
 def fetch_textures(name: Literal["package", "dtd"], *, target: Path, request: FetchRequest) -> None:

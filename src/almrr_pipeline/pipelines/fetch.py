@@ -46,6 +46,8 @@ def list_images(category: str, images: Path, data_folder: Path, data: DataSettin
         root=data_folder,
         expected=dataset.expected(category),
         strict=data.strict,
+        settings=data,
+        name=category,
     )
 
 
