@@ -1,10 +1,8 @@
-"""Images scored by their distance to the nearest training image: recognition alone.
+"""The pipeline's nearest training image, on a folder of any category: recognition alone.
 
-    python benchmarks/nearest_image.py --data ../shared/data --category mt_defect
+    python benchmarks/baselines/nearest_image.py --data ../shared/data --category mt_defect
 
-Whole images are compared, small and with light and contrast taken off: nothing here can see a
-defect. Where this baseline separates defective images from normal ones, the split does: normal
-test images have twins in training.
+See almrr_pipeline/baselines/nearest_image.py; in a run of the pipeline the report has its figures.
 """
 
 from __future__ import annotations
@@ -13,39 +11,20 @@ import argparse
 import json
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-from sklearn.metrics import roc_auc_score
-
+from almrr_pipeline.baselines.nearest_image import measure_nearest_image
 from almrr_pipeline.datasets.manifest import Item
 from almrr_pipeline.datasets.registry import dataset_for
-from almrr_pipeline.datasets.same_tile import SAME_TILE, compute_signatures, correlations
 
 
-def score_images(train: list[Item], test: list[Item]) -> npt.NDArray[np.float64]:
-    """Return for each test image 1 minus its correlation with the nearest training image."""
-    likeness = correlations(compute_signatures([item.image for item in (*train, *test)]))
-    scores: npt.NDArray[np.float64] = 1.0 - likeness[len(train) :, : len(train)].max(axis=1).astype(
-        np.float64
+def evaluate(items: list[Item]) -> dict[str, float | None]:
+    """Figures of `measure_nearest_image` for all training and test images."""
+    test = [item for item in items if item.split == "test"]
+    return measure_nearest_image(
+        [item.image for item in items if item.split == "train"],
+        [item.image for item in test],
+        [item.label == "defective" for item in test],
+        [item.defect_type for item in test],
     )
-    return scores
-
-
-def evaluate(items: list[Item]) -> dict[str, float]:
-    """Image AUROC, overall and by defect type, and fractions of images with a training twin."""
-    train, test = ([item for item in items if item.split == split] for split in ("train", "test"))
-    scores = score_images(train, test)
-    defective = np.array([item.label == "defective" for item in test])
-    kinds = np.array([item.defect_type for item in test])
-    figures = {
-        "image_auroc": float(roc_auc_score(defective, scores)),
-        "normal_with_twin": float((scores[~defective] < 1.0 - SAME_TILE).mean()),
-        "defective_with_twin": float((scores[defective] < 1.0 - SAME_TILE).mean()),
-    }
-    for kind in sorted(set(kinds[defective])):
-        shown = ~defective | (kinds == kind)
-        figures[f"image_auroc_{kind}"] = float(roc_auc_score(defective[shown], scores[shown]))
-    return figures
 
 
 def main() -> None:
@@ -67,7 +46,7 @@ def main() -> None:
         )
     )
     for name, value in figures.items():
-        print(f"{name:28}{value:8.4f}")
+        print(f"{name:28}" + ("undefined" if value is None else f"{value:8.4f}"))
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 

@@ -3,13 +3,8 @@
     python benchmarks/baselines/patchcore.py --data ../shared/data --weights FILE
         --category mt_defect [--json FILE]
 
-After Roth et al., "Towards Total Recall in Industrial Anomaly Detection", CVPR 2022 (arXiv
-2106.08265), written from the paper: features of the backbone's second and third stage (strides 8
-and 16), averaged over 3x3 cells and joined on the finer grid; a memory of them thinned by greedy
-k-center; the distance to the nearest one left, enlarged bilinearly and smoothed with sigma 4; the
-largest value of the map as the image score. Light, because the greedy choice is made among at most
-POOL features drawn at random, in a random projection to 128 dimensions, and because scores are not
-reweighted.
+The memory bank of almrr_pipeline/baselines/memory_bank.py, by default with a larger memory than the
+pipeline's, and with intervals.
 
 It trains on all normal training images; nothing is held out, since no threshold is taken. FILE is
 a ResNet-50 with timm's names; for one whose stride is in its 3x3 convolutions, as torchvision's,
@@ -22,103 +17,19 @@ import argparse
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import scipy.ndimage
 import torch
-from torch import Tensor
-from torch.nn import functional
 
-from almrr_pipeline.common.images import read_image, read_mask, resize_image, resize_mask
-from almrr_pipeline.config import BackboneSettings, EvaluateSettings
-from almrr_pipeline.datasets.manifest import Item
+from almrr_pipeline.baselines.memory_bank import build_memory_bank
+from almrr_pipeline.common.masks import read_mask, resize_mask
+from almrr_pipeline.config import BackboneSettings, EvaluateSettings, Tiling
 from almrr_pipeline.datasets.registry import dataset_for
 from almrr_pipeline.evaluation.evaluate import evaluate
-from almrr_pipeline.model.backbone import Backbone, build_backbone
+from almrr_pipeline.model.backbone import build_backbone
 
-BATCH = 8
-PROJECTED = 128
-SIGMA = 4.0
 logger = logging.getLogger("patchcore")
-
-
-def embed(
-    backbone: Backbone, items: Sequence[Item], size: int, device: torch.device
-) -> Iterator[Tensor]:
-    """Features of one batch of images after the other.
-
-    Yields:
-        float32 (B, C, size / 8, size / 8), C being the channels of both stages together.
-    """
-    for start in range(0, len(items), BATCH):
-        images = [
-            resize_image(read_image(item.image), (size, size))
-            for item in items[start : start + BATCH]
-        ]
-        images = torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2).float() / 255.0
-        _, fine, coarse = (
-            functional.avg_pool2d(stage, 3, stride=1, padding=1) for stage in backbone(images)
-        )
-        coarse = functional.interpolate(
-            coarse, size=fine.shape[-2:], mode="bilinear", align_corners=False
-        )
-        yield torch.cat([fine, coarse], dim=1)
-
-
-def draw_pool(
-    batches: Iterator[Tensor], images: int, pool: int, generator: torch.Generator
-) -> Tensor:
-    """Draw features evenly from all training images, at most `pool` of them; float32 (n, C)."""
-    drawn = []
-    for batch in batches:
-        cells = batch.permute(0, 2, 3, 1).flatten(1, 2)  # (B, cells, C)
-        count = min(cells.shape[1], -(-pool // images))
-        for image in cells:
-            drawn.append(
-                image[torch.randperm(len(image), generator=generator)[:count].to(image.device)]
-            )
-    return torch.cat(drawn)[:pool]
-
-
-def choose_core(features: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Greedy k-center in a random projection: repeatedly the feature farthest from those chosen.
-
-    Returns:
-        The chosen rows of `features`, float32 (count, C); all of them if there are no more.
-    """
-    if len(features) <= count:
-        return features
-    projection = torch.randn(features.shape[1], PROJECTED, generator=generator) / PROJECTED**0.5
-    points = features @ projection.to(features.device)
-    squares = points.square().sum(dim=1)
-    chosen = [int(torch.randint(len(points), (1,), generator=generator))]
-    nearest = torch.full_like(squares, torch.inf)
-    while len(chosen) < count:
-        last = chosen[-1]
-        distance = squares - 2.0 * (
-            points @ points[last]
-        )  # less the constant square of the last point
-        nearest = torch.minimum(nearest, distance + squares[last])
-        chosen.append(int(nearest.argmax()))
-    return features[torch.tensor(chosen, device=features.device)]
-
-
-def map_distances(
-    batches: Iterator[Tensor], core: Tensor, size: int
-) -> Iterator[npt.NDArray[np.float32]]:
-    """Distance of each cell to the nearest core feature, enlarged and smoothed, (size, size)."""
-    for batch in batches:
-        for image in batch:
-            cells = image.flatten(1).T  # (cells, C)
-            distance = torch.cdist(cells, core).amin(dim=1).view(1, 1, *image.shape[1:])
-            enlarged = functional.interpolate(
-                distance, size=(size, size), mode="bilinear", align_corners=False
-            )
-            yield scipy.ndimage.gaussian_filter(enlarged[0, 0].cpu().numpy(), sigma=SIGMA)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -127,26 +38,27 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     Returns:
         The metrics, with settings and seconds beside them.
     """
-    device = torch.device(arguments.device)
     backbone = build_backbone(
         BackboneSettings(name=arguments.backbone, stride_in_1x1=arguments.stride_in_1x1),
         weights=arguments.weights,
-    ).to(device)
+    )
     items = dataset_for(arguments.category).items(
         arguments.category, arguments.data / arguments.category
     )
     train, test = ([item for item in items if item.split == split] for split in ("train", "test"))
-    generator = torch.Generator().manual_seed(arguments.seed)
     begun = time.perf_counter()
-    pool = draw_pool(
-        embed(backbone, train, arguments.size, device), len(train), arguments.pool, generator
+    bank = build_memory_bank(
+        backbone,
+        [item.image for item in train],
+        (arguments.size,) * 2,
+        Tiling(),
+        pool=arguments.pool,
+        core=arguments.core,
+        seed=arguments.seed,
+        device=arguments.device,
     )
-    logger.info(
-        "%d features of %d images after %.0f s", len(pool), len(train), time.perf_counter() - begun
-    )
-    core = choose_core(pool, arguments.core, generator)
-    logger.info("%d of them chosen after %.0f s", len(core), time.perf_counter() - begun)
-    maps = list(map_distances(embed(backbone, test, arguments.size, device), core, arguments.size))
+    logger.info("memory bank after %.0f s", time.perf_counter() - begun)
+    maps = [scaled.anomaly_map for scaled in bank.maps(item.image for item in test)]
     seconds = time.perf_counter() - begun
     logger.info("%d test images mapped after %.0f s", len(test), seconds)
     found = evaluate(

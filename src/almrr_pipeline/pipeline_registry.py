@@ -12,7 +12,7 @@ from almrr_pipeline.datasets.registry import dataset_for
 from almrr_pipeline.kedro_support.config_loader import project_root, requested_pipelines
 from almrr_pipeline.pipelines.per_category import per_category
 
-STAGES = ("fetch", "synthesize", "train", "evaluate", "report")
+STAGES = ("fetch", "synthesize", "train", "baseline", "evaluate", "report")
 
 
 def register_pipelines() -> dict[str, Pipeline]:
@@ -51,6 +51,8 @@ def _build(name: str, categories: Sequence[str], seeds: Sequence[int]) -> Pipeli
     if name == "fetch":
         shared = Pipeline(stage.SHARED_NODES, tags={"fetch", "shared"})
         return shared + per_category(stage.NODES, categories, tags="fetch")
+    if name == "baseline":
+        return per_category(stage.NODES, categories)
     pipeline = per_category(stage.NODES, categories, seeds)
     if name == "report":
         pipeline += Pipeline(stage.summarizing_nodes(categories, seeds))

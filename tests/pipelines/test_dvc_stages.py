@@ -28,7 +28,7 @@ WITHOUT_EFFECT = (
 )
 """Modules that hand on parameters, which are dependencies themselves, or name, report and log."""
 
-STAGES = ("shared", "fetch", "synthesize", "train", "evaluate", "report")
+STAGES = ("shared", "fetch", "synthesize", "train", "baseline", "evaluate", "report")
 PIPELINE_OF = {"shared": "fetch"}
 """Where a stage's pipeline has another name."""
 

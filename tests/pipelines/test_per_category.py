@@ -8,6 +8,7 @@ from almrr_pipeline.pipelines.per_category import per_category
 
 CATEGORIES, SEEDS = ["sample_brick", "sample_grass"], [0, 7]
 MOST_INPUTS = 8
+STAGES = ("fetch", "synthesize", "train", "baseline", "evaluate", "report")
 
 
 def _step(manifest: object, textures: object, train: object) -> object:
@@ -71,7 +72,7 @@ def test_no_node_takes_more_inputs_than_a_reader_can_follow(pipelines: dict[str,
 
 
 def test_all_stages_join_into_one_pipeline(pipelines: dict[str, Pipeline]) -> None:
-    stages = [pipelines[name] for name in ("fetch", "synthesize", "train", "evaluate", "report")]
+    stages = [pipelines[name] for name in STAGES]
     joined = sum(stages, start=Pipeline([]))
     free = {name for name in joined.inputs() if not name.startswith("params:")}
     assert free == {"data_folder", "scratch_folder", "parameters"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
@@ -12,6 +13,7 @@ from typing import Any
 import pandas as pd
 from kedro.pipeline import Node
 
+from almrr_pipeline.baselines.findings import list_warnings
 from almrr_pipeline.config import DataSettings, parse_parameters
 from almrr_pipeline.datasets.manifest import has_validation, training_split
 from almrr_pipeline.datasets.registry import dataset_for
@@ -21,6 +23,7 @@ from almrr_pipeline.pipelines.per_category import step
 from almrr_pipeline.reporting.examples import read_examples
 from almrr_pipeline.reporting.page import CategoryReport, Report, render_report
 
+logger = logging.getLogger(__name__)
 LIBRARIES = ["torch", "timm", "lightning", "numpy", "scipy", "kedro", "dvc", "mlflow"]
 PACKAGES = ["almrr-pipeline", *LIBRARIES]
 """Packages whose versions the page names."""
@@ -48,6 +51,7 @@ def report_category(
     manifest: pd.DataFrame,
     model: Path,
     results: dict[str, Any],
+    baselines: dict[str, Any],
 ) -> CategoryReport:
     """Put together all that is known of one category and seed."""
     training, validation = training_split(manifest, fraction=data.validation_fraction)
@@ -59,18 +63,22 @@ def report_category(
         validation_images=len(validation),
         has_validation=has_validation(manifest),
         license=dataset_for(category).license,
+        baselines=baselines,
         **results,
     )
 
 
 def summarize_runs(*reports: CategoryReport) -> tuple[dict[str, Any], pd.DataFrame]:
-    """Means over the categories, and a table with a row per category and seed."""
+    """Means over the categories, and a table with a row per category and seed, with baselines."""
     metrics: dict[str, dict[int, Mapping[str, Any]]] = {}
     rows: list[dict[str, Any]] = []
     for report in reports:
-        metrics.setdefault(report.category, {})[report.seed] = report.metrics
-        rows.append({"category": report.category, "seed": report.seed, **numbers(report.metrics)})
+        values = {**report.metrics, **report.baselines}
+        metrics.setdefault(report.category, {})[report.seed] = values
+        rows.append({"category": report.category, "seed": report.seed, **numbers(values)})
     summary = summarize(metrics)
+    for warning in list_warnings(summary["categories"]):
+        logger.warning("%s", warning)
     rows.append({"category": "mean", **numbers(summary["mean"])})
     return summary, pd.DataFrame(rows).astype({"seed": "Int64"})
 
@@ -98,7 +106,7 @@ NODES = [
     step(collect_results, "metrics scores curves overlays@folder", "results"),
     step(
         report_category,
-        "params:category params:seed params:data manifest model results",
+        "params:category params:seed params:data manifest model results baselines",
         "category_report",
     ),
 ]

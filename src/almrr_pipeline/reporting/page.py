@@ -17,6 +17,7 @@ import pandas as pd
 from markupsafe import Markup
 from PIL import Image
 
+from almrr_pipeline.baselines.findings import list_warnings
 from almrr_pipeline.config import Parameters
 from almrr_pipeline.reporting import charts, tables
 from almrr_pipeline.reporting.examples import Overlay
@@ -50,6 +51,7 @@ class CategoryReport:
     validation_images: int | None = None  # normal images for the thresholds
     has_validation: bool = False  # whether these are the dataset's own validation images
     license: str = ""  # origin and license of the images, and what to cite
+    baselines: tables.Metrics = field(default_factory=dict)  # content of baselines.json
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,8 @@ def render_report(report: Report) -> str:
         parameters=report.parameters,
         headlines=_list_headlines(report.categories, report.summary),
         results=tables.tabulate_results(metrics, report.summary, links=links),
+        warnings=list_warnings(report.summary.get("categories", {})),
+        baselines=tables.tabulate_baselines(report.summary),
         seeds=tables.tabulate_seeds(report.summary),
         oracle=tables.tabulate_oracle(metrics),
         protocols=[

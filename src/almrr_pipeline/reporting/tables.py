@@ -119,6 +119,37 @@ def tabulate_results(
     return table
 
 
+def tabulate_baselines(summary: Metrics) -> Table:
+    """Tabulate ALMRR, memory bank and nearest image; bold is the highest of a category."""
+    categories: Mapping[str, Metrics] = summary.get("categories", {})
+    names = list_metrics(categories.values())
+    twins = [
+        Head("normal", "images with a twin", "Normal test images like one of the training."),
+        Head("defective", "images with a twin", "Defective test images like one of the training."),
+    ]
+    table = Table("Beside two baselines", [*map(describe_metric, names), *twins])
+    for category, values in categories.items():
+        if "memory_bank_image_auroc" not in values:
+            continue
+        for method in ("ALMRR", "memory bank", "nearest image"):
+            prefix = "" if method == "ALMRR" else f"{method.replace(' ', '_')}_"
+            cells = [_compared_cell(values, prefix, name) for name in names]
+            shares = [values.get(f"{prefix}{of}_with_twin") for of in ("normal", "defective")]
+            blind = [Cell("" if share is None else format_fraction(share)) for share in shares]
+            table.rows.append(Row(f"{category}, {method}", [*cells, *blind]))
+    return table
+
+
+def _compared_cell(values: Metrics, prefix: str, name: str) -> Cell:
+    """A metric of one method, empty if the method does not have it; best of ALMRR and the bank."""
+    if f"{prefix}{name}" not in values:
+        return Cell("")
+    text = format_metric(values[f"{prefix}{name}"])
+    rivals = [values[key] for key in (name, f"memory_bank_{name}") if values.get(key) is not None]
+    best = prefix != "nearest_image_" and bool(rivals) and text == format_metric(max(rivals))
+    return Cell(text, best=best)
+
+
 def average_metric(summary: Metrics, name: str) -> tuple[str, str]:
     """Return a metric's mean over the categories, and "2 of 3" where not all define it."""
     categories = summary.get("categories", {}).values()

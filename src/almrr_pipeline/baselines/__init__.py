@@ -1,0 +1,1 @@
+"""Baselines of every category: a memory bank of features, and the nearest whole image."""
