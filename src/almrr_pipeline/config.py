@@ -5,6 +5,7 @@ Sections are frozen and refuse unknown names, so that a typing mistake ends a ru
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -20,6 +21,12 @@ from almrr_pipeline.common.redaction import redact_address
 def _ascending(ends: tuple[float, float]) -> tuple[float, float]:
     if ends[0] > ends[1]:
         raise ValueError(f"{ends[0]} to {ends[1]} is no range; put the smaller number first")
+    return ends
+
+
+def _rising(ends: tuple[float, float]) -> tuple[float, float]:
+    if not -math.inf < ends[0] < ends[1] < math.inf:
+        raise ValueError(f"{ends[0]} to {ends[1]} is no range; black is smaller than white")
     return ends
 
 
@@ -70,6 +77,12 @@ class DataSettings(Section):
     tiling: Tiling = Tiling()
     # of the normal training images, never trained on, for validation
     validation_fraction: Annotated[float, Field(ge=0.0, le=0.5)] = 0.1
+    # black and white of images of more than 8 bits; null: decided by the normal training images
+    value_range: Annotated[tuple[float, float], AfterValidator(_rising)] | None = None
+    # mask values that are anomalous: exactly these, or those above; null: above half of white
+    mask_values: tuple[int, ...] = ()
+    mask_threshold: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] | None = None
+    max_megapixels: Annotated[float, Field(gt=0.0)] = 500.0  # of an image; as RGB 3 bytes a pixel
 
 
 class BackboneSettings(Section):

@@ -54,6 +54,11 @@ def test_a_row_says_what_is_in_the_file(items: list[Item], tmp_path: Path) -> No
         "width": 20,
         "height": 16,
         "sha256": hashlib.sha256(content).hexdigest(),
+        "mode": "L",
+        "dtype": "uint8",
+        "low": 0.0,
+        "high": 255.0,
+        "white": "",
     }
 
 

@@ -56,7 +56,15 @@ def test_what_was_saved_is_loaded(tmp_path: Path, settings: InferenceConfig) -> 
 
 def test_the_file_says_value_rate_and_guarantee(tmp_path: Path) -> None:
     values = json.loads((_fill(tmp_path, _settings()) / "inference.json").read_text())
-    assert set(values) == {"category", "image_size", "tiling", "smoothing", "flips", "thresholds"}
+    assert set(values) == {
+        "category",
+        "image_size",
+        "tiling",
+        "smoothing",
+        "flips",
+        "reading",
+        "thresholds",
+    }
     assert values["thresholds"]["image"]["value"] == 0.3
     assert values["thresholds"]["image"]["normals"] == 3
     assert values["thresholds"]["image"]["guaranteed_rate"] == 0.25

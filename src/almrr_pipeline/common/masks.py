@@ -95,7 +95,11 @@ def inspect_mask(
 
 
 def explain_size(
-    mask: MaskFacts, size: tuple[int, int], *, image_turned: bool = False
+    mask: MaskFacts,
+    size: tuple[int, int],
+    *,
+    image: Path | None = None,
+    image_turned: bool = False,
 ) -> str | None:
     """Why a mask does not fit its image of `size` = (rows, columns); None if it does.
 
@@ -107,7 +111,8 @@ def explain_size(
     one_turned = image_turned != mask.turned
     if shape == size:
         return f"may lie otherwise than its image: {cause}" if one_turned else None
-    sizes = f"has {shape[1]} x {shape[0]} pixels, its image has {size[1]} x {size[0]}"
+    named = f"its image {image.as_posix()}" if image else "its image"
+    sizes = f"has {shape[1]} x {shape[0]} pixels, {named} has {size[1]} x {size[0]}"
     if one_turned and shape == size[::-1]:
         return f"{sizes}; {cause}"
     return f"{sizes}; a mask has the size of its image"

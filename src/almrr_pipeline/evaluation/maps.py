@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from almrr_pipeline.common.arrays import AnomalyMap, MaskArray
-from almrr_pipeline.common.masks import read_mask, resize_mask
+from almrr_pipeline.common.masks import MaskReading, read_mask, resize_mask
 from almrr_pipeline.evaluation.curves import average_precision, trace_curve
 
 
@@ -48,14 +48,17 @@ class GroundTruth:
 
     masks: Sequence[Path | None]
     maps: AnomalyMaps
+    reading: MaskReading | None = None  # which values of the masks are anomalous
 
     def __len__(self) -> int:
         return len(self.masks)
 
     def __getitem__(self, index: int) -> MaskArray | None:
-        """Read one mask, resized with the nearest neighbor; bool, shape (H, W)."""
+        """Read one mask, resized as `resize_mask` does; bool, shape (H, W)."""
         path = self.masks[index]
-        return None if path is None else resize_mask(read_mask(path), self.maps.size(index))
+        if path is None:
+            return None
+        return resize_mask(read_mask(path, reading=self.reading), self.maps.size(index))
 
 
 def tabulate_scores(

@@ -16,9 +16,10 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
-from almrr_pipeline.common.images import read_image
+from almrr_pipeline.common.images import Reading, read_image
 from almrr_pipeline.common.progress import track
 from almrr_pipeline.evaluation.thresholds import conformal_threshold
 from almrr_pipeline.inference.inference_config import Thresholds
@@ -47,7 +48,7 @@ def calibrate(
     Raises:
         AlmrrError: an image cannot be read, or the rate is out of range.
     """
-    image_paths = _leave_out_copies(image_paths)
+    image_paths = _leave_out_copies(image_paths, predictor.reading)
     scores, peaks = [], []
     with track(len(image_paths), unit="images", description="calibrate") as advance:
         for scaled in predictor.maps(image_paths):
@@ -61,10 +62,10 @@ def calibrate(
     return Thresholds(image=image, pixel=pixel)
 
 
-def _leave_out_copies(image_paths: Sequence[Path]) -> list[Path]:
+def _leave_out_copies(image_paths: Sequence[Path], reading: Reading | None) -> list[Path]:
     """Keep the first of the images with equal pixels, whatever their files' formats."""
     with ThreadPoolExecutor(max_workers=4) as threads:  # decoding releases the GIL
-        pixels = list(threads.map(_hash_pixels, image_paths))
+        pixels = list(threads.map(partial(_hash_pixels, reading=reading), image_paths))
     first: dict[bytes, Path] = {}
     for content, path in zip(pixels, image_paths, strict=True):
         first.setdefault(content, path)
@@ -78,6 +79,6 @@ def _leave_out_copies(image_paths: Sequence[Path]) -> list[Path]:
     return list(first.values())
 
 
-def _hash_pixels(path: Path) -> bytes:
-    image = read_image(path)
+def _hash_pixels(path: Path, *, reading: Reading | None) -> bytes:
+    image = read_image(path, reading)
     return hashlib.sha256(repr(image.shape).encode() + image.tobytes()).digest()

@@ -9,6 +9,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.common.files import write_atomically
+from almrr_pipeline.common.images import Reading
 from almrr_pipeline.config import Section, Side, Tiling, list_faults
 from almrr_pipeline.evaluation.thresholds import Threshold, find_fault, withdraw_guarantee
 
@@ -40,6 +41,7 @@ class InferenceConfig(Section):
     category: str  # that the model was trained on
     image_size: tuple[Side, Side]  # rows and columns of the network's input
     tiling: Tiling = Tiling()
+    reading: Reading = Reading()  # how files of more than 8 bits become 8-bit RGB, and size limit
     # side of the image score's mean filter, in pixels at network scale
     smoothing: Annotated[int, Field(ge=1, le=_WIDEST_SMOOTHING)] = 9
     flips: bool = False  # test-time augmentation; see `almrr_pipeline.inference.tta`

@@ -23,7 +23,7 @@ from torch import nn
 
 from almrr_pipeline.common.arrays import AnomalyMap, ImageArray
 from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.common.images import read_image, resize_image
+from almrr_pipeline.common.images import Reading, read_image, resize_image
 from almrr_pipeline.config import InferenceSettings, Tiling
 from almrr_pipeline.inference.fuse import fuse
 from almrr_pipeline.inference.streams import submit_ahead, take_batches
@@ -76,6 +76,7 @@ class MapPredictor:
     tiling: Tiling
     batch_size: int  # images, or tiles, per forward pass; tiles of different images share a batch
     device: torch.device
+    reading: Reading | None = None  # of the files' values
 
     def __post_init__(self) -> None:
         """Refuse values that no image can be mapped with."""
@@ -84,7 +85,13 @@ class MapPredictor:
 
     @classmethod
     def build(
-        cls, model: ALMRR, settings: InferenceSettings, *, tiling: Tiling, device: str = "auto"
+        cls,
+        model: ALMRR,
+        settings: InferenceSettings,
+        *,
+        tiling: Tiling,
+        device: str = "auto",
+        reading: Reading | None = None,
     ) -> Self:
         """Fuse a model, average over flips if the settings ask for it, and move it to a device.
 
@@ -93,10 +100,11 @@ class MapPredictor:
             settings: of these batch_size and flips.
             tiling: whether and how images are cut.
             device: as for `resolve_device`, which may raise AlmrrError.
+            reading: how image files become 8-bit RGB.
         """
         target = resolve_device(device)
         network = average_flips(fuse(model), settings.flips).to(target)
-        return cls(network, model.image_size, tiling, settings.batch_size, target)
+        return cls(network, model.image_size, tiling, settings.batch_size, target, reading)
 
     def maps(
         self, images: Iterable[ImageInput], *, on_unreadable: OnUnreadable = raise_unreadable
@@ -127,7 +135,7 @@ class MapPredictor:
         yield from _take_finished(pending, on_unreadable)
 
     def _decode_and_scale(self, numbered: tuple[int, ImageInput]) -> _ScaledImage:
-        pixels = _decode(*numbered)
+        pixels = _decode(*numbered, self.reading)
         size, target = (pixels.shape[0], pixels.shape[1]), self.image_size
         if self.tiling.enabled:
             rows, columns = (max(1, round(length * self.tiling.scale)) for length in size)
@@ -215,9 +223,9 @@ def _take_finished(pending: deque[_Decoding], on_unreadable: OnUnreadable) -> It
             yield ScaledMap(index, scaled.blend.result(), scaled.size)
 
 
-def _decode(index: int, image: ImageInput) -> ImageArray:
+def _decode(index: int, image: ImageInput, reading: Reading | None) -> ImageArray:
     if not isinstance(image, np.ndarray):
-        return read_image(Path(image))
+        return read_image(Path(image), reading)
     if image.dtype != np.uint8 or image.shape[2:] != (3,) or image.size == 0:
         raise AlmrrError(
             f"Image {index} (counted from 0) is an array of {image.dtype} with shape "

@@ -36,14 +36,14 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 import almrr_pipeline
 from almrr_pipeline.common.arrays import ImageArray
 from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.common.images import decode_image, encode_map
+from almrr_pipeline.common.images import Reading, decode_image, encode_map
 from almrr_pipeline.inference.inference_config import InferenceConfig
 from almrr_pipeline.inference.predictor import Prediction, Predictor
 
 _ARTIFACT = "model_folder"
 _REQUIREMENTS = (
     "torch", "torchvision", "timm", "einops", "numpy", "scipy", "pandas", "pillow", "pydantic",
-    "safetensors", "tifffile",
+    "safetensors", "tifffile", "tifffile",
 )  # fmt: skip
 """What prediction imports; pinned to the versions that are installed at logging."""
 
@@ -106,7 +106,9 @@ class ServedModel(PythonModel):
         with_map = bool((params or {}).get("anomaly_map", False))
         # The server calls from many threads; one at a time, so that one batch takes memory.
         with self._lock:
-            predictions = self._predictor.stream(_decode_rows(model_input))
+            predictions = self._predictor.stream(
+                _decode_rows(model_input, self._predictor.config.reading)
+            )
             rows = [_to_row(prediction, with_map=with_map) for prediction in predictions]
         # As objects None stays None, and becomes null in JSON.
         return pd.DataFrame(rows).astype({"is_anomalous": object})
@@ -150,11 +152,11 @@ def log_model(
     return logged
 
 
-def _decode_rows(model_input: pd.DataFrame) -> Iterator[ImageArray]:
+def _decode_rows(model_input: pd.DataFrame, reading: Reading) -> Iterator[ImageArray]:
     for position, content in enumerate(model_input["image"]):
         row = f"row {position} of the column 'image'"
         try:
-            yield decode_image(_to_bytes(content), Path(row))
+            yield decode_image(_to_bytes(content), Path(row), reading)
         except (AlmrrError, TypeError, binascii.Error) as error:
             reason = str(error) if row in str(error) else f"{row} is not base64 ({error})"
             advice = 'send {"dataframe_records": [{"image": "<base64 of an image file>"}]}'

@@ -11,7 +11,9 @@ import pandas as pd
 
 from almrr_pipeline.common.arrays import AnomalyMap
 from almrr_pipeline.common.images import read_image
-from almrr_pipeline.config import EvaluateSettings, InferenceSettings, ReportSettings
+from almrr_pipeline.common.masks import MaskReading
+from almrr_pipeline.config import DataSettings, EvaluateSettings, InferenceSettings, ReportSettings
+from almrr_pipeline.datasets.manifest import mask_reading
 from almrr_pipeline.evaluation.evaluate import evaluate as evaluate_maps
 from almrr_pipeline.evaluation.maps import AnomalyMaps, GroundTruth, tabulate_scores
 from almrr_pipeline.inference.inference_config import InferenceConfig
@@ -28,17 +30,20 @@ class TestSet:
     rows: pd.DataFrame
     folder: Path
     config: InferenceConfig
+    mask_reading: MaskReading
 
     def masks(self, maps: AnomalyMaps) -> GroundTruth:
         """Ground truth of the images, each at the size of its map."""
         paths = [self.folder / name if name else None for name in self.rows["mask"]]
-        return GroundTruth(paths, maps)
+        return GroundTruth(paths, maps, self.mask_reading)
 
 
-def open_test_set(model: Path, manifest: pd.DataFrame, data_folder: Path) -> TestSet:
+def open_test_set(
+    model: Path, manifest: pd.DataFrame, data_folder: Path, data: DataSettings
+) -> TestSet:
     """Select the test images, and read what the model's folder holds for judging them."""
     rows = manifest[manifest["split"] == "test"].reset_index(drop=True)
-    return TestSet(rows, data_folder, InferenceConfig.load(model))
+    return TestSet(rows, data_folder, InferenceConfig.load(model), mask_reading(data))
 
 
 def predict_maps(
@@ -97,7 +102,8 @@ def draw_overlays(
     places = {image: place for place, image in enumerate(test_set.rows["image"])}
 
     def load(image: str) -> Result:
-        return read_image(test_set.folder / image), masks[places[image]], maps[places[image]]
+        pixels = read_image(test_set.folder / image, test_set.config.reading)
+        return pixels, masks[places[image]], maps[places[image]]
 
     value = threshold.value if threshold else None
     return pack_examples(draw_examples(scores, count=report.examples, load=load, threshold=value))
@@ -106,7 +112,7 @@ def draw_overlays(
 # Maps and overlays are written as partitions and read as a folder: two entries of the catalog.
 _MAPS = "anomaly_maps@folder"
 NODES = [
-    step(open_test_set, "model manifest data_folder", "test_set"),
+    step(open_test_set, "model manifest data_folder params:data", "test_set"),
     step(predict_maps, "model test_set params:inference", "anomaly_maps@partitions"),
     step(score_images, f"{_MAPS} test_set", "scores"),
     step(compute_metrics, f"{_MAPS} scores test_set params:evaluate params:seed", "metrics curves"),

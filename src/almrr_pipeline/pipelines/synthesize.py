@@ -9,7 +9,7 @@ import pandas as pd
 from almrr_pipeline.common.files import staging_folder
 from almrr_pipeline.common.images import IMAGE_SUFFIXES
 from almrr_pipeline.config import DataSettings, SynthesisSettings
-from almrr_pipeline.datasets.manifest import training_split
+from almrr_pipeline.datasets.manifest import image_reading, training_split
 from almrr_pipeline.pipelines.per_category import step
 from almrr_pipeline.synthesis.synthetic_set import synthesize
 from almrr_pipeline.synthesis.writer import ImagePaths
@@ -32,6 +32,7 @@ def simulate_anomalies(
         training=[data_folder / name for name in training],
         validation=[data_folder / name for name in validation],
         textures=sorted(texture_paths),
+        reading=image_reading(manifest, data),
     )
     with staging_folder(scratch) as folder:
         synthesize(

@@ -16,7 +16,7 @@ from almrr_pipeline.config import (
     ModelSettings,
     TrainSettings,
 )
-from almrr_pipeline.datasets.manifest import training_split
+from almrr_pipeline.datasets.manifest import image_reading, training_split
 from almrr_pipeline.inference.calibration import calibrate
 from almrr_pipeline.inference.inference_config import InferenceConfig
 from almrr_pipeline.inference.map_predictor import MapPredictor
@@ -94,8 +94,9 @@ def calibrate_thresholds(
     Where the weights were chosen on these images too, the thresholds lose their guarantee.
     """
     _, validation = training_split(manifest, fraction=data.validation_fraction)
+    reading = image_reading(manifest, data)
     thresholds = calibrate(
-        MapPredictor.build(trained, inference, tiling=data.tiling),
+        MapPredictor.build(trained, inference, tiling=data.tiling, reading=reading),
         [data_folder / name for name in validation],
         smoothing=inference.smoothing,
         false_alarm_rate=inference.false_alarm_rate,
@@ -104,6 +105,7 @@ def calibrate_thresholds(
         category=category,
         image_size=data.image_size,
         tiling=data.tiling,
+        reading=reading,
         smoothing=inference.smoothing,
         flips=inference.flips,
         thresholds=thresholds,

@@ -223,7 +223,8 @@ def _results_folder(output: Path) -> Iterator[Path]:
 
 def _write_overlay(predictor: Predictor, image: Path, prediction: Prediction, target: Path) -> None:
     overlay = draw_overlay(
-        read_image(image),  # again: holding images while a batch fills takes memory without bound
+        # again: holding images while a batch fills takes memory without bound
+        read_image(image, predictor.config.reading),
         prediction.anomaly_map,
         threshold=predictor.pixel_threshold,
         score=prediction.score,

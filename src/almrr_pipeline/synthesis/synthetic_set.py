@@ -108,7 +108,8 @@ def synthesize(
             be read, the disk has too little space, or the noise threshold leaves no mask.
     """
     _check_images(images)
-    writer = SetWriter(folder, settings, seed, tiling.scale if tiling.enabled else None)
+    crop_scale = tiling.scale if tiling.enabled else None
+    writer = SetWriter(folder, settings, seed, crop_scale, images.reading)
     arrays = _plan_arrays(images, settings.samples, size=image_size, crops=tiling.enabled)
     _check_space(folder, arrays)
     for name, (shape, dtype) in arrays.items():

@@ -19,7 +19,7 @@ from numpy.lib.format import open_memmap
 
 from almrr_pipeline.common.arrays import ImageArray
 from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.common.images import read_image, resize_image
+from almrr_pipeline.common.images import Reading, read_image, resize_image
 from almrr_pipeline.common.progress import track
 from almrr_pipeline.config import SynthesisSettings
 from almrr_pipeline.synthesis.simulate import Stream, make_generator, simulate_sample
@@ -41,6 +41,7 @@ class ImagePaths:
     training: Sequence[Path]  # normal images to train on
     validation: Sequence[Path]  # normal images that are not trained on; may be empty
     textures: Sequence[Path]
+    reading: Reading | None = None  # of the normal images' values
 
     def splits(self) -> tuple[tuple[str, Sequence[Path]], tuple[str, Sequence[Path]]]:
         """The normal images of both splits, each after the prefix of its arrays' names."""
@@ -58,6 +59,7 @@ class SetWriter:
     settings: SynthesisSettings
     seed: int
     crop_scale: float | None  # of the images before crops are cut; None for whole images, resized
+    reading: Reading | None = None  # of the images' values
 
     def open(self, name: str, mode: str = "r") -> npt.NDArray[Any]:
         """Open an array by its name."""
@@ -83,14 +85,15 @@ class SetWriter:
         """Read images and write them at the network's size; returns how many."""
         target = self.open(name, "r+")
         for row, path in zip(rows, paths, strict=True):
-            target[row] = resize_image(read_image(path), target.shape[1:3])
+            target[row] = resize_image(read_image(path, self.reading), target.shape[1:3])
         return len(rows)
 
     def write_crops(self, prefix: str, path: Path, rows: range) -> int:
         """Read an image, scale it and write random crops of it; returns how many."""
         target = self.open(f"{prefix}normals", "r+")
         height, width = target.shape[1:3]
-        image = scale_image(read_image(path), self.crop_scale or 1.0, at_least=(height, width))
+        image = read_image(path, self.reading)
+        image = scale_image(image, self.crop_scale or 1.0, at_least=(height, width))
         for row in rows:
             generator = make_generator(self.seed, row, CROP_STREAMS[prefix])
             top = int(generator.integers(image.shape[0] - height + 1))
