@@ -183,7 +183,11 @@ def test_gate_bias_and_softplus_may_be_left_out(backend: str, device: str, left_
         )  # plain step sizes are positive, the bias is about -3
     expected = case.to(torch.float64).run(scan_naively)
     assert_all_close(
-        case.to(torch.float32, device).run(selective_scan, backend=backend), expected, relative=3e-6
+        case.to(torch.float32, device).run(selective_scan, backend=backend),
+        expected,
+        relative=3e-4
+        if backend == "mamba_ssm"
+        else 3e-6,  # its fast exponentials: 1.1e-4 on a H200
     )
 
 
@@ -211,6 +215,8 @@ def test_views_of_larger_tensors_are_taken_as_they_are(backend: str, device: str
 
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
 def test_extreme_step_sizes_stay_finite_and_exact(backend: str, device: str) -> None:
+    if backend == "mamba_ssm":
+        pytest.xfail("mamba-ssm's backward pass gives NaN where a gate is near exp(-100)")
     case = draw_case((1, 9, 8, 4))
     case.tensors["delta"] = torch.linspace(-60, 60, 72).reshape(1, 9, 8)
     case.tensors["z"] *= 40
