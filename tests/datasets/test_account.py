@@ -327,6 +327,22 @@ def test_a_link_to_nothing_is_named_where_images_are_listed(
     assert f"{tmp_path}/1.png is left out: a link to nothing" in caplog.text
 
 
+@pytest.mark.parametrize("mode", [0o000, 0o444])
+@pytest.mark.usefixtures("read_only_folder")
+def test_a_folder_that_may_not_be_read_is_named(mode: int) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        touch(Path(name), "train/good/0.png", "test/cut/0.png")
+        (Path(name) / "test/cut").chmod(mode)
+        with pytest.raises(AlmrrError, match=r"test/cut cannot be read \(Permission denied\)"):
+            inspect_folder(Path(name))
+        (Path(name) / "test/cut").chmod(0o755)
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AlmrrError, match=r"There is no folder at .*absent; check the path"):
+        inspect_folder(tmp_path / "absent")
+
+
 def test_a_category_spelled_apart_is_refused_with_the_reason() -> None:
     with pytest.raises(AlmrrError, match="has its accents apart"):
         dataset_for(unicodedata.normalize("NFD", "folder_Prüfling"))

@@ -196,23 +196,18 @@ def walk(folder: Path, *, recursive: bool = True) -> Iterator[Entry]:
 
 
 def _walk(folder: Path, recursive: bool, around: tuple[Path, ...]) -> Iterator[Entry]:
-    try:
-        paths = sorted(folder.iterdir())
-    except OSError as error:
-        advice = "change its permissions"
-        raise AlmrrError(f"{folder} cannot be read ({error.strerror}); {advice}.") from error
-    for path in paths:
-        real = Path(os.path.realpath(path))
+    for path, is_folder, is_file in _entries(folder):
         if path.name.startswith("."):
             yield Entry(path, "hidden")
-        elif path.is_dir():
+        elif is_folder:
+            real = Path(os.path.realpath(path))
             if path.name.lower() in _SYSTEM_FOLDERS:
                 yield Entry(path, "a folder of the system, not of images")
             elif any(each.is_relative_to(real) for each in around):
                 yield Entry(path, "a link that leads back to a folder around it")
             elif recursive:
                 yield from _walk(path, recursive, (*around, real))
-        elif path.is_file():
+        elif is_file:
             yield Entry(path)
         elif path.is_symlink():
             yield Entry(path, "a link to nothing", is_loss=True)
@@ -220,16 +215,22 @@ def _walk(folder: Path, recursive: bool, around: tuple[Path, ...]) -> Iterator[E
             yield Entry(path, "neither a file nor a folder")
 
 
+def _entries(folder: Path) -> list[tuple[Path, bool, bool]]:
+    """Return what is in a folder, by name, and whether it is a folder or a file."""
+    try:
+        return [(path, path.is_dir(), path.is_file()) for path in sorted(folder.iterdir())]
+    except OSError as error:
+        advice = "change its permissions"
+        raise AlmrrError(f"{folder} cannot be read ({error.strerror}); {advice}.") from error
+
+
 def list_folders(folder: Path) -> list[Path]:
     """Return the folders directly in `folder`, by name, without hidden ones and the system's."""
     if not folder.is_dir():
         return []
-    folders = [path for path in folder.iterdir() if path.is_dir()]
-    return sorted(
-        path
-        for path in folders
-        if not path.name.startswith(".") and path.name.lower() not in _SYSTEM_FOLDERS
-    )
+    folders = [path for path, is_folder, _ in _entries(folder) if is_folder]
+    skipped = _SYSTEM_FOLDERS
+    return [p for p in folders if not p.name.startswith(".") and p.name.lower() not in skipped]
 
 
 def find_folder(root: Path, *children: str, name: str | None = None, depth: int = 3) -> Path | None:

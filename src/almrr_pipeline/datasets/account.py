@@ -143,6 +143,8 @@ def inspect_folder(
         AlmrrError: a folder cannot be read, there is neither train nor normal or there are several,
             or specimens.csv is wrong.
     """
+    if not folder.is_dir():
+        raise AlmrrError(f"There is no folder at {folder}; check the path.")
     root = _find_root(folder)
     sorter = _Sorter(root, normal_names)
     for entry in walk(folder):
