@@ -8,6 +8,7 @@ from almrr_pipeline.kedro_support.config_loader import (
     tracking_uri,
 )
 from almrr_pipeline.kedro_support.hooks import ProjectHook
+from almrr_pipeline.kedro_support.mlflow_commands import defer_mlflow_commands
 
 CONFIG_LOADER_CLASS = ParamsYamlLoader
 CONFIG_LOADER_ARGS = {
@@ -19,3 +20,5 @@ CONFIG_LOADER_ARGS = {
 # ProjectHook replaces kedro-mlflow's own hook; both spellings of the plugin's name occur.
 DISABLE_HOOKS_FOR_PLUGINS = ("kedro-mlflow", "kedro_mlflow")
 HOOKS = (ProjectHook(),)
+
+defer_mlflow_commands()  # MLflow costs each start seconds of processor time
