@@ -10,13 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from almrr_pipeline.baselines.nearest_image import measure_nearest_image
 from almrr_pipeline.datasets.manifest import Item
 from almrr_pipeline.datasets.registry import dataset_for
 
 
-def evaluate(items: list[Item]) -> dict[str, float | None]:
+def evaluate(items: list[Item]) -> dict[str, Any]:
     """Figures of `measure_nearest_image` for all training and test images."""
     test = [item for item in items if item.split == "test"]
     return measure_nearest_image(
@@ -45,7 +46,12 @@ def main() -> None:
             arguments.category, arguments.data / arguments.category
         )
     )
-    for name, value in figures.items():
+    types = {
+        f"image_auroc {name}": of["image_auroc"] for name, of in figures["defect_types"].items()
+    }
+    for name, value in (figures | types).items():
+        if name == "defect_types":
+            continue
         print(f"{name:28}" + ("undefined" if value is None else f"{value:8.4f}"))
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

@@ -32,7 +32,7 @@ def test_twins_in_training_are_all_it_takes(tmp_path: Path, leaks: bool) -> None
 
     assert figures["normal_with_twin"] == float(leaks)
     assert figures["defective_with_twin"] == 0.0
-    assert figures["image_auroc_hole"] == figures["image_auroc"]
+    assert figures["defect_types"]["hole"]["image_auroc"] == figures["image_auroc"]
     assert (figures["image_auroc"] == 1.0) == leaks
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +23,7 @@ def measure_nearest_image(
     tested: Sequence[Path],
     labels: Sequence[bool],
     defect_types: Sequence[str],
-) -> dict[str, float | None]:
+) -> dict[str, Any]:
     """Image AUROC, overall and by defect type, and fractions of images with a training twin.
 
     An image's score is 1 minus its correlation with the nearest training image. `labels` are True
@@ -41,11 +42,10 @@ def measure_nearest_image(
     def with_twin(chosen: Bools) -> float | None:
         return float((nearest[chosen] > SAME_TILE).mean()) if chosen.any() else None
 
-    figures = {
+    by_type = {name: rank(~defective | (types == name)) for name in sorted(set(types[defective]))}
+    return {
         "image_auroc": rank(np.ones_like(defective)),
         "normal_with_twin": with_twin(~defective),
         "defective_with_twin": with_twin(defective),
+        "defect_types": {name: {"image_auroc": value} for name, value in by_type.items()},
     }
-    for name in sorted(set(types[defective])):
-        figures[f"image_auroc_{name}"] = rank(~defective | (types == name))
-    return figures

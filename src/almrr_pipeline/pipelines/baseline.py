@@ -64,7 +64,7 @@ def evaluate_memory_bank(
 
 def evaluate_nearest_image(
     manifest: pd.DataFrame, data_folder: Path, data: DataSettings
-) -> dict[str, float | None]:
+) -> dict[str, Any]:
     """Measure what recognizing whole images is worth on this split."""
     training, _ = training_split(manifest, fraction=data.validation_fraction)
     rows = manifest[manifest["split"] == "test"]
@@ -85,8 +85,9 @@ def join_baselines(memory_bank: dict[str, Any], nearest_image: dict[str, Any]) -
         for metric, value in values.items()
         if isinstance(value, int | float | None) and metric != "pixel_defective_fraction"
     }
-    nested = {name: memory_bank[name] for name in ("defect_types", "undefined")}
-    return metrics | {"memory_bank": nested}
+    nested = {key: memory_bank[key] for key in ("defect_types", "undefined")}
+    by_type = {"defect_types": nearest_image["defect_types"]}
+    return metrics | {"memory_bank": nested, "nearest_image": by_type}
 
 
 NODES = [
