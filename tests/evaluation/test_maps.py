@@ -8,7 +8,12 @@ import pytest
 from PIL import Image
 from sklearn.metrics import average_precision_score
 
-from almrr_pipeline.evaluation.maps import AnomalyMaps, GroundTruth, tabulate_scores
+from almrr_pipeline.evaluation.maps import (
+    AnomalyMaps,
+    GroundTruth,
+    report_small_regions,
+    tabulate_scores,
+)
 
 
 @pytest.fixture
@@ -41,6 +46,19 @@ def test_a_mask_is_read_at_the_size_of_its_map(truth: GroundTruth) -> None:
     expected = np.zeros((6, 8), bool)
     expected[1:3, 2:5] = True
     np.testing.assert_array_equal(mask, expected)
+
+
+def test_regions_of_few_pixels_are_counted_and_named(
+    tmp_path: Path, maps: AnomalyMaps, truth: GroundTruth, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert report_small_regions(truth) == (1, 0)
+    assert caplog.text == ""
+    scratch = np.zeros((400, 16), np.uint8)
+    scratch[201, 3] = 255
+    Image.fromarray(scratch).save(tmp_path / "large.png")
+
+    assert report_small_regions(truth) == (1, 1)
+    assert "1 of 1 defect regions have fewer than 4 pixels" in caplog.text
 
 
 def test_an_image_without_mask_has_none(truth: GroundTruth) -> None:

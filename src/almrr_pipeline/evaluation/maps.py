@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy.ndimage import label
 
 from almrr_pipeline.common.arrays import AnomalyMap, MaskArray
 from almrr_pipeline.common.masks import MaskReading, read_mask, resize_mask
 from almrr_pipeline.evaluation.curves import average_precision, trace_curve
+
+logger = logging.getLogger(__name__)
+
+_FEW_PIXELS = 4  # a region below 2 x 2: its outline is all of it
 
 
 @dataclass(frozen=True)
@@ -53,12 +59,31 @@ class GroundTruth:
     def __len__(self) -> int:
         return len(self.masks)
 
+    def __iter__(self) -> Iterator[MaskArray | None]:
+        return (self[index] for index in range(len(self)))
+
     def __getitem__(self, index: int) -> MaskArray | None:
         """Read one mask, resized as `resize_mask` does; bool, shape (H, W)."""
         path = self.masks[index]
         if path is None:
             return None
         return resize_mask(read_mask(path, reading=self.reading), self.maps.size(index))
+
+
+def report_small_regions(truth: GroundTruth) -> tuple[int, int]:
+    """Count the regions of all masks, and those of fewer than 4 pixels; logs a warning of these."""
+    areas = [0]
+    for mask in truth:
+        if mask is not None:
+            areas += np.bincount(label(mask, np.ones((3, 3)))[0].ravel())[1:].tolist()
+    small = sum(0 < area < _FEW_PIXELS for area in areas)
+    if small:
+        logger.warning(
+            "%d of %d defect regions have fewer than %d pixels at the network's size, too few to "
+            "outline; enable data.tiling, or enlarge data.image_size",
+            *(small, len(areas) - 1, _FEW_PIXELS),
+        )
+    return len(areas) - 1, small
 
 
 def tabulate_scores(

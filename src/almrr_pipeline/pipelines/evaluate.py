@@ -15,7 +15,12 @@ from almrr_pipeline.common.masks import MaskReading
 from almrr_pipeline.config import DataSettings, EvaluateSettings, InferenceSettings, ReportSettings
 from almrr_pipeline.datasets.manifest import mask_reading
 from almrr_pipeline.evaluation.evaluate import evaluate as evaluate_maps
-from almrr_pipeline.evaluation.maps import AnomalyMaps, GroundTruth, tabulate_scores
+from almrr_pipeline.evaluation.maps import (
+    AnomalyMaps,
+    GroundTruth,
+    report_small_regions,
+    tabulate_scores,
+)
 from almrr_pipeline.inference.inference_config import InferenceConfig
 from almrr_pipeline.inference.predictor import Predictor, image_score
 from almrr_pipeline.inference.streams import take_batches
@@ -81,9 +86,11 @@ def compute_metrics(
     seed: int,
 ) -> tuple[dict[str, Any], dict[str, pd.DataFrame]]:
     """Compute all metrics, and the curves of pixels and images by name."""
+    truth = test_set.masks(maps)
+    report_small_regions(truth)
     evaluation = evaluate_maps(
         maps,
-        test_set.masks(maps),
+        truth,
         scores["score"],
         scores["label"] == "defective",
         list(scores["defect_type"]),
