@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from tiny_training import DEATHS, SETTINGS, TOGETHER, build_model, build_synthetic_set, train
 
+from almrr_pipeline.training import train as training
+from almrr_pipeline.training.features import FeatureCache
 from almrr_pipeline.training.train import TrainingInterrupted
 
 
@@ -58,9 +60,16 @@ def die_in_the_middle_of_writing(which: int) -> None:
 
 
 def train_together(folder: Path, *, rank: int, port: int) -> None:
-    """Train as one of two processes; leave weights and reported steps in the folder."""
+    """Train as one of two processes; leave weights, reported steps, limits of kept features."""
     appear_started_by_torchrun(rank=rank, port=port)
     model = build_model(drop_path=0.0)
+    limits: list[float] = []
+
+    def keep_features(*arguments: Any, limit: float, **named: Any) -> FeatureCache:
+        limits.append(limit)
+        return FeatureCache(*arguments, limit=limit, **named)
+
+    vars(training)["FeatureCache"] = keep_features
     reported: list[int] = []
     settings = {**SETTINGS, **TOGETHER, "devices": 2}
     try:
@@ -74,9 +83,8 @@ def train_together(folder: Path, *, rank: int, port: int) -> None:
         if history is not None:
             history.to_csv(folder / f"history_{rank}.csv", index=False)
     finally:
-        torch.save(
-            {"weights": model.state_dict(), "reported": reported}, folder / f"rank_{rank}.pt"
-        )
+        left = {"weights": model.state_dict(), "reported": reported, "limits": limits}
+        torch.save(left, folder / f"rank_{rank}.pt")
 
 
 def train_together_until_asked(folder: Path, *, rank: int, port: int) -> None:

@@ -36,6 +36,10 @@ def test_the_main_process_alone_reports_and_goes_on(
     assert [path.name for path in processes[0].glob("history_*.csv")] == ["history_0.csv"]
 
 
+def test_processes_share_the_disk_for_kept_features(ranks: list[dict[str, Any]]) -> None:
+    assert [rank["limits"] for rank in ranks] == [[2e9], [2e9]]  # of 4 GB
+
+
 def test_the_history_is_that_of_one_process(
     ranks: list[dict[str, Any]], processes: tuple[Path, dict[str, int]], tmp_path: Path
 ) -> None:
