@@ -127,7 +127,7 @@ def build_manifest(
     if difference := check_counts(items, expected, name=name, strict=strict):
         logger.warning("%s", difference)
     table = inspect_items(items, root=root, settings=settings)
-    _report_doubts(table, name, strict=strict)
+    _report_doubts(table, name)
     empty = [Path(image).name for image in table.loc[table["mask_is_empty"], "image"]]
     if empty:
         logger.warning(
@@ -257,16 +257,13 @@ def _inspect_mask(
     return not found.mask.any(), difference or found.problem
 
 
-def _report_doubts(table: pd.DataFrame, name: str, *, strict: bool) -> None:
-    """Name the masks that may mean something else; an error if `strict`."""
+def _report_doubts(table: pd.DataFrame, name: str) -> None:
+    """Name the masks that may mean something else."""
     doubtful = table[table["mask_problem"] != ""]
     for problem, rows in doubtful.groupby("mask_problem", sort=False):
         masks = [Path(mask).name for mask in rows["mask"]]
         more = f" (and {len(masks) - 1} more)" if len(masks) > 1 else ""
-        message = f"{name}: the mask {masks[0]}{more} {problem}"
-        if strict:
-            raise AlmrrError(f"{message}.")
-        logger.warning("%s", message)
+        logger.warning("%s: the mask %s%s %s", name, masks[0], more, problem)
 
 
 def mask_reading(settings: DataSettings) -> MaskReading:
