@@ -19,7 +19,8 @@ from almrr_pipeline.common.images import Reading, read_bytes
 
 _ANOMALOUS_ABOVE = 127
 """Half of white: lossy compression and resizing leave values between 0 and 255."""
-_FEW = 8  # different values above 0 that are classes; smoothed outlines have more
+_FEW = 8  # different values above 0 that are classes; smoothed outlines have more,
+_CLASS_PIXELS = 16  # or, around the smallest defects, fewer pixels of each
 _MOST = 0.9  # of an image; no defect covers it, an inverted mask does
 _EIGHT_CONNECTED = np.ones((3, 3))
 
@@ -75,7 +76,7 @@ def inspect_mask(
     limit = Reading().max_megapixels
     stored = decode(read_bytes(path, name=name), shown, max_megapixels=limit)
     levels, white = _levels(stored, shown)
-    values = np.unique(levels)
+    values, counts = np.unique(levels, return_counts=True)
     if reading.values:
         mask, problem = np.isin(levels, reading.values), ""
     elif reading.threshold is not None:
@@ -84,7 +85,7 @@ def inspect_mask(
         if values[-1] == 1 and white > 1 and not stored.is_lossy and len(values) <= 2:
             white = 1.0
         mask = levels > _ANOMALOUS_ABOVE / 255 * white
-        problem = _doubt(values, white, is_lossy=stored.is_lossy)
+        problem = _doubt(values, counts, white, is_lossy=stored.is_lossy)
     coverage = mask.mean()
     if not problem and coverage > _MOST:
         problem = (
@@ -184,12 +185,19 @@ def _color_levels(image: Image.Image) -> npt.NDArray[np.uint8]:
     return levels
 
 
-def _doubt(values: npt.NDArray[Any], white: float, *, is_lossy: bool) -> str:
-    """What about the values of a mask is doubtful, white being anomalous; empty if nothing."""
+def _doubt(
+    values: npt.NDArray[Any], counts: npt.NDArray[np.int64], white: float, *, is_lossy: bool
+) -> str:
+    """What about the values of a mask is doubtful, white being anomalous; empty if nothing.
+
+    counts: pixels of each value.
+    """
     least = 8 / 255 * white if is_lossy else 0.0  # compression leaves lower ones
     above_0 = [float(value) for value in values if value > least]
-    dropped = [value for value in above_0 if value <= _ANOMALOUS_ABOVE / 255 * white]
-    if not dropped or (len(above_0) > _FEW and len(dropped) < len(above_0)):
+    is_dropped = (values > least) & (values <= _ANOMALOUS_ABOVE / 255 * white)
+    dropped = values[is_dropped]
+    is_class = len(above_0) <= _FEW and counts[is_dropped].max(initial=0) >= _CLASS_PIXELS
+    if not len(dropped) or (len(dropped) < len(above_0) and not is_class):
         return ""
     listed = ", ".join(f"{value:g}" for value in above_0[:_FEW])
     return (
