@@ -233,7 +233,7 @@ def _open_mask(
     any_image = Path("file")  # no name, so that equal differences are one finding
     difference = explain_size(facts, image.size, image=any_image, image_turned=image.turned)
     level: Level = "warning" if _is_smoothed(facts.values) else "error"
-    problems = ((level, facts.problem), ("error", difference))
+    problems: list[tuple[Level, str | None]] = [(level, facts.problem), ("error", difference)]
     faults = [Finding(level, text, (item.mask,)) for level, text in problems if text]
     labels, _ = label(facts.mask, np.ones((3, 3)))
     regions = tuple(int(area) for area in np.bincount(labels.ravel())[1:])
