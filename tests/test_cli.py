@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -26,6 +27,8 @@ from almrr_pipeline.datasets.registry import dataset_for, known_categories
 from almrr_pipeline.inference.inference_config import InferenceConfig
 from almrr_pipeline.inference.tta import FlipAveraged
 from almrr_pipeline.model.almrr import ALMRR
+
+DOCS = ("data.md", "predict.md")
 
 
 @pytest.fixture
@@ -338,7 +341,7 @@ def test_categories_lists_all_with_their_licenses() -> None:
 # --- help ---
 
 
-@pytest.mark.parametrize("command", ["predict", "calibrate", "export", "info"])
+@pytest.mark.parametrize("command", ["check", "predict", "calibrate", "export", "info"])
 def test_help_teaches_by_examples(command: str) -> None:
     text = _run(command, "--help").stdout
     assert "Example" in text
@@ -346,10 +349,12 @@ def test_help_teaches_by_examples(command: str) -> None:
 
 
 def test_every_documented_command_line_is_valid(
-    monkeypatch: pytest.MonkeyPatch, project: Path
+    monkeypatch: pytest.MonkeyPatch, project: Path, tmp_path: Path
 ) -> None:
+    (tmp_path / "photographs").mkdir()
+    monkeypatch.chdir(tmp_path)
     texts = [cli.almrr.help or "", *(command.help or "" for command in cli.almrr.commands.values())]
-    texts.append((project / "docs" / "predict.md").read_text(encoding="utf-8"))
+    texts += [(project / "docs" / name).read_text(encoding="utf-8") for name in DOCS]
     for command in cli.almrr.commands.values():
         monkeypatch.setattr(command, "callback", lambda **_: None)
     lines = re.findall(r"^ +almrr (.+)$", "\n".join(texts), flags=re.MULTILINE)
@@ -374,3 +379,190 @@ def test_help_imports_nothing_heavy() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout
     assert output.splitlines()[-1] == "[]"
+
+
+# --- bad input ---
+
+
+def _without_root(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run `almrr` with the rights of an ordinary user: root may write everywhere."""
+    command = [sys.executable, "-m", "almrr_pipeline.cli", *map(str, arguments)]
+    if os.name == "posix" and os.geteuid() == 0:
+        if shutil.which("setpriv") is None:
+            pytest.skip("root may write everywhere, and there is no setpriv")
+        command = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", *command]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+@pytest.mark.parametrize("command", ["calibrate", "export", "predict", "check"])
+def test_a_read_only_target_is_named_before_the_work(
+    own_model: Path, photographs: Path, tmp_path: Path, command: str
+) -> None:
+    locked = own_model if command == "calibrate" else tmp_path / "locked"
+    locked.mkdir(exist_ok=True)
+    (own_model / "model.safetensors").write_bytes(b"damaged")  # would be found by any work
+    locked.chmod(0o555)
+    arguments = {
+        "calibrate": (own_model, photographs),
+        "export": (own_model, "--format", "torch", "-o", locked / "x.pt2"),
+        "predict": (own_model, photographs, "-o", locked / "out"),
+        "check": (photographs, "--html", locked / "x.html"),
+    }
+    done = _without_root(command, *arguments[command])
+    assert done.returncode == 1
+    assert re.match(rf"Error: {re.escape(str(locked))}.* cannot be written", done.stderr)
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are text there")
+def test_names_that_are_not_text_are_escaped_and_keep_their_results(
+    model_folder: Path, photographs: Path, tmp_path: Path
+) -> None:
+    for old, new in (("0.png", b"f\xfcr.png"), ("1.png", b"\xff\xfe.png")):
+        (photographs / old).rename(photographs / os.fsdecode(new))
+    (photographs / os.fsdecode(b"bad\xe9.png")).write_bytes(b"x")
+    result = _run("predict", model_folder, photographs, "-o", tmp_path / "out")
+    assert result.exit_code == 1  # one could not be read
+    assert r"bad\xe9.png" in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.output
+    names = [Path(name).name for name in pd.read_csv(tmp_path / "out/scores.csv")["image"]]
+    assert {r"f\xfcr.png", r"\xff\xfe.png", "2.png"} <= set(names)
+    assert len(list((tmp_path / "out/overlays").iterdir())) == len(names) == 9
+
+
+_BAD_NUMBERS = ("nan", "inf", "-inf", "-1", "1.5", "1e400", "x", "")
+
+
+@pytest.mark.parametrize("number", _BAD_NUMBERS)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("predict", "model", "images", "-o", "out", "--threshold"),
+        ("predict", "model", "images", "-o", "out", "--pixel-threshold"),
+        ("predict", "model", "images", "-o", "out", "--batch-size"),
+        ("calibrate", "model", "images", "--false-alarm-rate"),
+        ("calibrate", "model", "images", "--batch-size"),
+        ("check", ".", "--image-size"),
+    ],
+    ids=lambda arguments: f"{arguments[0]} {arguments[-1]}",
+)
+def test_a_number_that_is_none_or_out_of_range_is_exit_code_2(
+    arguments: tuple[str, ...], number: str
+) -> None:
+    result = _run(*arguments, number)
+    assert result.exit_code == 2
+    assert arguments[-1] in result.stderr
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("keys", "number"),
+    [
+        (("thresholds", "image", "value"), float("nan")),
+        (("thresholds", "image", "value"), -0.1),
+        (("thresholds", "pixel", "value"), float("inf")),
+        (("thresholds", "pixel", "rate"), 7),
+        (("thresholds", "image", "normals"), -3),
+        (("thresholds", "image", "guaranteed_rate"), float("nan")),
+        (("smoothing",), 10**9),
+        (("smoothing",), 0),
+        (("image_size",), [float("nan"), 128]),
+        (("tiling", "scale"), float("nan")),
+        (("tiling", "overlap"), float("inf")),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("command", ["info", "predict", "calibrate", "export"])
+def test_a_wrong_number_in_inference_json_is_one_sentence(
+    own_model: Path, photographs: Path, tmp_path: Path, command: str, keys, number: float
+) -> None:
+    content = json.loads((own_model / "inference.json").read_text())
+    *outer, last = keys
+    place = content
+    for key in outer:
+        place = place[key]
+    place[last] = number
+    (own_model / "inference.json").write_text(json.dumps(content))
+    more = {
+        "info": (),
+        "predict": (photographs, "-o", tmp_path / "out"),
+        "calibrate": (photographs,),
+        "export": ("--format", "torch", "-o", tmp_path / "x.pt2"),
+    }
+    result = _run(command, own_model, *more[command])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: ")
+    assert str(own_model / "inference.json") in result.stderr
+    assert last in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def _bad_places(tmp_path: Path) -> dict[str, Path]:
+    """What may stand where a model, images or an output is expected."""
+    tmp_path.joinpath("empty").mkdir()
+    tmp_path.joinpath("file").write_bytes(b"x")
+    tmp_path.joinpath("loop").symlink_to("loop")
+    tmp_path.joinpath("broken").mkdir()
+    for name in ("model.safetensors", "config.json", "inference.json"):
+        tmp_path.joinpath("broken", name).write_bytes(b"\xff\x00{")
+    tmp_path.joinpath("folders").mkdir()
+    for name in ("model.safetensors", "config.json", "inference.json", "a.png"):
+        tmp_path.joinpath("folders", name).mkdir()
+    long = tmp_path / ("x" * 300)
+    names = ("empty", "file", "loop", "broken", "folders", "absent")
+    return {**{name: tmp_path / name for name in names}, "long": long, "device": Path("/dev/null")}
+
+
+_PLACES = ("empty", "file", "loop", "broken", "folders", "absent", "long", "device")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such links and devices")
+@pytest.mark.parametrize("place", _PLACES)
+def test_no_command_ends_in_a_traceback(
+    model_folder: Path, photographs: Path, tmp_path: Path, place: str
+) -> None:
+    bad = _bad_places(tmp_path)[place]
+    below = tmp_path / "file" / "out"
+    calls = [
+        ("info", bad),
+        ("predict", bad, photographs, "-o", tmp_path / "o1"),
+        ("predict", model_folder, bad, "-o", tmp_path / "o2"),
+        ("predict", model_folder, photographs / "absent.png", "-o", bad),
+        ("predict", model_folder, photographs, "-o", below),
+        ("calibrate", bad, photographs),
+        ("calibrate", model_folder, bad),
+        ("export", bad, "--format", "torch"),
+        ("export", model_folder, "--format", "torch", "-o", below),
+        ("export", model_folder, "--format", "torch", "-o", bad / "x" / "y.pt2"),
+        ("check", bad),
+        ("check", photographs, "--html", bad / "x" / "y.html"),
+    ]
+    for arguments in calls:
+        result = _run(*arguments)
+        assert result.exit_code in (1, 2), arguments
+        assert result.exception is None or isinstance(result.exception, SystemExit), arguments
+        assert "Error: " in result.stderr or "error: " in result.stdout, arguments
+        assert "Traceback" not in result.output, arguments
+
+
+# --- check ---
+
+
+def test_check_prints_what_is_used_and_exits_with_1_at_errors(
+    photographs: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "parts"
+    shutil.copytree(photographs, root / "train" / "good")
+    page = tmp_path / "page.html"
+    sound = _run("check", root, "--html", page)
+    assert sound.exit_code == 0, sound.output
+    assert re.search(r"train +good +10 images", sound.stdout)
+    assert "warning: the test has no normal image" in sound.stdout
+    assert page.read_text(encoding="utf-8").count("<figure>") == 6
+    assert _run("check", root, "--strict").exit_code == 1
+    shutil.copytree(photographs, root / "test" / "good")
+    spoiled = _run("check", root)
+    assert spoiled.exit_code == 1
+    assert "the same image is in test and train" in spoiled.stdout
+    assert _run("check", tmp_path / "nowhere").exit_code == 2
