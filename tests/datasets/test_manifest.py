@@ -295,6 +295,7 @@ def test_images_of_one_specimen_stay_on_the_same_side(items: list[Item], tmp_pat
     [
         ("mt_defect", (761, 191, 392)),
         ("mt_defect_tiles", (761, 191, 392)),
+        ("mt_defect_differnet", (761, 191, 392)),
         ("nanotwice", (5, 0, 40)),
     ],
 )

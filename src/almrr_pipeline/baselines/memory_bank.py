@@ -19,6 +19,7 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor, nn
 from torch.nn import functional
 
+from almrr_pipeline.common.images import Reading
 from almrr_pipeline.config import Tiling
 from almrr_pipeline.inference.map_predictor import MapPredictor, resolve_device
 from almrr_pipeline.model.backbone import Backbone
@@ -87,6 +88,7 @@ def build_memory_bank(
     core: int = CORE,
     seed: int = 0,
     device: str = "auto",
+    reading: Reading | None = None,
 ) -> MapPredictor:
     """Remember features of normal training images, whole or in tiles as ALMRR takes them.
 
@@ -99,6 +101,7 @@ def build_memory_bank(
         core: features that are kept, at most.
         seed: of both choices.
         device: as for `resolve_device`, which may raise AlmrrError.
+        reading: how image files become 8-bit RGB.
 
     Returns:
         A predictor of anomaly maps, whose values are distances.
@@ -107,7 +110,7 @@ def build_memory_bank(
     generator = torch.Generator().manual_seed(seed)
     per_image = max(1, -(-pool // len(images)))
     collector = _FeatureCollector(backbone.to(target), per_image, generator).eval()
-    predictor = MapPredictor(collector, image_size, tiling, batch_size=8, device=target)
+    predictor = MapPredictor(collector, image_size, tiling, 8, target, reading)
     for _ in predictor.maps(images):
         pass
     features = torch.cat(collector.drawn)

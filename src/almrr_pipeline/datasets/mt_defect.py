@@ -16,7 +16,9 @@ from almrr_pipeline.datasets.obtain import Archive, ArchivedDataset
 from almrr_pipeline.datasets.same_tile import group_by_tile
 from almrr_pipeline.datasets.specimens import SPECIMENS_FILE, read_specimens, write_specimens
 
-_BY_NAME, _BY_TILE = "mt_defect", "mt_defect_tiles"
+_BY_NAME, _BY_TILE, _PUBLISHED = "mt_defect", "mt_defect_tiles", "mt_defect_differnet"
+_LIST = Path(__file__).with_name("mt_defect_differnet_train.txt")
+"""Names of the training images as DifferNet's authors published them, one a line."""
 _PREFIX = "MT_"
 _FREE = "MT_Free"
 _JPEG = (".jpg",)  # the images; the .png of the same name is the mask
@@ -29,8 +31,10 @@ _ADDRESS = "https://codeload.github.com/abin24/Magnetic-tile-defect-datasets./zi
 class MtDefect(ArchivedDataset):
     """952 normal images and 392 of five defect types, gray and of many sizes.
 
-    Only the counts of the split are published. Category `mt_defect` trains on the 761 normal images
-    whose file names have the lowest sha256, and tests on the other 191 and on all defective ones.
+    Category `mt_defect` trains on the 761 normal images whose file names have the lowest sha256,
+    and tests on the other 191 and on all defective ones. Category `mt_defect_differnet` trains on
+    those of the list that DifferNet's authors published (github.com/marco-rudolph/differnet,
+    mtd_train_filenames.txt), which CS-Flow and PatchCore used too; the counts are the same.
     But each tile has about six images under different light, so that nearly every normal test
     image, and hardly a defective one, shows a tile of the training: recognizing tiles is enough.
     Category `mt_defect_tiles` keeps the images of a tile in one split, and those of a tile with a
@@ -38,7 +42,7 @@ class MtDefect(ArchivedDataset):
     """
 
     name = "mt_defect"
-    counts = dict.fromkeys((_BY_NAME, _BY_TILE), Counts(_TRAIN, 952 - _TRAIN, 392))
+    counts = dict.fromkeys((_BY_NAME, _BY_TILE, _PUBLISHED), Counts(_TRAIN, 952 - _TRAIN, 392))
     archive = Archive(name, _FILE, (_ADDRESS,))
     license = (
         "Magnetic tile defects: no license is stated, the authors welcome its use; cite Huang, Qiu "
@@ -62,13 +66,17 @@ class MtDefect(ArchivedDataset):
         super().verify(category, target, request)
 
     def items(self, category: str, folder: Path) -> list[Item]:
-        """Return the split by hash of the file name or of the tile; normal images have no mask."""
+        """Return the split by list, or by hash of the file name or tile; normal images: no mask."""
         images = _list_images(folder)
         tiles = read_specimens(folder, images) if category == _BY_TILE else {}
         if category == _BY_TILE and not tiles:
             raise AlmrrError(f"{folder} holds no {SPECIMENS_FILE}; fetch {_BY_TILE} again.")
         normal = {path: tiles.get(path, path.name) for path in images if images[path] == GOOD}
-        chosen = _choose_training(normal, {tiles.get(path) for path in images.keys() - normal})
+        if category == _PUBLISHED:
+            listed = set(_LIST.read_text(encoding="utf-8").split())
+            chosen = {path for path in normal if path.name in listed}
+        else:
+            chosen = _choose_training(normal, {tiles.get(path) for path in images.keys() - normal})
         items = []
         for path, defect_type in images.items():
             tile = tiles.get(path, "")

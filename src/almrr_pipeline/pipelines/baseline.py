@@ -12,7 +12,7 @@ import pandas as pd
 from almrr_pipeline.baselines.memory_bank import build_memory_bank
 from almrr_pipeline.baselines.nearest_image import measure_nearest_image
 from almrr_pipeline.config import BackboneSettings, DataSettings, EvaluateSettings
-from almrr_pipeline.datasets.manifest import training_split
+from almrr_pipeline.datasets.manifest import image_reading, mask_reading, training_split
 from almrr_pipeline.evaluation.evaluate import evaluate as evaluate_maps
 from almrr_pipeline.evaluation.maps import AnomalyMaps, GroundTruth
 from almrr_pipeline.inference.map_predictor import MapPredictor
@@ -31,13 +31,16 @@ def fill_memory_bank(
     training, _ = training_split(manifest, fraction=data.validation_fraction)
     frozen = build_backbone(backbone, weights=backbone_weights / "backbone.safetensors")
     paths = [data_folder / name for name in training]
-    return build_memory_bank(frozen, paths, data.image_size, data.tiling)
+    return build_memory_bank(
+        frozen, paths, data.image_size, data.tiling, reading=image_reading(manifest, data)
+    )
 
 
 def evaluate_memory_bank(
     memory_bank: MapPredictor,
     manifest: pd.DataFrame,
     data_folder: Path,
+    data: DataSettings,
     evaluate: EvaluateSettings,
     scratch: Path,
 ) -> dict[str, Any]:
@@ -53,7 +56,7 @@ def evaluate_memory_bank(
         masks = [data_folder / name if name else None for name in rows["mask"]]
         return evaluate_maps(
             maps,
-            GroundTruth(masks, maps),
+            GroundTruth(masks, maps, mask_reading(data)),
             scores,
             rows["label"] == "defective",
             list(rows["defect_type"]),
@@ -98,7 +101,7 @@ NODES = [
     ),
     step(
         evaluate_memory_bank,
-        "memory_bank manifest data_folder params:evaluate scratch_folder",
+        "memory_bank manifest data_folder params:data params:evaluate scratch_folder",
         "memory_bank_metrics",
     ),
     step(evaluate_nearest_image, "manifest data_folder params:data", "nearest_image_metrics"),
