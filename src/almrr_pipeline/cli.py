@@ -309,8 +309,15 @@ def calibrate(
     type=click.Path(path_type=Path, dir_okay=False),
     help="File to write; CATEGORY.onnx, .xml or .pt2 in the current folder if not given.",
 )
+@click.option(
+    "--complete",
+    is_flag=True,
+    help="Image of any size in; map, score and verdict out, as almrr predict. Not for torch.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
-def export(model_folder: Path, file_format: str, output: Path | None, overwrite: bool) -> None:
+def export(
+    model_folder: Path, file_format: str, output: Path | None, complete: bool, overwrite: bool
+) -> None:
     """Export the model in MODEL_FOLDER, fused, to a file that runs without this package.
 
     OpenVINO's .xml has its weights in a .bin next to it.
@@ -319,6 +326,8 @@ def export(model_folder: Path, file_format: str, output: Path | None, overwrite:
     The exported model takes float32 RGB in [0, 1] of shape (batch, 3, rows, columns),
     any batch, rows and columns as in `almrr info`, and returns anomaly maps of shape
     (batch, rows, columns). inference.json in MODEL_FOLDER holds the thresholds.
+    With --complete it takes one image, uint8 RGB of shape (H, W, 3), any H and W, and
+    returns map (H, W), score and, where the model has a threshold, is_anomalous.
 
     \b
     Examples:
@@ -327,6 +336,8 @@ def export(model_folder: Path, file_format: str, output: Path | None, overwrite:
     """  # noqa: D301
     from almrr_pipeline.inference.inference_config import InferenceConfig
 
+    if complete and file_format == "torch":
+        raise click.UsageError("--complete is for the formats onnx and openvino.")
     config = InferenceConfig.load(model_folder)
     target = output or Path(Path(config.category).name + EXPORT_SUFFIXES[file_format])
     if target.exists() and not overwrite:
@@ -336,13 +347,17 @@ def export(model_folder: Path, file_format: str, output: Path | None, overwrite:
     from almrr_pipeline.inference.export import export_onnx, export_openvino, export_torch
     from almrr_pipeline.model.almrr import ALMRR
 
-    formats = {"onnx": export_onnx, "openvino": export_openvino, "torch": export_torch}
-    write = formats[file_format]
-    write(ALMRR.load(model_folder), target, flips=config.flips)
+    model, whole = ALMRR.load(model_folder), config if complete else None
+    if file_format == "torch":
+        export_torch(model, target, flips=config.flips)
+    else:
+        write = {"onnx": export_onnx, "openvino": export_openvino}[file_format]
+        write(model, target, flips=config.flips, complete=whole)
     rows, columns = config.image_size
     files = {target, target.with_suffix(".bin")} if file_format == "openvino" else {target}
     size = sum(file.stat().st_size for file in files) / 2**20
-    click.echo(f"Wrote {target}: {size:.1f} MiB, input (batch, 3, {rows}, {columns}).")
+    taken = "(H, W, 3), uint8" if complete else f"(batch, 3, {rows}, {columns})"
+    click.echo(f"Wrote {target}: {size:.1f} MiB, input {taken}.")
 
 
 @almrr.command(short_help="A model's network, thresholds and their guarantee.")

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.common.files import check_target_file, write_atomically
 from almrr_pipeline.common.progress import report_waiting
+from almrr_pipeline.inference.complete_graph import check_completable, complete_graph
 from almrr_pipeline.inference.fuse import FusedALMRR, fuse
+from almrr_pipeline.inference.inference_config import InferenceConfig
 from almrr_pipeline.inference.tta import average_flips
 from almrr_pipeline.model.almrr import ALMRR
 from almrr_pipeline.model.kernels.scan.onnx_backend import write_scans
@@ -31,18 +33,28 @@ _TRACED_BATCH = 2
 """Images in the batch that is traced; a batch of one would be taken as fixed."""
 
 
-def export_onnx(model: ALMRR | FusedALMRR, path: Path, *, flips: bool = False) -> None:
+def export_onnx(
+    model: ALMRR | FusedALMRR,
+    path: Path,
+    *,
+    flips: bool = False,
+    complete: InferenceConfig | None = None,
+) -> None:
     """Write the model, fused, as ONNX, with the weights inside the file.
 
     Args:
         model: the model; stays as it is.
         path: the file.
         flips: export the mean over flips (`almrr_pipeline.inference.tta`).
+        complete: what turns maps into scores and verdicts, to put all of it into the graph
+            (`almrr_pipeline.inference.complete_graph`); None for the network alone.
 
     Raises:
         AlmrrError: the file cannot be written there, or the packages that write ONNX are missing.
     """
     check_target_file(path)
+    if complete is not None:
+        check_completable(complete)
     try:
         import onnx
         import onnxscript  # noqa: F401
@@ -65,11 +77,19 @@ def export_onnx(model: ALMRR | FusedALMRR, path: Path, *, flips: bool = False) -
         assert program is not None
         exported = program.model_proto
         write_scans(exported)
+        if complete is not None:
+            complete_graph(exported, complete)
     with write_atomically(path) as partial:
         onnx.save(exported, partial)
 
 
-def export_openvino(model: ALMRR | FusedALMRR, path: Path, *, flips: bool = False) -> None:
+def export_openvino(
+    model: ALMRR | FusedALMRR,
+    path: Path,
+    *,
+    flips: bool = False,
+    complete: InferenceConfig | None = None,
+) -> None:
     """Write the model, fused, for OpenVINO: the graph `path` (.xml), its weights next to it (.bin).
 
     Arguments and errors are those of `export_onnx`, through which it goes.
@@ -83,7 +103,7 @@ def export_openvino(model: ALMRR | FusedALMRR, path: Path, *, flips: bool = Fals
         ) from error
     with tempfile.TemporaryDirectory(prefix=".almrr-", dir=path.parent) as folder:
         source, graph = Path(folder, "model.onnx"), Path(folder, path.stem + ".xml")
-        export_onnx(model, source, flips=flips)
+        export_onnx(model, source, flips=flips, complete=complete)
         openvino.save_model(openvino.Core().read_model(source), graph, compress_to_fp16=False)
         graph.with_suffix(".bin").replace(path.with_suffix(".bin"))  # the weights first
         graph.replace(path)
