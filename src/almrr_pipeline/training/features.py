@@ -2,7 +2,7 @@
 
 The backbone never changes and images return in the same orientation, so that most embeddings of a
 long training are repetitions. Kept are the backbone's own maps in their own type, before they are
-resized: results are bit-identical to those of a training that keeps nothing.
+resized: what was kept is bit-identical to what is embedded anew.
 """
 
 from __future__ import annotations

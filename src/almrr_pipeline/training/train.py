@@ -31,9 +31,7 @@ from almrr_pipeline.training.runtime import (
     training_environment,
 )
 
-NOT_DECISIVE = {
-    *("accelerator", "checkpoint_every", "devices", "feature_cache_gb", "nodes", "workers"),
-}
+NOT_DECISIVE = {"accelerator", "checkpoint_every", "devices", "nodes", "workers"}
 """Settings that may change between an interruption and the next run."""
 STANDARDIZATION_IMAGES = 256
 """Normal images, at most, over which mean and std of the features are taken."""
