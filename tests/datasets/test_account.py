@@ -205,6 +205,7 @@ def test_two_images_of_one_stem_do_not_share_a_mask(tmp_path: Path) -> None:
     touch(tmp_path, "train/good/0.png", "test/cut/1.png", "test/cut/1.jpg", "masks/cut/1_mask.png")
     with pytest.raises(AlmrrError, match=r"1\.jpg, .*1\.png: images of one stem would share"):
         inspect_folder(tmp_path).check(name="folder_tiles")
+    assert unused(tmp_path, "error")["masks/cut/1_mask.png"] == "a mask of two images"
 
 
 def test_names_are_compared_composed(tmp_path: Path) -> None:
@@ -356,6 +357,7 @@ def test_a_manifest_without_training_images_names_the_category(tmp_path: Path) -
 
 
 TOPS = [
+    *["test", "masks"] * 3,
     "train",
     "Train",
     "normal",
@@ -369,14 +371,16 @@ TOPS = [
 INNER = ["good", "OK", "normal", "crack", "Crack", "é", "e\u0301", "line1", "bad", "masks", "ok 2"]
 FILES = ["0.png", "1.JPG", "0_mask.png", "1.jfif", ".2.png", "1.tif", "notes.txt"]
 PATHS = st.tuples(
-    st.sampled_from(TOPS), st.lists(st.sampled_from(INNER), max_size=3), st.sampled_from(FILES)
+    st.sampled_from(TOPS),
+    st.lists(st.sampled_from([*["crack"] * 8, *INNER]), max_size=2),
+    st.sampled_from(FILES),
 )
 LINKS = st.tuples(st.sampled_from(TOPS), st.sampled_from(INNER), st.sampled_from(["", *TOPS]))
 NORMAL = {"good", "ok", "normal"}
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.lists(PATHS, min_size=1, max_size=12), st.lists(LINKS, max_size=2))
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(PATHS, min_size=1, max_size=16), st.lists(LINKS, max_size=2))
 def test_every_image_is_used_rightly_or_named(
     paths: list[tuple[str, list[str], str]], links: list[tuple[str, str, str]]
 ) -> None:
