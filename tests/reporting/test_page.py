@@ -363,3 +363,14 @@ def test_images_that_were_on_disk_do_not_name_their_folder(report: Report, tmp_p
     text = render_report(alone(report, overlays=read_examples(tmp_path)))
     assert "on disk" in text
     assert str(tmp_path) not in text
+
+
+def test_baselines_are_beside_almrr_with_their_warnings(report: Report) -> None:
+    blind = {"nearest_image_image_auroc": 0.984, "nearest_image_normal_with_twin": 0.97}
+    bank = {"memory_bank_image_auroc": 0.9876, "memory_bank_pixel_ap": None}
+    metrics = {"sample_brick": {0: {**report.categories[0].metrics, **bank, **blind}}}
+    page = render_report(replace(report, summary=summarize(metrics)))
+    assert "Beside two baselines" in page
+    assert "0.988" in page
+    assert "sample_brick: the split leaks" in page
+    assert "Beside two baselines" not in render_report(report)
