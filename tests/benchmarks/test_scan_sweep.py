@@ -23,7 +23,7 @@ def test_a_sweep_writes_its_rows(tmp_path: Path) -> None:
         "--repeats",
         "1",
         "--seconds",
-        "2",
+        "12",
         "--shape",
         "1",
         "9",

@@ -388,7 +388,7 @@ def test_triton_in_the_interpreter() -> None:
 
 
 def test_every_backend_of_the_parameters_is_implemented() -> None:
-    assert {*get_args(ScanBackend), "parallel"} == {*scan._IMPLEMENTATIONS, "auto"}
+    assert {*get_args(ScanBackend), "onnx", "parallel"} == {*scan._IMPLEMENTATIONS, "auto"}
 
 
 def test_unknown_backends_are_refused_by_name() -> None:
