@@ -229,6 +229,7 @@ def train_variant(job: dict[str, Any]) -> None:
     folder = output / "runs" / f"{job['variant']}-{seed}"
     shutil.rmtree(folder, ignore_errors=True)  # of an earlier call, maybe of another category
     folder.mkdir(parents=True)
+    manifest = pd.read_csv(output / f"{job['category']}.csv", keep_default_na=False)
     begun = time.monotonic()
     history = fit(
         model,
@@ -237,12 +238,12 @@ def train_variant(job: dict[str, Any]) -> None:
         scratch=folder / "checkpoints",
         fingerprint=json.dumps(job["parameters"], sort_keys=True),
         seed=seed,
+        specimens=dict(zip(manifest["image"], manifest["specimen"], strict=True)),
     )
     seconds = time.monotonic() - begun
     if history is None:
         raise SystemExit("one process is expected, not a distributed training")
     history.to_csv(folder / "history.csv", index=False)
-    manifest = pd.read_csv(output / f"{job['category']}.csv", keep_default_na=False)
     rows = development_half(manifest)
     predictor = MapPredictor.build(
         model, parameters.inference, tiling=parameters.data.tiling, device=job["device"]

@@ -195,6 +195,8 @@ def make_lively(model: ALMRR) -> None:
         norm.momentum = 1.0
     if model.settings.standardize:
         model.fit_standardization([images])
+    if model.memory is not None:
+        model.fill_memory([(images, torch.arange(len(images)))], images=len(images), seed=0)
     model.train().training_forward(images, images)
     for norm in norms:
         norm.momentum = 0.1

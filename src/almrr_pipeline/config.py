@@ -157,6 +157,7 @@ class ModelSettings(Section):
     # size instead of a quarter, for what is a pixel or two wide; 0: none (the paper)
     fine_channels: Count = 0
     residual_channels: Count = 0  # mixtures of log(1 + (F - F_hat)^2) as further inputs of the FRM
+    memory_size: Count = 0  # normal features, the distance to which is an input of the FRM; 0: none
     prior: OpenFraction | None = None  # probability of an anomaly at which the FRM starts
     standardize: bool = False  # the features' channels, by the normal training images
 

@@ -13,7 +13,6 @@ from sklearn.neighbors import NearestNeighbors
 from almrr_pipeline.baselines.memory_bank import (
     MemoryBank,
     build_memory_bank,
-    choose_core,
     embed,
 )
 from almrr_pipeline.config import BackboneSettings, Tiling
@@ -39,19 +38,6 @@ def images(tmp_path: Path) -> list[Path]:
         paths.append(tmp_path / f"{index}.png")
         Image.fromarray(image).save(paths[-1])
     return paths
-
-
-def test_the_core_covers_what_is_far_apart() -> None:
-    generator = torch.Generator().manual_seed(0)
-    centers = 100.0 * torch.eye(5, 64)
-    features = centers.repeat_interleave(200, dim=0) + torch.randn(1000, 64, generator=generator)
-    core = choose_core(features, 5, generator)
-    assert torch.cdist(core, centers).argmin(dim=1).sort().values.tolist() == [0, 1, 2, 3, 4]
-
-
-def test_a_core_is_not_larger_than_its_pool() -> None:
-    features = torch.randn(7, 4)
-    assert choose_core(features, 10, torch.Generator()) is features
 
 
 def test_distances_are_those_of_a_nearest_neighbor_search(backbone: Backbone) -> None:

@@ -35,8 +35,10 @@ def model() -> ALMRR:
             refinement_width=4,
             residual_channels=2,
             fine_channels=2,
+            memory_size=5,
         )
         model = ALMRR(backbone, sizes, image_size=SIZE).eval()
+        model.fill_memory([(draw_images(2), torch.arange(2))], images=2, seed=0)
         with torch.no_grad():
             model.frm.out.weight *= 100.0
     return model

@@ -220,6 +220,22 @@ def test_without_residuals_and_prior_the_model_is_the_papers(build_model) -> Non
     assert names == {"residual.weight", "residual.bias"}
 
 
+def test_the_frm_sees_the_distances_last(build_model) -> None:
+    model = build_model(memory_size=6)
+    features, reconstruction = torch.randn(2, 272, 32, 40), torch.randn(2, 272, 32, 40)
+    means = [x.mean(1, keepdim=True) for x in (reconstruction, features)]
+    for owners in (None, torch.tensor([1, 3])):
+        given = model.refine(reconstruction, features, torch.rand(2, 3, *SIZE), owners)
+        distances = model.memory(features, owners)
+        expected = model.frm(torch.cat([*means, distances], dim=1))
+        torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_without_memory_refuses_to_fill_it(build_model) -> None:
+    with pytest.raises(AlmrrError, match=r"remembers no features; set model\.memory_size"):
+        build_model().fill_memory([], images=1, seed=0)
+
+
 def test_the_summary_must_be_one_that_exists(build_model) -> None:
     with pytest.raises(ValidationError, match="mean has one channel; set refinement_channels: 1"):
         build_model(refinement_input="mean", refinement_channels=2)
@@ -281,6 +297,7 @@ def test_a_saved_model_comes_back_equal_without_any_download(build_model, tmp_pa
         refinement_input="projection",
         refinement_channels=2,
         residual_channels=2,
+        memory_size=6,
         prior=0.02,
         standardize=True,
     )
@@ -304,7 +321,7 @@ def test_a_model_of_version_0_2_loads_without_what_it_had_not(build_model, tmp_p
     model = build_model()
     model.save(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    for name in ("fine_channels", "residual_channels", "prior"):
+    for name in ("fine_channels", "memory_size", "residual_channels", "prior"):
         del config["model"][name]
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert ALMRR.load(tmp_path).settings == model.settings

@@ -27,7 +27,7 @@ STEPS = 6
 
 def train_and_count(train: Any, synthetic_set: ArraySyntheticSet, **settings: Any) -> Any:
     """The weights after a few steps, and how many images the backbone embedded."""
-    model = build_model()
+    model = build_model(memory_size=0)
     embedded: list[int] = []
     model.backbone.register_forward_hook(lambda _, inputs, maps: embedded.append(len(inputs[0])))
     train(model, synthetic_set, **{"steps": STEPS, "batch_size": 4, **settings})

@@ -97,6 +97,7 @@ def build_model(**changes: Any) -> ALMRR:
             "state": 4,
             "decoder": (8, 8),
             "refinement_width": 4,
+            "memory_size": 8,
             "drop_path": 0.3,
         }
         settings = ModelSettings(**{**widths, **changes})

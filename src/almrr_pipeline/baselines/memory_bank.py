@@ -23,10 +23,10 @@ from almrr_pipeline.common.images import Reading
 from almrr_pipeline.config import Tiling
 from almrr_pipeline.inference.map_predictor import MapPredictor, resolve_device
 from almrr_pipeline.model.backbone import Backbone
+from almrr_pipeline.model.memory import choose_core
 
 POOL, CORE = 20_000, 2_000
 """Features drawn, and kept: in a second or ten of one core; docs/results.md has larger ones."""
-PROJECTED = 64  # dimensions in which the greedy choice is made; the paper's are 128
 SIGMA = 4.0  # pixels, the paper's
 
 
@@ -115,26 +115,6 @@ def build_memory_bank(
         pass
     features = torch.cat(collector.drawn)
     features = features[torch.randperm(len(features), generator=generator)[:pool].to(target)]
-    bank = MemoryBank(backbone, choose_core(features, core, generator)).eval()
+    chosen = choose_core(features, core, generator).to(target)
+    bank = MemoryBank(backbone, features[chosen]).eval()
     return replace(predictor, model=bank)
-
-
-def choose_core(features: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Greedy k-center in a random projection: repeatedly the feature farthest from those chosen.
-
-    Returns:
-        The chosen rows of `features`, float32 (count, C); all of them if there are no more.
-    """
-    if len(features) <= count:
-        return features
-    projection = torch.randn(features.shape[1], PROJECTED, generator=generator) / PROJECTED**0.5
-    points = features @ projection.to(features.device)
-    squares = points.square().sum(dim=1)
-    chosen = [int(torch.randint(len(points), (1,), generator=generator))]
-    nearest = torch.full_like(squares, torch.inf)
-    while len(chosen) < count:
-        last = chosen[-1]
-        distance = torch.addmv(squares, points, points[last], alpha=-2.0)  # less a constant
-        nearest = torch.minimum(nearest, distance + squares[last])
-        chosen.append(int(nearest.argmax()))
-    return features[torch.tensor(chosen, device=features.device)]

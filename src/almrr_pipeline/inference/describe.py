@@ -19,9 +19,11 @@ _MODULES = {
     "mfrm": "reconstruction (MFRM)",
     "summary": "projection",
     "residual": "residual mixtures",
+    "memory": "memory of features",
     "frm": "refinement (FRM)",
 }
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # measured, not trained
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked", "owner", "factor")
+"""Measured, not trained."""
 
 
 def describe_model(folder: Path) -> str:

@@ -220,6 +220,7 @@ class FusedInputs(nn.Module):
         super().__init__()
         self.regional_features = copy.deepcopy(model.regional_features)
         self.mixture = copy.deepcopy(model.residual)
+        self.memory = copy.deepcopy(model.memory)
         self.register_buffer("scale", scale[:, None, None].clone())
         self.register_buffer("offset", offset[:, None, None].clone())
         self.register_buffer("constant", (summary @ offset)[:, None, None])  # (k, 1, 1)
@@ -229,18 +230,24 @@ class FusedInputs(nn.Module):
             self.register_buffer(f"weight{stage}", weight)
 
     def forward(self, maps: list[Tensor], decoded: Tensor) -> Tensor:
-        """Stages (B, C_i, n_i, m_i) and `FusedDecoder`'s output -> (B, 2 k + r, h, w)."""
+        """Stages (B, C_i, n_i, m_i) and `FusedDecoder`'s output -> (B, 2 k + r, h, w).
+
+        With a memory one channel more.
+        """
         summary = self.constant
         for stage, x in enumerate(maps):
             x = F.conv2d(x, self.get_buffer(f"weight{stage}"))
             summary = summary + self.regional_features.transform(stage, x)
-        if self.mixture is None:
-            return torch.cat([decoded, summary], dim=1)
         k = len(self.constant)
+        inputs = [decoded[:, :k], summary]
+        if self.mixture is None and self.memory is None:
+            return torch.cat(inputs, dim=1)
         features = torch.addcmul(self.offset, self.regional_features(maps), self.scale)
-        residuals = features.sub_(decoded[:, k:]).square_().log1p_()  # in place: half the time
-        mixed = F.conv2d(residuals, self.mixture.weight, self.mixture.bias)
-        return torch.cat([decoded[:, :k], summary, mixed], dim=1)
+        distances = [] if self.memory is None else [self.memory(features)]
+        if self.mixture is not None:
+            residuals = features.sub_(decoded[:, k:]).square_().log1p_()  # in place: half the time
+            inputs.append(F.conv2d(residuals, self.mixture.weight, self.mixture.bias))
+        return torch.cat(inputs + distances, dim=1)
 
 
 class FusedDecoder(nn.Module):

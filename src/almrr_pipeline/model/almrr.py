@@ -24,12 +24,16 @@ from almrr_pipeline.model.frm import FRM
 from almrr_pipeline.model.inputs import check_image_size, check_images, check_shape
 from almrr_pipeline.model.kernels.composed import resize_bilinear
 from almrr_pipeline.model.kernels.scan.reference import widen
+from almrr_pipeline.model.memory import FeatureMemory
 from almrr_pipeline.model.mfrm import MFRM
 from almrr_pipeline.model.regional_features import RegionalFeatures
 
 MIN_STD = 0.01
 """Floor of a channel's std as a fraction of the channels' mean std: a channel that is constant on
 normal images must not be scaled up until it hides all others."""
+
+MEMORY_CHOICE = 10
+"""Features drawn at random for each one that is remembered."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,11 @@ class ALMRR(nn.Module):
         self.residual: ResidualMixture | None = None
         if settings.residual_channels:
             self.residual = ResidualMixture(channels, settings.residual_channels)
+        self.memory: FeatureMemory | None = None
+        if settings.memory_size:
+            self.memory = FeatureMemory(channels, settings.memory_size)
         inputs = 2 * settings.refinement_channels + settings.residual_channels
+        inputs += self.memory is not None
         self.frm = FRM(
             inputs,
             width=settings.refinement_width,
@@ -118,7 +126,11 @@ class ALMRR(nn.Module):
         return self.upsample(logits.softmax(dim=1))[:, 1].clamp(0.0, 1.0)  # (B, H, W)
 
     def training_forward(
-        self, normal: Tensor, augmented: Tensor, embedded: tuple[Tensor, Tensor] | None = None
+        self,
+        normal: Tensor,
+        augmented: Tensor,
+        embedded: tuple[Tensor, Tensor] | None = None,
+        owners: Tensor | None = None,
     ) -> TrainingOutput:
         """Both branches of the paper's figure: phi of the normal images, F of the augmented ones.
 
@@ -126,6 +138,7 @@ class ALMRR(nn.Module):
             normal: RGB, float in [0, 1], shape (B, 3, H, W).
             augmented: the same images with simulated anomalies.
             embedded: phi and F, where `embed_both` has been called already.
+            owners: int64 (B,), whose features of the memory are left out, see `fill_memory`.
 
         Raises:
             AlmrrError: shapes or types do not fit; values are not checked, since that waits for a
@@ -136,7 +149,8 @@ class ALMRR(nn.Module):
         # stage 2: phi, F (B, C, h, w)
         target, features = embedded or self.embed_both(normal, augmented)
         reconstruction = self.reconstruct(features)  # stage 3, MFRM: F_hat (B, C, h, w)
-        logits = self.refine(reconstruction, features, augmented)  # stage 4, FRM: (B, 2, h, w)
+        # stage 4, FRM: (B, 2, h, w)
+        logits = self.refine(reconstruction, features, augmented, owners)
         probabilities = self.upsample(logits.softmax(dim=1))  # (B, 2, H, W)
         # The smallest normal float keeps the logarithm finite where the softmax underflows; the
         # gradient is zero there.
@@ -165,7 +179,13 @@ class ALMRR(nn.Module):
         """Stage 3, MFRM: F (B, C, h, w) -> F_hat (B, C, h, w)."""
         return self.mfrm(features)  # type: ignore[no-any-return]
 
-    def refine(self, reconstruction: Tensor, features: Tensor, images: Tensor) -> Tensor:
+    def refine(
+        self,
+        reconstruction: Tensor,
+        features: Tensor,
+        images: Tensor,
+        owners: Tensor | None = None,
+    ) -> Tensor:
         """Stage 4, FRM: F_hat and F, each summarized to k channels -> logits (B, 2, h, w).
 
         With a fine path (B, 2, H / 2, W / 2).
@@ -173,6 +193,8 @@ class ALMRR(nn.Module):
         inputs = [self.summary(reconstruction), self.summary(features)]  # (B, k, h, w) each
         if self.residual is not None:
             inputs.append(self.residual(features, reconstruction))  # (B, r, h, w)
+        if self.memory is not None:
+            inputs.append(self.memory(features, owners))  # (B, 1, h, w)
         return self.frm(torch.cat(inputs, dim=1), images)  # type: ignore[no-any-return]
 
     def upsample(self, x: Tensor) -> Tensor:
@@ -223,6 +245,26 @@ class ALMRR(nn.Module):
         mean, std = measure_channels(map(self._embed_checked, batches))
         self.feature_mean.copy_(mean)
         self.feature_std.copy_(std.clamp_min(MIN_STD * float(std.mean())))
+
+    def fill_memory(
+        self, batches: Iterable[tuple[Tensor, Tensor]], *, images: int, seed: int
+    ) -> None:
+        """Choose the features of normal images that are remembered, in place.
+
+        Args:
+            batches: RGB, float in [0, 1], (B, 3, H, W) each, and a number for each image, int64
+                (B,), equal where images show the same specimen.
+            images: how many there are.
+            seed: of the choice.
+
+        Raises:
+            AlmrrError: the model has no memory, or the images do not fit.
+        """
+        if self.memory is None:
+            raise AlmrrError("This model remembers no features; set model.memory_size.")
+        embedded = ((self._embed_checked(batch), owners) for batch, owners in batches)
+        per_image = -(-MEMORY_CHOICE * self.settings.memory_size // images)
+        self.memory.fill(embedded, per_image=per_image, seed=seed)
 
     def _embed_checked(self, images: Tensor) -> Tensor:
         check_images(images, self.image_size)

@@ -70,6 +70,7 @@ def fit_model(
         synthetic_set,
         train,
         seed=seed,
+        specimens=dict(zip(manifest["image"], manifest["specimen"], strict=True)),
         scratch=_checkpoint_folder(scratch, category, seed),
         fingerprint=data_and_code,
         on_metrics=live_logger(),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NotRequired, TypedDict, cast
@@ -38,6 +38,7 @@ LOADER_PROCESSES = 4
 class Batch(TypedDict):
     """Images as in the synthetic set: uint8 (B, H, W, 3); mask: bool or {0, 1} (B, H, W).
 
+    sources: int64 (B,), the rows of the normal images in the synthetic set.
     keys: int64 (2, B), a number for each normal and augmented image in its orientation, equal where
     the image is; normal ones have the numbers below 8 times their count.
     """
@@ -45,6 +46,7 @@ class Batch(TypedDict):
     normal: Tensor
     augmented: Tensor
     mask: Tensor
+    sources: Tensor
     keys: NotRequired[Tensor]
 
 
@@ -140,6 +142,7 @@ class SyntheticBatches(Dataset[Batch]):
         gathered = {name: self._gather(name, indices) for name, indices in rows.items()}
         if drawn.any():
             gathered = {k: apply_symmetries(images, symmetries) for k, images in gathered.items()}
+        gathered["sources"] = normal
         if symmetries.device.type == "cpu":  # a GPU keeps no features
             height, width = gathered["mask"].shape[1:]
             oriented = symmetries if height == width else symmetries & FLIPS
@@ -233,6 +236,40 @@ def sample_normals(synthetic_set: SyntheticSet, limit: int) -> Iterator[Tensor]:
     for start in range(0, len(chosen), 8):
         images = synthetic_set.normals[chosen[start : start + 8]]
         yield to_images(torch.from_numpy(np.ascontiguousarray(images)), channels_last=False)
+
+
+def number_owners(synthetic_set: SyntheticSet, specimens: Mapping[str, str]) -> Tensor:
+    """For each normal image of the set, int64 (n,), a number of what it shows.
+
+    Equal for crops of one image and for images of one specimen.
+
+    Args:
+        synthetic_set: whose images are named in its description.
+        specimens: the specimen of each named image that has one.
+    """
+    count = len(synthetic_set.normals)
+    images = synthetic_set.description.get("training_images") or [str(k) for k in range(count)]
+    shown = [specimens.get(image) or image for image in images]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(shown))}
+    return torch.tensor([numbers[shown[row % len(shown)]] for row in range(count)])
+
+
+def draw_normals(
+    synthetic_set: SyntheticSet, owners: Tensor, settings: TrainSettings, *, count: int, seed: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """So many normal images, evenly spread, flipped and rotated as training does, by eight.
+
+    Yields:
+        Images, float32 (b, 3, H, W) in [0, 1], and their owners, int64 (b,).
+    """
+    order = SampleOrder(8, 8, derive_seed(seed, "memory"), 0, 1, settings.flips, settings.rot90)
+    last = len(synthetic_set.normals) - 1
+    chosen = np.linspace(0, last, count).round().astype(np.int64)
+    for start in range(0, count, 8):
+        rows = chosen[start : start + 8]
+        images = torch.from_numpy(np.ascontiguousarray(synthetic_set.normals[rows]))
+        turns = torch.from_numpy(order.symmetries(start)[: len(rows)])
+        yield to_images(apply_symmetries(images, turns), channels_last=False), owners[rows]
 
 
 def build_loader(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -19,6 +20,8 @@ from almrr_pipeline.training.data import (
     build_loader,
     check_synthetic_set,
     derive_seed,
+    draw_normals,
+    number_owners,
     sample_normals,
     to_images,
 )
@@ -35,6 +38,8 @@ NOT_DECISIVE = {"accelerator", "checkpoint_every", "devices", "nodes", "workers"
 """Settings that may change between an interruption and the next run."""
 STANDARDIZATION_IMAGES = 256
 """Normal images, at most, over which mean and std of the features are taken."""
+MEMORY_IMAGES = 512
+"""Normal images, at most, whose features may be remembered."""
 
 
 class TrainingInterrupted(Exception):  # noqa: N818 - not an error: the process was asked to end
@@ -49,6 +54,7 @@ def fit(
     scratch: Path,
     fingerprint: str,
     seed: int,
+    specimens: Mapping[str, str] | None = None,
     on_metrics: OnMetrics | None = None,
     keep_checkpoints: bool = False,
 ) -> pd.DataFrame | None:
@@ -66,7 +72,9 @@ def fit(
         scratch: folder for checkpoints; no output of DVC, and shared by all nodes.
         fingerprint: of data and code (see `checkpoints.fingerprint`); together with the model's and
             the training's settings it selects the checkpoint to resume from.
-        seed: of sample order, augmentation and drop path.
+        seed: of sample order, augmentation, drop path and what is remembered.
+        specimens: which specimen a training image shows, by the images' names in the set's
+            description, where several show one.
         on_metrics: called by the main process with the step and the values of each row as it is
             made; after resuming, first with the rows made before. On a GPU from another thread, in
             order, so that a slow one does not let the GPU wait; what it raises ends the training.
@@ -93,7 +101,9 @@ def fit(
             limit = settings.feature_cache_gb * 1e9 / fabric.world_size
             preferred = 8 * len(synthetic_set.normals)
             recall = FeatureCache(model.backbone, scratch, limit=limit, preferred=preferred)
-        forward, optimizer = fabric.setup(TrainingStep(model, settings, recall), optimizer)
+        owners = number_owners(synthetic_set, specimens or {})
+        training_step = TrainingStep(model, settings, recall, owners.to(fabric.device))
+        forward, optimizer = fabric.setup(training_step, optimizer)
         parts = {"model": model, "optimizer": optimizer, "scaler": fabric.strategy.precision}
         parts |= {"history": history, "selection": selection}
         newest = fabric.broadcast(folder.newest() if fabric.is_global_zero else None)
@@ -101,6 +111,11 @@ def fit(
         if first == 0 and model.settings.standardize:
             normals = sample_normals(synthetic_set, STANDARDIZATION_IMAGES)
             model.fit_standardization(images.to(fabric.device) for images in normals)
+        if first == 0 and model.memory is not None:
+            count = min(len(owners), MEMORY_IMAGES)
+            drawn = draw_normals(synthetic_set, owners, settings, count=count, seed=seed)
+            batches = (fabric.to_device(batch) for batch in drawn)
+            model.fill_memory(batches, images=count, seed=seed)
         history.report_again()
         loader = build_loader(synthetic_set, settings, fabric, seed=seed, first=first)
         with history.show_progress(done=first) as advance:
@@ -140,10 +155,15 @@ class TrainingStep(nn.Module):
     """The forward pass of a step; Fabric runs it in the training's precision, and by DDP."""
 
     def __init__(
-        self, model: ALMRR, settings: TrainSettings, recall: FeatureCache | None = None
+        self,
+        model: ALMRR,
+        settings: TrainSettings,
+        recall: FeatureCache | None = None,
+        owners: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.model = model
+        self._owners = owners
         self._recall = recall
         self._settings = settings
         forward = model.training_forward
@@ -160,7 +180,10 @@ class TrainingStep(nn.Module):
             embedded = self.model.embed_both(
                 normal, augmented, lambda images, chosen: recall(images, keys[chosen])
             )
-        output = self._forward(normal, augmented, embedded)
+        owners = None
+        if self.model.memory is not None and self._owners is not None:
+            owners = self._owners[batch["sources"]]
+        output = self._forward(normal, augmented, embedded, owners)
         return compute_losses(output, batch["mask"], self._settings)
 
 
