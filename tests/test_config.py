@@ -10,6 +10,7 @@ from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.config import (
     RENAMED,
     Parameters,
+    TrainSettings,
     load_parameters,
     parse_parameters,
 )
@@ -37,7 +38,7 @@ def test_the_composed_defaults_are_those_of_the_sections(project: Path) -> None:
     assert composed.pop("defaults")[0] == "_self_"
     assert composed.pop("categories") == "???"
     defaults = Parameters(suite="any", categories=["any"]).model_dump(mode="json")
-    del defaults["suite"], defaults["categories"]
+    del defaults["suite"], defaults["budget"], defaults["categories"]
     assert _leaves(composed) == _leaves(defaults)
 
 
@@ -252,3 +253,16 @@ def test_redacted_parameters_have_no_secrets_and_no_folders_of_this_machine(
 def test_redaction_leaves_all_else_as_it_is(values: dict[str, Any]) -> None:
     parameters = parse_parameters(values)
     assert parameters.redacted() == parameters.model_dump(mode="json")
+
+
+@pytest.mark.parametrize(
+    ("per_image", "images", "steps"),
+    [(0.0, 10, 1600), (2.0, 10, 400), (2.0, 300, 600), (2.5, 301, 752), (2.0, 5000, 1600)],
+)
+def test_steps_may_follow_the_number_of_images(per_image: float, images: int, steps: int) -> None:
+    settings = TrainSettings(steps=1600, steps_per_image=per_image, batch_size=4)
+    assert settings.for_images(images) == settings.model_copy(update={"steps": steps})
+
+
+def test_fewer_steps_than_the_least_are_what_was_asked_for() -> None:
+    assert TrainSettings(steps=5, steps_per_image=2.0).for_images(100).steps == 5

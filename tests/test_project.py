@@ -24,6 +24,13 @@ from almrr_pipeline.inference.predictor import Predictor
 
 pytestmark = pytest.mark.xdist_group("project")  # one copy, made once
 
+BACKBONES = {
+    "laptop": "tf_efficientnet_lite0",
+    "workstation": "resnet50.tv_in1k",
+    "paper": "resnet50.tv_in1k",
+}
+"""By budget."""
+
 TINY = """\
 # @package _global_
 suite: tiny
@@ -175,6 +182,35 @@ def test_every_suite_composes_to_valid_parameters(
     parameters = load_parameters(tmp_path / "params.yaml")
     assert parameters.suite == suite
     assert all(dataset_for(category) for category in parameters.categories)
+
+
+@pytest.mark.parametrize("suite", ["sample", "mt_defect"])
+@pytest.mark.parametrize("budget", BACKBONES)
+def test_every_budget_changes_sizes_alone(
+    project: Path, tmp_path: Path, suite: str, budget: str
+) -> None:
+    from almrr_pipeline.config import load_parameters
+
+    def compose(chosen: str) -> dict[str, Any]:
+        folder = tmp_path / chosen
+        shutil.copytree(project / "conf", folder / "conf")
+        config = folder / "conf/config.yaml"
+        text = config.read_text().replace("suite: sample", f"suite: {suite}")
+        config.write_text(text.replace("budget: as_suite", f"budget: {chosen}"))
+        _compose(Project(folder))
+        return load_parameters(folder / "params.yaml").model_dump()
+
+    plain, chosen = compose("as_suite"), compose(budget)
+    assert (plain["budget"], chosen["budget"]) == ("as_suite", budget)
+    assert chosen["categories"] == plain["categories"]
+    assert chosen["data"]["tiling"] == plain["data"]["tiling"]
+    for section in ("inference", "evaluate", "report", "overrides"):
+        assert chosen[section] == plain[section]
+    for name in ("materials", "shapes", "color"):
+        assert chosen["synthesis"][name] == plain["synthesis"][name]
+    for name in ("refinement_input", "residual_channels", "memory_size", "prior", "standardize"):
+        assert chosen["model"][name] == plain["model"][name]
+    assert chosen["backbone"]["name"] == BACKBONES[budget]
 
 
 def test_repro_ends_in_tables_images_and_runs(built: Project) -> None:

@@ -168,10 +168,15 @@ class ModelSettings(Section):
         return self
 
 
+LEAST_STEPS = 400
+"""Of a training whose steps follow the number of images."""
+
+
 class TrainSettings(Section):
     """Optimization of the weights."""
 
-    steps: Positive = 20_000
+    steps: Positive = 20_000  # at most, where they follow the number of images
+    steps_per_image: NonNegative = 0.0  # of normal images or crops; 0: `steps`, whatever there is
     batch_size: Positive = 32
     learning_rate: Annotated[float, Field(gt=0.0)] = 1e-4
     weight_decay: NonNegative = 0.0
@@ -197,6 +202,16 @@ class TrainSettings(Section):
     deterministic: bool = True  # deterministic algorithms of torch (on a CPU they cost nothing)
     compile: bool = False  # torch.compile the trained modules
     channels_last: bool | Literal["auto"] = "auto"  # channels innermost; auto: on GPUs, if mixed
+
+    def for_images(self, count: int) -> TrainSettings:
+        """With the steps that so many normal images or crops are trained for.
+
+        `steps_per_image` for each, no fewer than LEAST_STEPS and no more than `steps`.
+        """
+        if self.steps_per_image == 0.0:
+            return self
+        steps = max(LEAST_STEPS, round(self.steps_per_image * count))
+        return self.model_copy(update={"steps": min(self.steps, steps)})
 
 
 class InferenceSettings(Section):
@@ -256,6 +271,7 @@ class Parameters(Section):
     """All of params.yaml."""
 
     suite: str
+    budget: str = "as_suite"  # of conf/budget: what the sizes were taken from
     categories: Annotated[list[str], Field(min_length=1)]
     seeds: Annotated[list[Seed], Field(min_length=1)] = [0]  # a training of each category per seed
     data: DataSettings = DataSettings()

@@ -53,6 +53,12 @@ def test_history_has_a_row_a_window(model: ALMRR, synthetic_set: Any, train: Tra
     np.testing.assert_allclose(history["loss"], weighted, rtol=1e-5)
 
 
+def test_steps_follow_the_number_of_normal_images(synthetic_set: Any, train: Train) -> None:
+    """Three, so few that the least would do; no more than asked for."""
+    history = train(build_model(), synthetic_set, steps=3, steps_per_image=1000.0, log_every=1)
+    assert history["step"].tolist() == [1, 2, 3]
+
+
 def test_history_rows_are_means_over_their_steps(synthetic_set: Any, train: Train) -> None:
     each = train(build_model(), synthetic_set, steps=4, log_every=1, fingerprint="each")
     pairs = train(build_model(), synthetic_set, steps=4, log_every=2, fingerprint="pairs")

@@ -68,7 +68,8 @@ def fit(
     Args:
         model: with initial weights; MFRM and FRM are trained, the backbone is not.
         synthetic_set: simulated anomalies at the model's image size. No test image can take part.
-        settings: the `train` section.
+        settings: the `train` section; where `steps_per_image` is set, the steps follow the number
+            of the set's normal images.
         scratch: folder for checkpoints; no output of DVC, and shared by all nodes.
         fingerprint: of data and code (see `checkpoints.fingerprint`); together with the model's and
             the training's settings it selects the checkpoint to resume from.
@@ -91,6 +92,7 @@ def fit(
         TrainingInterrupted: after SIGTERM, in all processes.
     """
     check_synthetic_set(synthetic_set, image_size=model.image_size)
+    settings = settings.for_images(len(synthetic_set.normals))
     folder = CheckpointFolder(scratch, _describe(model, synthetic_set, settings, fingerprint, seed))
     with training_environment(model, settings) as (fabric, stop), folder:
         history = History(settings, fabric, on_metrics)
