@@ -18,6 +18,7 @@ from almrr_pipeline.evaluation import bootstrap, curves
 from almrr_pipeline.evaluation import pixels as px
 from almrr_pipeline.evaluation.curves import Curve
 from almrr_pipeline.evaluation.pixels import Indexed, LabeledMaps
+from almrr_pipeline.evaluation.reliability import Reliability
 from almrr_pipeline.evaluation.thresholds import Threshold, proportion, rates_at
 
 Metric = Callable[[Curve], Floats]
@@ -81,6 +82,7 @@ def evaluate(
         **images.values(),
         **pixels.overall.values(),
         "pixel_defective_fraction": pixels.anomalous_fraction(),
+        "reliability": pixels.reliability.summarize(),
         "counts": pixels.count(np.ones_like(labeled)),
         "thresholds": {
             "image": _describe_threshold(image_threshold, ranked, labeled),
@@ -141,6 +143,7 @@ class _Pixels:
     known: Bools  # where the ground truth is known
     anomalous: px.AnomalousPixels
     counts: px.ImageCounts
+    reliability: Reliability
     overall: _CurveMetrics
     by_type: dict[str, _CurveMetrics]
 
@@ -215,7 +218,8 @@ def _measure_pixels(
     limits: Sequence[float],
 ) -> _Pixels:
     """Read the maps: anomalous pixels, then normal pixels of normal images and by defect type."""
-    anomalous, known = px.gather_anomalous(images)
+    reliability = Reliability()
+    anomalous, known = px.gather_anomalous(images, reliability)
     thresholds = anomalous.score[anomalous.last_of_score()]
     edges = px.choose_edges(anomalous, None if threshold is None else threshold.value)
     counts = px.ImageCounts.empty(edges, len(known))
@@ -227,7 +231,8 @@ def _measure_pixels(
         reason = _explain_absence(curve, defective, known)
         return _CurveMetrics(functions, None if reason else curve, reason)
 
-    of_normal = total = px.count_normal(images, ~images.labels, thresholds, counts)
+    normal_images = ~images.labels
+    of_normal = total = px.count_normal(images, normal_images, thresholds, counts, reliability)
     by_type = {}
     for name, chosen in of_type.items():
         of_this = px.count_normal(images, chosen & known, thresholds, counts)
@@ -235,7 +240,8 @@ def _measure_pixels(
         by_type[name] = measure(chosen, of_normal + of_this)
     for index in map(int, np.flatnonzero(~known)):
         counts.peak[index] = images.read(index)[0].max()
-    return _Pixels(images.labels, known, anomalous, counts, measure(images.labels, total), by_type)
+    overall = measure(images.labels, total)
+    return _Pixels(images.labels, known, anomalous, counts, reliability, overall, by_type)
 
 
 def _divide(part: float, whole: float) -> float | None:

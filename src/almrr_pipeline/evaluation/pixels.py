@@ -24,6 +24,7 @@ import scipy.ndimage
 from almrr_pipeline.common.arrays import AnomalyMap, Bools, Floats, Indices, MaskArray
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.evaluation.curves import Curve
+from almrr_pipeline.evaluation.reliability import Reliability
 
 T_co = TypeVar("T_co", covariant=True)
 Scores = npt.NDArray[np.float32]
@@ -114,8 +115,13 @@ def label_regions(mask: MaskArray) -> tuple[npt.NDArray[np.int32], int]:
     return labeled, count
 
 
-def gather_anomalous(images: LabeledMaps) -> tuple[AnomalousPixels, Bools]:
-    """Anomalous pixels of all images, and where the ground truth is known, bool (n,)."""
+def gather_anomalous(
+    images: LabeledMaps, reliability: Reliability | None = None
+) -> tuple[AnomalousPixels, Bools]:
+    """Anomalous pixels of all images, and where the ground truth is known, bool (n,).
+
+    Maps of defective images are added to `reliability`, if it is given.
+    """
     known, count = ~images.labels, 0
     scores, regions = [np.zeros(0, np.float32)], [np.zeros(0, np.uint32)]
     areas, indices = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
@@ -123,6 +129,8 @@ def gather_anomalous(images: LabeledMaps) -> tuple[AnomalousPixels, Bools]:
         values, mask = images.read(index)
         if mask is not None:
             known[index] = True
+            if reliability is not None:
+                reliability.add(values, mask)
             labeled, found = label_regions(mask)
             inside = labeled[mask] - 1
             scores.append(values[mask])
@@ -195,16 +203,23 @@ def just_above(threshold: float) -> np.float32:
 
 
 def count_normal(
-    images: LabeledMaps, chosen: Bools, thresholds: Scores, counts: ImageCounts
+    images: LabeledMaps,
+    chosen: Bools,
+    thresholds: Scores,
+    counts: ImageCounts,
+    reliability: Reliability | None = None,
 ) -> Indices:
     """Count the normal pixels of the images that are True in `chosen`, as `count_reaching` does.
 
-    Each image's own counts are written to `counts` on the way.
+    Each image's own counts are written to `counts` on the way; normal images are added to
+    `reliability`, if it is given.
     """
 
     def sorted_normals() -> Iterator[Scores]:
         for index in map(int, np.flatnonzero(chosen)):
             values, mask = images.read(index)
+            if reliability is not None:
+                reliability.add(values, None)
             rising = np.sort(values if mask is None else values[~mask], axis=None)
             counts.peak[index] = values.max()
             counts.normals[index] = len(rising)
