@@ -74,6 +74,7 @@ def _names(values: dict[str, Any], prefix: str = "") -> set[str]:
         ("model", "residual_channels", -1, "model.residual_channels"),
         ("model", "prior", 0.0, "model.prior"),
         ("model", "prior", 1.0, "model.prior"),
+        ("model", "posterior_gamma", 1.5, "neither 0 nor train.focal_gamma (2)"),
         ("inference", "false_alarm_rate", 0.0, "inference.false_alarm_rate"),
         ("synthesis", "grid_exponents", [5, 0], "synthesis.grid_exponents: 5 to 0 is no range"),
         ("synthesis", "opacity", [0.8, 0.2], "synthesis.opacity: 0.8 to 0.2 is no range"),

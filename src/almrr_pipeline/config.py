@@ -159,6 +159,9 @@ class ModelSettings(Section):
     residual_channels: Count = 0  # mixtures of log(1 + (F - F_hat)^2) as further inputs of the FRM
     memory_size: Count = 0  # normal features, the distance to which is an input of the FRM; 0: none
     prior: OpenFraction | None = None  # probability of an anomaly at which the FRM starts
+    # gamma of the focal loss, whose hesitant confidences become probabilities in the map, in the
+    # same order; it is train.focal_gamma, or 0: the softmax as it is (the paper)
+    posterior_gamma: Annotated[float, Field(ge=0.0)] = 0.0
     standardize: bool = False  # the features' channels, by the normal training images
 
     @model_validator(mode="after")
@@ -310,6 +313,16 @@ class Parameters(Section):
                 listed = ", ".join(sorted(among))
                 reason = _renamed(unknown) or f"not among what may differ by category: {listed}"
                 raise ValueError(f"overrides.{category}.{unknown}: {reason}")
+        return self
+
+    @model_validator(mode="after")
+    def _posterior_is_that_of_the_loss(self) -> Self:
+        gamma, trained = self.model.posterior_gamma, self.train.focal_gamma
+        if gamma and (gamma != trained or gamma < 1.0):
+            raise ValueError(
+                f"model.posterior_gamma: {gamma:g} is neither 0 nor train.focal_gamma "
+                f"({trained:g}), which has to be 1 or more for it"
+            )
         return self
 
     def for_category(self, category: str) -> Parameters:

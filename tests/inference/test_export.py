@@ -36,6 +36,7 @@ def model() -> ALMRR:
             residual_channels=2,
             fine_channels=2,
             memory_size=5,
+            posterior_gamma=2.0,
         )
         model = ALMRR(backbone, sizes, image_size=SIZE).eval()
         model.fill_memory([(draw_images(2), torch.arange(2))], images=2, seed=0)

@@ -24,7 +24,7 @@ KINDS = [
     {"refinement_input": "projection", "refinement_channels": 3, "standardize": True},
     {"residual_channels": 2, "standardize": True},
     {"fine_channels": 3, "standardize": True},
-    {"memory_size": 8, "standardize": True},
+    {"memory_size": 8, "posterior_gamma": 2.0, "standardize": True},
 ]
 NAMES = ["mean", "standardized", "projection", "residual", "fine", "memory"]
 

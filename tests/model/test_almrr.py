@@ -321,7 +321,7 @@ def test_a_model_of_version_0_2_loads_without_what_it_had_not(build_model, tmp_p
     model = build_model()
     model.save(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    for name in ("fine_channels", "memory_size", "residual_channels", "prior"):
+    for name in ("fine_channels", "memory_size", "posterior_gamma", "residual_channels", "prior"):
         del config["model"][name]
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert ALMRR.load(tmp_path).settings == model.settings

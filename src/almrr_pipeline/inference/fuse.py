@@ -39,6 +39,7 @@ from almrr_pipeline.model.kernels.composed import (
 )
 from almrr_pipeline.model.kernels.scan.reference import without_autocast
 from almrr_pipeline.model.mfrm import Decoder, to_map, to_tokens
+from almrr_pipeline.model.posterior import to_probability
 
 _TOLERANCE = 1e-3
 """Largest relative change of outputs by fused batch norms; rounding makes about 1e-6."""
@@ -71,6 +72,7 @@ class FusedALMRR(nn.Module):
     def __init__(self, model: ALMRR) -> None:
         super().__init__()
         self.image_size = model.image_size
+        self.posterior_gamma = model.settings.posterior_gamma
         scale, offset, summary = _standardized_summary(model)
         self.backbone = FusedBackbone(model.backbone, model.image_size)
         self.embedding = FusedEmbedding(model, scale, offset)
@@ -105,9 +107,9 @@ class FusedALMRR(nn.Module):
         decoded = self.decoder(to_map(tokens, self.token_grid))  # (B, k, h, w), or k + C with F_hat
         inputs = self.inputs(maps, decoded)  # (B, 2 k + r, h, w)
         # The softmax of two logits is the logistic function of their difference.
-        probability = self.frm(inputs, images).sigmoid()  # (B, 1, h, w)
-        # Matrices of a GPU's half precision have rows whose sum is a little above 1.
-        return resize_bilinear(probability, self.image_size)[:, 0].clamp(0.0, 1.0)  # (B, H, W)
+        confidence = self.frm(inputs, images).sigmoid()  # (B, 1, h, w)
+        confidence = resize_bilinear(confidence, self.image_size)[:, 0]  # (B, H, W)
+        return to_probability(confidence, self.posterior_gamma)
 
 
 class FusedBackbone(nn.Module):

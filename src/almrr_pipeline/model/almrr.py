@@ -26,6 +26,7 @@ from almrr_pipeline.model.kernels.composed import resize_bilinear
 from almrr_pipeline.model.kernels.scan.reference import widen
 from almrr_pipeline.model.memory import FeatureMemory
 from almrr_pipeline.model.mfrm import MFRM
+from almrr_pipeline.model.posterior import to_probability
 from almrr_pipeline.model.regional_features import RegionalFeatures
 
 MIN_STD = 0.01
@@ -122,8 +123,8 @@ class ALMRR(nn.Module):
         features = self.embed(images)  # stage 2: F (B, C, h, w), h = H / 4, w = W / 4
         reconstruction = self.reconstruct(features)  # stage 3, MFRM: F_hat (B, C, h, w)
         logits = self.refine(reconstruction, features, images)  # stage 4, FRM: (B, 2, h, w)
-        # Matrices of a GPU's half precision have rows whose sum is a little above 1.
-        return self.upsample(logits.softmax(dim=1))[:, 1].clamp(0.0, 1.0)  # (B, H, W)
+        confidence = self.upsample(logits.softmax(dim=1))[:, 1]  # (B, H, W)
+        return to_probability(confidence, self.settings.posterior_gamma)
 
     def training_forward(
         self,

@@ -19,7 +19,7 @@ WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 _NOT_SAVED = {"backbone": {"weights", "sha256"}}
 """Where the backbone's weights came from: they are in the model's own file."""
-_ADDED = {"fine_channels", "memory_size", "residual_channels", "prior"}
+_ADDED = {"fine_channels", "memory_size", "posterior_gamma", "residual_channels", "prior"}
 """Settings of `model` that version 0.2.0 did not have: off, by default, where a file lacks them."""
 _NAMED = 3
 """Differences that an error names before it counts the rest."""
