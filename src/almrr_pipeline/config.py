@@ -248,6 +248,15 @@ class PredictSettings(Section):
     images: str | None = None  # an image or a folder of images
 
 
+class ScaleSettings(Section):
+    """What each task on a Ray cluster asks for; it has no part in any result."""
+
+    cpus: Annotated[float, Field(gt=0.0, le=1024.0)] = 1.0  # cores, and threads of a training
+    gpus: Annotated[float, Field(ge=0.0, le=64.0)] | Literal["auto"] = "auto"  # auto: 1 if any
+    retries: Count = 3  # of a task whose process or machine died
+    wait: NonNegative = 20.0  # seconds for a machine that has what a task asks for to appear
+
+
 OVERRIDABLE = frozenset({"data", "synthesis", "model", "train", "inference", "evaluate", "report"})
 """Sections that may differ by category; the backbone's weights are fetched once for all."""
 _OVERRIDABLE_VALUES = {
@@ -286,6 +295,7 @@ class Parameters(Section):
     evaluate: EvaluateSettings = EvaluateSettings()
     report: ReportSettings = ReportSettings()
     predict: PredictSettings = PredictSettings()
+    scale: ScaleSettings = ScaleSettings()
     overrides: dict[str, dict[str, dict[str, Any]]] = {}  # by category and section
 
     @model_validator(mode="after")
@@ -344,9 +354,10 @@ class Parameters(Section):
     def redacted(self) -> dict[str, Any]:
         """Plain values for a report or a log: without passwords, and without this disk's folders.
 
-        Addresses lose user name, password and query; of a path the last name remains.
+        Addresses lose user name, password and query; of a path the last name remains. What has no
+        part in a result, `scale`, is left out.
         """
-        values = self.model_dump(mode="json")
+        values = self.model_dump(mode="json", exclude={"scale"})
         data = values["data"]
         data["paths"] = {name: redact_address(path) for name, path in data["paths"].items()}
         data["addresses"] = {

@@ -1,0 +1,1 @@
+"""More than one process or machine: work side by side, Ray clusters, archives of images."""
