@@ -1,6 +1,6 @@
 """A model of cost: what a training step and inference take on a GPU, without having one.
 
-    python benchmarks/cost.py [--batches 4 32] [--breakdown]
+    python benchmarks/cost.py [--batches 4 32] [--breakdown | --scan]
 
 The network runs on fake tensors, which have shapes but no values, by the branches of its code that
 a GPU takes; every operation is counted with its FLOP and with the bytes that it has to move: each
@@ -14,7 +14,9 @@ which the host issues them, whichever is longer. Rates are those of the data she
 Caches, kernels that read an input twice, and choices of cuDNN are not in the model: it bounds from
 below, and says which term bounds.
 
-The selective scan is entered by formula, as the Triton kernels do it.
+The selective scan is entered by formula, as the Triton kernels do it. `--scan` models its kernels
+one by one, next to mamba-ssm's, by the instructions that they issue: for so small kernels that is
+what takes longest.
 """
 
 from __future__ import annotations
@@ -75,6 +77,39 @@ BLOCK_D = 8
 """Channels of a program, for which it writes gradients of B and C of its own; likewise."""
 SCAN_FLOP = {"forward": 9, "backward": 30}
 """For each token, channel and state, by counting the kernels' lines; an exponential as one."""
+
+PROGRAMS = 1536
+"""Programs that the scan makes by splitting the tokens; likewise."""
+SCHEDULERS, CLOCK = 528, 1.755e9
+"""Of an H100 SXM: 132 multiprocessors of four, each issues an instruction of a warp per cycle."""
+
+
+@dataclass(frozen=True)
+class Code:
+    """Instructions that a warp issues; counted in the machine code for sm_90."""
+
+    once: int
+    inner: int
+    """In each turn of the loop: over tiles in the Triton kernels, over states in mamba-ssm's."""
+    carry: int = 0
+    """For each span of the tokens before its own."""
+
+
+SCAN_CODE = {  # the Triton kernels for 16 states, by Triton 3.8
+    "float32": {
+        "forward": (Code(227, 333), Code(286, 570, 40)),
+        "backward": (Code(247, 369), Code(421, 1609, 42)),
+    },
+    "bfloat16": {
+        "forward": (Code(231, 345), Code(288, 592, 40)),
+        "backward": (Code(249, 383), Code(413, 1649, 42)),
+    },
+}
+"""Of the summaries of the spans, and of the pass itself."""
+MAMBA_CODE = {  # mamba-ssm 2.3.2.post1 (Apache-2.0), by nvcc 13.5: one warp, eight tokens a lane
+    "float32": {"forward": Code(625, 159), "backward": Code(1057, 487)},
+    "bfloat16": {"forward": Code(624, 168), "backward": Code(1125, 499)},
+}
 
 aten = torch.ops.aten
 FREE = {
@@ -368,6 +403,82 @@ def model_time(operations: Sequence[Operation], device: Device, *, tf32: bool) -
     return result
 
 
+@dataclass(frozen=True)
+class Launch:
+    """A kernel of a scan."""
+
+    warps: int = 0
+    instructions: int = 0
+    """Of each warp."""
+    moved: int = 0
+    """Bytes."""
+
+    def time(self, device: Device) -> float:
+        """Seconds on an H100: of its instructions, of its bytes, or of the shortest kernel."""
+        issued = self.warps * self.instructions / (SCHEDULERS * CLOCK)
+        return max(issued, self.moved / (REACHED["bandwidth"] * device.bandwidth), SHORTEST)
+
+
+def launch_scan(direction: str, precision: str, b: int, l: int, d: int, n: int) -> list[Launch]:  # noqa: E741
+    """The kernels of the Triton scan for 16 states: summaries of the spans, pass, sums."""
+    blocks, tiles = math.ceil(d / BLOCK_D), math.ceil(l / TILE)
+    spans = min(math.ceil(PROGRAMS / (b * blocks)), tiles)
+    summary, code = SCAN_CODE[precision][direction]
+    warps, turns = b * blocks * spans, math.ceil(tiles / spans)
+    size, rows = {"float32": 4, "bfloat16": 2}[precision], b * l * d
+    shared, states = 2 * b * l * n * size, b * d * n * 4
+    launches = []
+    if spans > 1:  # reads u and delta, or delta, the gate and the gradient
+        read = {"forward": 2, "backward": 3}[direction] * rows * size + shared // 2
+        launches.append(Launch(warps, summary.once + turns * summary.inner, read + spans * states))
+    instructions = code.once + turns * code.inner + (spans - 1) * code.carry // 2
+    moved = {"forward": 4, "backward": 7}[direction] * rows * size + shared + tiles * states
+    partial = 2 * blocks * b * l * n * 4 if direction == "backward" else 0
+    launches.append(Launch(warps, instructions, moved + partial + spans * states))
+    if direction == "backward":
+        launches += [Launch(moved=partial // 2)] * 2 + [Launch()] * 3  # sums: B and C; A, D, bias
+        launches += [Launch()] * (2 * (precision == "bfloat16"))  # B and C to bfloat16
+    return launches
+
+
+def launch_mamba(direction: str, precision: str, b: int, l: int, d: int, n: int) -> list[Launch]:  # noqa: E741
+    """The kernels of mamba-ssm's scan, on tensors in its own layout, at 129 to 256 tokens.
+
+    A block of one warp for each image and channel. Its atomic additions to the gradients of B and C
+    count no more than these gradients do, which is in its favor.
+    """
+    code = MAMBA_CODE[precision][direction]
+    size, rows = {"float32": 4, "bfloat16": 2}[precision], b * l * d
+    shared, states = 2 * b * l * n * size, b * d * n * 4
+    # u, delta, z, out before and behind the gate; with the gradients of u, delta, z and out
+    moved = {"forward": 5, "backward": 8}[direction] * rows * size + shared
+    gradients = 2 * b * l * n * 4 if direction == "backward" else 2 * states
+    launches = [Launch(b * d, code.once + n * code.inner, moved + gradients)]
+    if direction == "backward":
+        launches += [Launch()] * 5  # zeros for the gradients of A, B, C, D and the bias
+        launches += [Launch()] * (2 * (precision == "bfloat16"))
+    return launches
+
+
+def print_scans(batches: Sequence[int]) -> None:
+    """The scan's modelled time beside that of mamba-ssm's kernels, at the paper's widths."""
+    heads = ["batch", "precision", "Triton, forward / both, us", "mamba-ssm, forward / both, us"]
+    print(f"| {' | '.join([*heads, 'Triton over it, both'])} |\n|{' --- |' * (len(heads) + 1)}")
+    for precision in SCAN_CODE:
+        for batch in batches:
+            ours, theirs = (
+                [
+                    1e6 * sum(one.time(DEVICES[1]) for one in launch(way, precision, *shape))
+                    for way in ("forward", "backward")
+                ]
+                for launch in (launch_scan, launch_mamba)
+                for shape in [(batch, 256, 384, 16)]
+            )
+            cells = [f"{one[0]:.1f} / {sum(one):.1f}" for one in (ours, theirs)]
+            ratio = sum(ours) / sum(theirs)
+            print(f"| {batch} | {precision} | {' | '.join(cells)} | {ratio:.2f} |")
+
+
 PRECISIONS = (("float32", "float32", False), ("float32, TF32", "float32", True),
               ("bfloat16", "bfloat16", False))  # fmt: skip
 
@@ -379,7 +490,11 @@ def main() -> None:
     )
     parser.add_argument("--batches", type=int, nargs="+", default=[4, 32])
     parser.add_argument("--breakdown", action="store_true", help="also the operations, on an H100")
+    parser.add_argument("--scan", action="store_true", help="the scan's kernels alone, on an H100")
     arguments = parser.parse_args()
+    if arguments.scan:
+        print_scans(arguments.batches)
+        return
     heads = ["what", "batch", "precision", "operations", "TFLOP", "GB"]
     heads += [f"{one.name}, ms" for one in DEVICES]
     print(f"Modelled, not measured.\n\n| {' | '.join(heads)} |\n|{' --- |' * len(heads)}")

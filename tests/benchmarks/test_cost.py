@@ -106,3 +106,39 @@ def test_a_step_and_inference_are_counted_whole(cost: ModuleType) -> None:
     assert inference.moved() < step.moved()
     four = cost.count_inference(4, "float32", **options)
     assert four.flop() == pytest.approx(2 * inference.flop(), rel=0.02)
+
+
+def test_a_scan_s_launches_are_those_of_the_kernels(cost: ModuleType) -> None:
+    triton_backend = pytest.importorskip("almrr_pipeline.model.kernels.scan.triton_backend")
+    constants = (triton_backend._TILE, triton_backend._BLOCK_D, triton_backend._PROGRAMS)
+    assert constants == (cost.TILE, cost.BLOCK_D, cost.PROGRAMS)
+    # Batch 4: 4 x 48 blocks of channels give 1536 programs in 8 spans of 4 tiles each.
+    summary, scan = cost.launch_scan("forward", "float32", 4, 256, 384, 16)
+    assert triton_backend._count_spans(torch.empty(4, 256, 384, device="meta"), 16) == 8
+    assert (summary.warps, scan.warps) == (1536, 1536)
+    assert summary.instructions == 227 + 4 * 333
+    assert scan.instructions == 286 + 4 * 570 + 7 * 40 // 2  # 3.5 spans before its own on average
+    # u, delta, z, out; B, C; the states before 32 tiles; the summaries of 8 spans
+    moved = 4 * 4 * 256 * 384 * 4 + 2 * 4 * 256 * 16 * 4 + (32 + 8) * 4 * 384 * 16 * 4
+    assert scan.moved == moved
+    # Batch 32 fills the GPU without spans.
+    (alone,) = cost.launch_scan("forward", "bfloat16", 32, 256, 384, 16)
+    assert (alone.warps, alone.instructions) == (1536, 288 + 32 * 592)
+    (theirs,) = cost.launch_mamba("forward", "float32", 4, 256, 384, 16)
+    assert (theirs.warps, theirs.instructions) == (1536, 625 + 16 * 159)
+
+
+def test_the_modelled_scan_is_near_mamba_ssm_s(
+    cost: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cost.print_scans([4])
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[2].strip() for row in rows] == ["float32", "bfloat16"]
+    for row in rows:
+        ours, theirs = (float(cell.split("/")[1]) for cell in row[3:5])
+        assert ours <= 3 * theirs
+        assert float(row[5]) == pytest.approx(ours / theirs, abs=0.01)
+    device = cost.DEVICES[1]
+    issued = cost.Launch(warps=cost.SCHEDULERS, instructions=175_500).time(device)
+    assert issued == pytest.approx(1e-4)  # one instruction a cycle at 1.755 GHz
+    assert cost.Launch(warps=1, instructions=1).time(device) == cost.SHORTEST
