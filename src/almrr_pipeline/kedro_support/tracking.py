@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 LONGEST_VALUE = 500
 """MLflow's limit for the text of a parameter, which it refuses to exceed."""
@@ -42,20 +43,15 @@ def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def live_logger() -> Callable[[int, Mapping[str, float]], None]:
-    """A function that logs a training step's losses to the run that is active now, if any.
+LogRow: TypeAlias = Callable[[int, Mapping[str, float]], None]
+"""Logs the values of a step; raises nothing, and may be called by any thread."""
+live_run: ContextVar[LogRow | None] = ContextVar("live_run", default=None)
+"""Of the node that this thread runs; set by the hook where the run is tracked."""
 
-    Any thread may call it; MLflow's active run is known to this one alone.
-    """
-    import mlflow  # slow; only here: the other functions serve runs that are not tracked too
 
-    run = mlflow.active_run()
-
-    def log(step: int, values: Mapping[str, float]) -> None:
-        if run is not None:
-            mlflow.log_metrics(dict(values), step=step, run_id=run.info.run_id)
-
-    return log
+def live_logger() -> LogRow | None:
+    """What logs a training step's losses to the run that is active now, if any."""
+    return live_run.get()
 
 
 def run_tags(project: Path, *, stage: str, category: str, seed: str) -> dict[str, str]:
@@ -70,10 +66,11 @@ def run_tags(project: Path, *, stage: str, category: str, seed: str) -> dict[str
 def git_commit(project: Path) -> str | None:
     """Commit that is checked out, with `with changes` where files differ; None outside of git.
 
-    dvc.lock does not count: DVC writes it while the stages run.
+    What a run itself writes does not count: dvc.lock and the headline figures.
     """
     revision = ["git", "rev-parse", "--short=12", "HEAD"]
-    status = ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!dvc.lock"]
+    written = (":!dvc.lock", ":!data/08_reporting/headline.json")
+    status = ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", *written]
     try:
         commit, changes = (
             subprocess.run(
