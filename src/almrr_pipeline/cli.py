@@ -374,6 +374,23 @@ def info(model_folder: Path) -> None:
     click.echo(describe_model(model_folder))
 
 
+@almrr.command(short_help="Deliver to MLflow what it has not received yet.")
+def sync() -> None:
+    """Deliver what runs have logged while MLflow's server was away or its database locked.
+
+    Such runs end as they would have; what they log waits in .almrr/tracking of the project. The
+    next tracked run delivers it as well.
+
+    \b
+    Example:
+      almrr sync
+    """  # noqa: D301
+    from almrr_pipeline.kedro_support.config_loader import project_root
+    from almrr_pipeline.kedro_support.sync import deliver_waiting
+
+    click.echo(deliver_waiting(project_root()))
+
+
 @almrr.command(short_help="All categories that can be fetched, with their licenses.")
 def categories() -> None:
     """List the categories that this package can fetch, and the license of each.
