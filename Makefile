@@ -16,6 +16,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 run: $(VENV)/installed
 	dvc repro
 	@echo "The report: data/08_reporting/report.html"
+	@echo "To keep these figures: git add dvc.lock data/08_reporting/headline.json && git commit"
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 pytest --numprocesses auto --dist loadgroup

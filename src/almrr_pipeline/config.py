@@ -260,7 +260,10 @@ class ScaleSettings(Section):
 OVERRIDABLE = frozenset({"data", "synthesis", "model", "train", "inference", "evaluate", "report"})
 """Sections that may differ by category; the backbone's weights are fetched once for all."""
 _OVERRIDABLE_VALUES = {
-    "data": frozenset({"image_size", "tiling", "validation_fraction"}),
+    "data": frozenset(
+        {"image_size", "tiling", "validation_fraction"}
+        | {"normal_names", "mask_values", "mask_threshold"}
+    ),
     "report": frozenset({"examples"}),
 }
 """All that may differ in these sections; the fetching and the page are the same for all."""

@@ -114,7 +114,7 @@ def staging_folder(parent: Path) -> Iterator[Path]:
     with report_disk_errors(parent):
         parent.mkdir(parents=True, exist_ok=True)
         for leftover in parent.glob(f"{mine}*"):
-            if not _is_running(int(leftover.name.split("@")[2])):
+            if not is_running(int(leftover.name.split("@")[2])):
                 remove_folder(leftover)
         folder = Path(tempfile.mkdtemp(prefix=f"{mine}{os.getpid()}@", dir=parent))
         folder.chmod(0o755)  # mkdtemp's 0o700 would lock out others on a shared disk
@@ -126,7 +126,8 @@ def staging_folder(parent: Path) -> Iterator[Path]:
         raise
 
 
-def _is_running(pid: int) -> bool:
+def is_running(pid: int) -> bool:
+    """Whether a process of this machine has this number."""
     try:
         if os.name == "posix":  # elsewhere signal 0 would end the process
             os.kill(pid, 0)

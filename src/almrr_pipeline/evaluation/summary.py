@@ -42,6 +42,25 @@ def summarize(metrics: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[st
     }
 
 
+HEADLINE = ("image_auroc", "pixel_auroc", "pixel_ap", "aupro_30")
+"""What a table of many categories and experiments has room for."""
+
+
+def pick_headline(summary: Mapping[str, Any]) -> dict[str, Numbers]:
+    """A few metrics of each category, and their means as `mean`, with four decimals.
+
+    Small enough for git to keep, and rounded to what two processors agree on most of the time.
+    """
+    rows: dict[str, Numbers] = {**summary["categories"], "mean": summary["mean"]}
+    return {
+        name: {
+            metric: None if (value := row.get(metric)) is None else round(value, 4)
+            for metric in HEADLINE
+        }
+        for name, row in rows.items()
+    }
+
+
 def _numbers(values: Mapping[str, Any]) -> Numbers:
     return {
         name: value

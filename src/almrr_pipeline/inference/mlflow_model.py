@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import re
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -35,6 +34,7 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 import almrr_pipeline
 from almrr_pipeline.common.arrays import ImageArray
+from almrr_pipeline.common.encoded import to_bytes
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.common.images import Reading, decode_image, encode_map
 from almrr_pipeline.inference.inference_config import InferenceConfig
@@ -62,8 +62,6 @@ SIGNATURE = ModelSignature(
     params=ParamSchema([ParamSpec("anomaly_map", DataType.boolean, False)]),
 )
 """One row per image: its file, as base64 or bytes, in; score, verdict, map on request out."""
-_PREFIX = re.compile(r"\s*(?:\{'b64': ')?(?:data:[^,]*,)?")
-"""Of a data URI, or of TensorFlow Serving's {"b64": ...} as MLflow writes it into a cell."""
 
 
 class RequestError(AlmrrError, MlflowException):
@@ -156,23 +154,11 @@ def _decode_rows(model_input: pd.DataFrame, reading: Reading) -> Iterator[ImageA
     for position, content in enumerate(model_input["image"]):
         row = f"row {position} of the column 'image'"
         try:
-            yield decode_image(_to_bytes(content), Path(row), reading)
+            yield decode_image(to_bytes(content), Path(row), reading)
         except (AlmrrError, TypeError, binascii.Error) as error:
             reason = str(error) if row in str(error) else f"{row} is not base64 ({error})"
             advice = 'send {"dataframe_records": [{"image": "<base64 of an image file>"}]}'
             raise RequestError(f"{reason.rstrip('.')}; {advice}.") from error
-
-
-def _to_bytes(content: object) -> bytes:
-    """Return an image file's bytes; base64 is decoded, wherever MLflow has left it as it came."""
-    if isinstance(content, bytes) and not re.fullmatch(rb"[\x20-\x7e\s]*", content[:64]):
-        return content  # every image format has other bytes in its header
-    text = content.decode("ascii") if isinstance(content, bytes) else content
-    if not isinstance(text, str):
-        raise TypeError(f"it is of the type {type(content).__name__}")
-    encoded = _PREFIX.sub("", text, count=1).removesuffix("'}")
-    standard = "".join(encoded.split()).rstrip("=").translate(str.maketrans("-_", "+/"))
-    return base64.b64decode(standard + "=" * (-len(standard) % 4), validate=True)
 
 
 def _to_row(prediction: Prediction, *, with_map: bool) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from almrr_pipeline.baselines.findings import list_warnings
 from almrr_pipeline.config import DataSettings, parse_parameters
 from almrr_pipeline.datasets.manifest import has_validation, training_split
 from almrr_pipeline.datasets.registry import dataset_for
-from almrr_pipeline.evaluation.summary import summarize
+from almrr_pipeline.evaluation.summary import pick_headline, summarize
 from almrr_pipeline.kedro_support.tracking import git_commit, numbers
 from almrr_pipeline.pipelines.per_category import step
 from almrr_pipeline.reporting.examples import read_examples
@@ -120,3 +120,4 @@ def summarizing_nodes(categories: Iterable[str], seeds: Iterable[int]) -> list[N
         step(summarize_runs, reports, "summary summary_table"),
         step(render_page, f"parameters data_folder summary {reports}", "report_page"),
     ]
+        step(pick_headline, "summary", "headline"),
