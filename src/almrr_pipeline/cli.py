@@ -453,3 +453,62 @@ def __getattr__(name: str) -> click.Command:
 
 if __name__ == "__main__":
     main()
+@almrr.command(short_help="An HTTP server for a model.")
+@_model_folder
+@click.option("--host", default="127.0.0.1", help="Address to listen at; 0.0.0.0 for all.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, help="0 for any free one.")
+@click.option(
+    "--max-mb",
+    type=_Number(0.0, min_open=True),
+    default=32.0,
+    help="Largest request, in megabytes.",
+)
+@click.option(
+    "--max-megapixels",
+    type=_Number(0.0, min_open=True),
+    default=50.0,
+    help="Largest image; a smaller limit of the model's own counts.",
+)
+@click.option(
+    "--timeout",
+    type=_Number(0.0, min_open=True),
+    default=30.0,
+    help="Seconds until an answer, or 503.",
+)
+@_predictor_options
+def serve(
+    model_folder: Path,
+    host: str,
+    port: int,
+    max_mb: float,
+    max_megapixels: float,
+    timeout: float,
+    **options: Any,  # noqa: ANN401 - those of _predictor_options
+) -> None:
+    """Answer HTTP requests with the model in MODEL_FOLDER; `Ready` when it is warm.
+
+    \b
+    POST /predict  JSON {"images": [base64 or data URI, ...]}, multipart/form-data with files, or an
+                   image file as the body; ?overlay=1 and ?map=1 add images to the answer
+    GET /health    200 when it answers
+    GET /model     version, threshold, guarantee
+    GET /metrics   counters for Prometheus
+
+    \b
+    Examples:
+      almrr serve data/06_models/sample_brick/seed_0
+      curl -F image=@photograph.png http://127.0.0.1:8000/predict
+    """  # noqa: D301
+    from almrr_pipeline.inference.inference_config import InferenceConfig
+
+    InferenceConfig.load(model_folder)
+
+    from almrr_pipeline.inference.predictor import Predictor
+    from almrr_pipeline.serving.server import Limits, Service
+    from almrr_pipeline.serving.server import serve as listen
+
+    limits = Limits(megabytes=max_mb, megapixels=max_megapixels, seconds=timeout)
+    service = Service(model_folder, Predictor(model_folder, **options), limits)
+    listen(service, host=host, port=port, on_ready=lambda url: click.echo(f"Ready: {url}"))
+
+
