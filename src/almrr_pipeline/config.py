@@ -239,7 +239,7 @@ class ReportSettings(Section):
     """Content of the report."""
 
     examples: Positive = 3  # images of each group (best, typical, worst) and category
-    title: str = "ALMRR: defects on textured surfaces"
+    title: str | None = None  # of the page; null names the surfaces
 
 
 class PredictSettings(Section):

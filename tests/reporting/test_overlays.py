@@ -22,6 +22,7 @@ from almrr_pipeline.reporting.overlays import (
     draw_overlay,
     draw_panel,
     encode_image,
+    heat_end,
     outline,
 )
 
@@ -75,6 +76,15 @@ def test_prediction_imports_matplotlib_only_to_draw() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.parametrize("threshold", [0.02, 0.4, 0.7])
+def test_what_is_found_is_never_dull(threshold: float) -> None:
+    above = color_map(np.array([[threshold * 1.01]]), heat_end(threshold))[0, 0]
+    assert above[0] > 200  # orange, whatever the threshold
+    assert above[1] > 70
+    below = color_map(np.array([[threshold / 2]]), heat_end(threshold))[0, 0]
+    assert below[0] < 130
+
+
 def test_color_map_has_a_fixed_scale_and_clips() -> None:
     colors = color_map(np.array([[-3.0, 0.0, 1.0, 7.0, np.nan]]))
     assert (colors[0, [0, 1, 4]] == HEAT[0]).all()
@@ -120,7 +130,7 @@ def test_panel_shows_image_truth_heat_and_outlines(image: np.ndarray, square: np
     panel = draw_panel(image, square, heat, threshold=0.5)
     assert (tile(panel, 0) == image).all()
     assert (colored(tile(panel, 1), (255, 255, 255)) == square).all()
-    assert (tile(panel, 2) == color_map(heat)).all()
+    assert (tile(panel, 2) == color_map(heat, 0.8)).all()
     assert (colored(tile(panel, 3), FOUND_COLOR) == outline(heat > 0.5, width=2)).all()
     truth = colored(tile(panel, 3), TRUTH_COLOR)
     assert truth.any()

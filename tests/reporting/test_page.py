@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import re
 from dataclasses import replace
@@ -17,7 +18,8 @@ from PIL import Image
 from almrr_pipeline.config import Parameters, parse_parameters
 from almrr_pipeline.evaluation.summary import summarize
 from almrr_pipeline.reporting.examples import Overlay, pack_examples, read_examples
-from almrr_pipeline.reporting.page import Report, render_report
+from almrr_pipeline.reporting.overlays import draw_panel, encode_image
+from almrr_pipeline.reporting.page import Report, name_surfaces, render_report
 
 VOID = {"meta", "link", "img", "br"}
 
@@ -71,12 +73,14 @@ def test_every_element_is_closed(page: Page) -> None:
     assert page.open == []
 
 
-def test_nothing_is_fetched_and_nothing_runs(report: Report) -> None:
+def test_nothing_is_fetched_and_only_the_own_script_runs(report: Report) -> None:
     text = render_report(report)
     assert "http" not in text.replace('xmlns="http://www.w3.org/2000/svg"', "").replace(
         "http-equiv", ""
     )
-    assert "<script" not in text
+    (script,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    assert text.count("<script") == 1
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert "@import" not in text
     page = Page(text)
     addresses = [
@@ -90,17 +94,22 @@ def test_nothing_is_fetched_and_nothing_runs(report: Report) -> None:
     policy = next(a["content"] for a in page.all("meta") if "http-equiv" in a)
     assert policy is not None
     assert "default-src 'none'" in policy
+    assert f"script-src 'sha256-{digest}';" in policy
 
 
 def test_links_and_names_fit_together(page: Page) -> None:
     names = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(names) == len(set(names))
-    assert {a["href"] for a in page.all("a")} == {f"#{name}" for name in names}
+    links = {a["href"] for a in page.all("a")} | {use["href"] for use in page.all("use")}
+    assert links == {f"#{name}" for name in names} - {"#zoom", "#zoom-name"}
 
 
 def test_images_and_tables_can_be_read_aloud(page: Page) -> None:
-    assert all(image["alt"] for image in page.all("img"))
-    assert all(drawing["aria-label"] for drawing in page.all("svg"))
+    assert all(image["alt"] for image in page.all("img") if "src" in image)
+    assert all("aria-label" in drawing or "aria-hidden" in drawing for drawing in page.all("svg"))
+    assert "a.png · hole: image, ground truth" in str(
+        [a.get("aria-label") for a in page.all("div")]
+    )
     assert len(page.all("caption")) == len(page.all("table")) >= 4
     assert all(head.get("scope") in {"row", "col", "colgroup"} for head in page.all("th"))
     assert page.all("html")[0]["lang"] == "en"
@@ -134,7 +143,7 @@ def test_hostile_words_stay_words(report: Report) -> None:
     text = render_report(hostile)
     page = Page(text)
     assert page.open == []
-    assert [image["src"][:5] for image in page.all("img") if image["src"]] == ["data:"]
+    assert all((image["href"] or "")[:5] == "data:" for image in page.all("image"))
     assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
     assert page.text.count(HOSTILE) >= 8
 
@@ -229,7 +238,7 @@ def test_a_category_with_values_of_its_own_has_a_protocol_of_its_own(
 
 
 def test_every_parameter_is_on_the_page(page: Page, parameters: Parameters) -> None:
-    for name, value in parameters.model_dump(mode="json").items():
+    for name, value in parameters.redacted().items():
         assert name in page.text or not value
         for inner in value if isinstance(value, dict) else ():
             assert f"{inner}:" in page.text
@@ -331,28 +340,49 @@ def test_the_overlap_curve_fills_its_frame(report: Report) -> None:
     assert ends == ["340", "340"]
 
 
-def embedded(report: Report, image: Image.Image, format_: str) -> tuple[str, bytes]:
-    """Address type and content of an image as the page embeds it."""
-    stream = io.BytesIO()
-    image.save(stream, format_)
-    page = Page(render_report(alone(report, overlays=[Overlay("best", "a", stream.getvalue())])))
-    kind, content = (page.all("img")[0]["src"] or "").split(";base64,")
-    return kind, base64.b64decode(content)
+def test_a_panel_is_embedded_once_and_shown_as_four_tiles(report: Report) -> None:
+    panel = encode_image(
+        draw_panel(
+            np.zeros((90, 60, 3), np.uint8), None, np.zeros((9, 6), np.float32), threshold=None
+        )
+    )
+    page = Page(render_report(alone(report, overlays=[Overlay("best", "a", panel)])))
+    (image,) = page.all("image")
+    assert image["href"] == f"data:image/webp;base64,{base64.b64encode(panel).decode()}"
+    assert [use["href"] for use in page.all("use")] == [f"#{image['id']}"] * 3
+    boxes = [svg["viewbox"] for svg in page.all("svg") if "aria-hidden" in svg and "viewbox" in svg]
+    assert boxes == [f"{6 + 278 * column} 6 272 272" for column in range(4)]
 
 
-@pytest.mark.parametrize("format_", ["PNG", "WEBP"])
-def test_images_become_small_web_images(report: Report, format_: str) -> None:
-    noise = np.random.default_rng(0).integers(0, 255, (200, 2000, 3), dtype=np.uint8)
-    kind, content = embedded(report, Image.fromarray(noise), format_)
-    assert kind == "data:image/webp"
-    assert Image.open(io.BytesIO(content)).size == (1280, 128)
+@pytest.mark.parametrize(
+    ("categories", "title"),
+    [
+        (["sample_brick"], "Defects on brick"),
+        (
+            ["mvtec_carpet", "folder_my_parts", "mt_defect"],
+            "Defects on carpet, my parts and mt defect",
+        ),
+        ([f"mvtec_{k}" for k in range(7)], "Defects on 7 surfaces"),
+    ],
+)
+def test_the_title_names_the_surfaces(categories: list[str], title: str) -> None:
+    assert name_surfaces(categories) == title
 
 
-def test_web_images_are_embedded_as_they_are(report: Report) -> None:
-    stream = io.BytesIO()
-    image = Image.fromarray(np.zeros((20, 60, 3), np.uint8))
-    image.save(stream, "WEBP")
-    assert embedded(report, image, "WEBP") == ("data:image/webp", stream.getvalue())
+def test_a_title_of_ones_own_stands(report: Report, page: Page) -> None:
+    assert "Defects on brick and nanotwice" in page.text
+    values = report.parameters.model_dump(mode="json") | {"report": {"title": "Line 3"}}
+    named = replace(report, parameters=parse_parameters(values))
+    assert "Line 3" in Page(render_report(named)).text
+
+
+def test_missed_defects_and_stopped_good_parts_come_before_metrics(report: Report) -> None:
+    page = Page(render_report(alone(report)))
+    image = report.categories[0].metrics["thresholds"]["image"]
+    missed = f"{12 - image['detections']['count']} of 12 defective test images; 95 % interval"
+    stopped = f"{image['false_alarms']['count']} of 12 normal test images; 95 % interval"
+    places = [page.text.index(words) for words in (missed, stopped, "image AUROC")]
+    assert places == sorted(places)
 
 
 def test_images_that_were_on_disk_do_not_name_their_folder(report: Report, tmp_path: Any) -> None:

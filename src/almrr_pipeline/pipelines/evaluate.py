@@ -1,8 +1,8 @@
-"""The evaluate pipeline: model + test images -> maps -> scores, metrics, curves, overlays."""
+"""The evaluate pipeline: model + test images -> maps -> scores, metrics, curves, images."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from almrr_pipeline.inference.predictor import Predictor, image_score
 from almrr_pipeline.inference.streams import take_batches
 from almrr_pipeline.pipelines.per_category import step
 from almrr_pipeline.reporting.examples import Result, draw_examples, pack_examples
+from almrr_pipeline.reporting.gallery import Gallery, build_gallery
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,12 @@ class TestSet:
     folder: Path
     config: InferenceConfig
     mask_reading: MaskReading
+
+    @property
+    def pixel_value(self) -> float | None:
+        """The threshold of the outlines, if there is one."""
+        threshold = self.config.pixel_threshold
+        return threshold.value if threshold else None
 
     def masks(self, maps: AnomalyMaps) -> GroundTruth:
         """Ground truth of the images, each at the size of its map."""
@@ -105,15 +112,27 @@ def draw_overlays(
     maps: AnomalyMaps, scores: pd.DataFrame, test_set: TestSet, report: ReportSettings
 ) -> dict[str, bytes]:
     """Draw the best, typical and worst results: files by name, among them an index of captions."""
-    masks, threshold = test_set.masks(maps), test_set.config.pixel_threshold
+    load, value = _reader(maps, test_set), test_set.pixel_value
+    return pack_examples(draw_examples(scores, count=report.examples, load=load, threshold=value))
+
+
+def collect_gallery(maps: AnomalyMaps, test_set: TestSet) -> Gallery:
+    """Reduce every test image and its map to what the report's page has room for."""
+    largest = max((float(anomaly_map.max()) for anomaly_map in maps), default=1.0)
+    load, value = _reader(maps, test_set), test_set.pixel_value
+    return build_gallery(test_set.rows["image"], load, largest=largest, threshold=value)
+
+
+def _reader(maps: AnomalyMaps, test_set: TestSet) -> Callable[[str], Result]:
+    """A function that reads an image of the test set, its ground truth and its map."""
+    masks = test_set.masks(maps)
     places = {image: place for place, image in enumerate(test_set.rows["image"])}
 
     def load(image: str) -> Result:
         pixels = read_image(test_set.folder / image, test_set.config.reading)
         return pixels, masks[places[image]], maps[places[image]]
 
-    value = threshold.value if threshold else None
-    return pack_examples(draw_examples(scores, count=report.examples, load=load, threshold=value))
+    return load
 
 
 # Maps and overlays are written as partitions and read as a folder: two entries of the catalog.
@@ -124,4 +143,5 @@ NODES = [
     step(score_images, f"{_MAPS} test_set", "scores"),
     step(compute_metrics, f"{_MAPS} scores test_set params:evaluate params:seed", "metrics curves"),
     step(draw_overlays, f"{_MAPS} scores test_set params:report", "overlays@partitions"),
+    step(collect_gallery, f"{_MAPS} test_set", "gallery"),
 ]

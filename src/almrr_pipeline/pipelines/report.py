@@ -34,6 +34,7 @@ def collect_results(
     scores: pd.DataFrame,
     curves: Mapping[str, Callable[[], pd.DataFrame]],
     overlays: Path,
+    gallery: dict[str, Any],
 ) -> dict[str, Any]:
     """Read what the evaluation of one category and seed has written."""
     return {
@@ -41,6 +42,7 @@ def collect_results(
         "scores": scores,
         "curves": {name: load() for name, load in curves.items()},
         "overlays": read_examples(overlays),
+        "gallery": gallery,
     }
 
 
@@ -103,7 +105,7 @@ def render_page(
 
 
 NODES = [
-    step(collect_results, "metrics scores curves overlays@folder", "results"),
+    step(collect_results, "metrics scores curves overlays@folder gallery", "results"),
     step(
         report_category,
         "params:category params:seed params:data manifest model results baselines",

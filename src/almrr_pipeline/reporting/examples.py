@@ -73,15 +73,20 @@ def choose_examples(scores: pd.DataFrame, count: int) -> dict[ExampleKind, pd.Da
 
 def caption_example(row: pd.Series) -> str:
     """Return the caption of an image: file name, defect type, score, outcome, pixel AP."""
-    verdict = _VERDICTS.get(row.get("is_anomalous"))
-    outcomes = {True: ("false positive", "found"), False: ("passed", "missed")}
     words = [str(row["image"]).rsplit("/", 1)[-1], str(row.get("defect_type", row["label"]))]
     words.append(f"score {row['score']:.3f}")
-    if verdict is not None:
-        words.append(outcomes[verdict][row["label"] == "defective"])
+    if outcome := name_outcome(row):
+        words.append(outcome)
     if not pd.isna(row.get("pixel_ap")):
         words.append(f"pixel AP {row['pixel_ap']:.2f}")
     return " · ".join(words)
+
+
+def name_outcome(row: pd.Series) -> str:
+    """Return found, missed, passed or false positive; empty where there is no verdict."""
+    verdict = _VERDICTS.get(row.get("is_anomalous"))
+    outcomes = {True: ("false positive", "found"), False: ("passed", "missed")}
+    return "" if verdict is None else outcomes[verdict][row["label"] == "defective"]
 
 
 def draw_examples(

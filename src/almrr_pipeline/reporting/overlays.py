@@ -37,21 +37,31 @@ _CLEAR: Color = (112, 214, 150)
 _TILE = 272  # edge of the square box that a panel's tile is fitted into, in pixels
 _GAP = 6
 _FOOT = 26
+PANEL_TILES = tuple((_GAP + column * (_TILE + _GAP), _GAP, _TILE) for column in range(4))
+"""Left, top and width of a panel's four tiles, in pixels; they end `PANEL_FOOT` above its end."""
+PANEL_FOOT = _GAP + _FOOT
 _FONT_SIZE = 13
 _SMALLEST_OVERLAY = 360  # narrower images are enlarged in draw_overlay: the caption needs the width
 _font = cache(ImageFont.load_default)  # by size
 _HEAT_OPACITY = 0.6  # at its strongest the image still shines through
+HEAT_TOP = 1.6
+"""End of the heat's scale as a multiple of the threshold: what is found begins at orange."""
 
 
-def color_map(anomaly_map: npt.NDArray[np.floating]) -> ImageArray:
-    """Color an anomaly map (H, W) on the fixed scale 0 (black) to 1 (pale yellow): uint8 RGB.
+def heat_end(threshold: float | None) -> float:
+    """Return the value of the palest color: 1.6 times the pixel threshold, or 1 without one."""
+    return HEAT_TOP * threshold if threshold else 1.0
+
+
+def color_map(anomaly_map: npt.NDArray[np.floating], end: float = 1.0) -> ImageArray:
+    """Color an anomaly map (H, W) on the scale 0 (black) to `end` (pale yellow): uint8 RGB.
 
     Values outside take the color of the nearer end, NaN that of 0. The colors are matplotlib's
     "inferno": its lightness rises evenly, so that equal steps look equal, in gray print too.
     """
     from matplotlib import colormaps  # slow to import, and not needed to predict without overlays
 
-    values = np.clip(np.nan_to_num(anomaly_map, nan=0.0), 0.0, 1.0)
+    values = np.clip(np.nan_to_num(anomaly_map, nan=0.0) / end, 0.0, 1.0)
     table = colormaps["inferno"](np.arange(256), bytes=True)[:, :3]  # a look-up is a third the work
     return np.asarray(table[np.rint(values * 255).astype(np.uint8)])
 
@@ -68,7 +78,8 @@ def draw_panel(
         image: uint8 RGB, shape (H, W, 3).
         mask: ground truth, bool, any shape; None where there is none.
         anomaly_map: float32 in [0, 1], any shape.
-        threshold: of pixels, also marked on the heat map's scale; None outlines the truth alone.
+        threshold: of pixels, marked on the heat's scale, which ends at 1.6 times it; None outlines
+            the truth alone, and the scale ends at 1.
 
     Returns:
         uint8 RGB, 1118 pixels wide, at most 310 high.
@@ -80,7 +91,8 @@ def draw_panel(
     truth = None if mask is None else resize_mask(mask, size)
     white = np.zeros(size, bool) if truth is None else truth
     truth_tile = np.where(white[..., None], 255, _EMPTY).astype(np.uint8)
-    tiles = [image, truth_tile, color_map(heat), _draw_outlines(image, truth, heat, threshold)]
+    colored = color_map(heat, heat_end(threshold))
+    tiles = [image, truth_tile, colored, _draw_outlines(image, truth, heat, threshold)]
     canvas = Image.new("RGB", (4 * _TILE + 5 * _GAP, size[0] + 2 * _GAP + _FOOT), _BACKGROUND)
     for column, tile in enumerate(tiles):
         left = _GAP + column * (_TILE + _GAP)
@@ -114,8 +126,9 @@ def draw_overlay(
     factor = -(-_SMALLEST_OVERLAY // columns)
     size = (rows * factor, columns * factor)
     image, heat = resize_image(image, size), _resize_map(anomaly_map, size)
-    opacity = _HEAT_OPACITY * heat[..., None]
-    warm = np.rint((1.0 - opacity) * image + opacity * color_map(heat)).astype(np.uint8)
+    end = heat_end(threshold)
+    opacity = _HEAT_OPACITY * np.clip(heat / end, 0.0, 1.0)[..., None]
+    warm = np.rint((1.0 - opacity) * image + opacity * color_map(heat, end)).astype(np.uint8)
     outlined = _draw_outlines(warm, None, heat, threshold)
     return np.concatenate([outlined, _write_verdict(size[1], score, is_anomalous)])
 
@@ -184,16 +197,17 @@ def _write_feet(
 
 
 def _draw_scale(canvas: Image.Image, *, left: int, top: int, threshold: float | None) -> None:
-    """Draw the heat map's scale, 0 to 1, with a mark at the threshold."""
+    """Draw the heat map's scale, from 0, with a mark at the threshold."""
     draw, font = ImageDraw.Draw(canvas), _font(_FONT_SIZE)
     draw.text((left, top + 8), "anomaly map", _QUIET, font)
-    start, width, height = left + 106, _TILE - 106 - 14, 9
+    end = heat_end(threshold)
+    start, width, height = left + 106, _TILE - 106 - 38, 9
     bar = color_map(np.tile(np.linspace(0.0, 1.0, width), (height, 1)))
     canvas.paste(Image.fromarray(bar), (start, top + 12))
     draw.text((start - 13, top + 8), "0", _QUIET, font)
-    draw.text((start + width + 6, top + 8), "1", _QUIET, font)
+    draw.text((start + width + 6, top + 8), f"{end:.2g}", _QUIET, font)
     if threshold is not None:
-        at = start + round(min(max(threshold, 0.0), 1.0) * (width - 1))
+        at = start + round(min(max(threshold / end, 0.0), 1.0) * (width - 1))
         draw.line((at, top + 9, at, top + 12 + height + 2), FOUND_COLOR, 2)
 
 

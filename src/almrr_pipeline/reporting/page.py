@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import re
@@ -19,13 +20,12 @@ from PIL import Image
 
 from almrr_pipeline.baselines.findings import list_warnings
 from almrr_pipeline.config import Parameters
-from almrr_pipeline.reporting import charts, tables
+from almrr_pipeline.reporting import charts, overlays, tables, verdicts
 from almrr_pipeline.reporting.examples import Overlay
-from almrr_pipeline.reporting.overlays import encode_image
+from almrr_pipeline.reporting.gallery import Gallery, show_gallery, split_budget
+from almrr_pipeline.reporting.verdicts import Headline
 
-_Headline = tuple[str, str, str]  # name, value and small print
-_WEB_FORMATS = {"WEBP", "JPEG"}  # embedded as they are
-_WIDEST = 1280  # pixels; a panel has 1118
+_MANY = 6  # surfaces, beyond which the title counts instead of naming them
 _HEADLINES = ("image_auroc", "pixel_auroc", "pixel_ap")
 _FIGURES: Sequence[tuple[str, str, charts.CurveKind]] = (
     ("Precision and recall, pixels", "pr", "pr"),
@@ -47,6 +47,7 @@ class CategoryReport:
     scores: pd.DataFrame  # a row per test image, as evaluation.maps.tabulate_scores gives them
     curves: Mapping[str, pd.DataFrame]  # as in Evaluation; missing or without rows if undefined
     overlays: Sequence[Overlay] = ()  # drawn examples
+    gallery: Gallery | None = None  # every test image, as gallery.build_gallery returns it
     training_images: int | None = None  # normal images that were trained on; None if unknown
     validation_images: int | None = None  # normal images for the thresholds
     has_validation: bool = False  # whether these are the dataset's own validation images
@@ -56,7 +57,7 @@ class CategoryReport:
 
 @dataclass(frozen=True)
 class Report:
-    """Content of the page; title and suite are taken from the run's parameters."""
+    """Content of the page; the suite is taken from the run's parameters, and a title if given."""
 
     parameters: Parameters
     categories: Sequence[CategoryReport]  # of each category and seed, in the order of the page
@@ -66,7 +67,10 @@ class Report:
 
 
 def render_report(report: Report) -> str:
-    """Render the page: HTML5, no script, nothing fetched, equal bytes for equal input."""
+    """Render the page: HTML5, nothing fetched, complete without its script.
+
+    Equal input gives equal bytes. The content security policy lets in the page's own script alone.
+    """
     runs = {_label(run, report): run for run in report.categories}
     links = {label: f"category-{place}" for place, label in enumerate(runs, start=1)}
     metrics = {label: run.metrics for label, run in runs.items()}
@@ -77,10 +81,31 @@ def render_report(report: Report) -> str:
     first_metrics = {name: first.metrics for name, first in categories.items()}
     commit = re.fullmatch(r"([0-9a-f]{7,64})(.*)", report.commit or "", re.DOTALL)
     names = tables.list_metrics(metrics.values())
+    loaded = _environment().loader
+    assert loaded is not None
+    script, _, _ = loaded.get_source(_environment(), "report.js")
+    seeds = {
+        name: min(run.seed for run in runs.values() if run.category == name) for name in categories
+    }
+    galleries = {
+        label: run.gallery
+        for label, run in runs.items()
+        if run.gallery and run.seed == seeds[run.category]
+    }
+    shown = split_budget(galleries)
     template = _environment().get_template("report.html.j2")
     return template.render(
-        title=report.parameters.report.title,
+        title=report.parameters.report.title or name_surfaces(list(categories)),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
+        heat=_sample_heat(),
+        heat_top=overlays.HEAT_TOP,
         parameters=report.parameters,
+        verdict_headlines=verdicts.list_verdict_headlines(
+            list(metrics.values()), repeated=len(runs) > len(categories)
+        ),
+        verdicts=verdicts.tabulate_verdicts(metrics, links),
+        promises=verdicts.list_broken_promises(metrics),
         headlines=_list_headlines(report.categories, report.summary),
         results=tables.tabulate_results(metrics, report.summary, links=links),
         warnings=list_warnings(report.summary.get("categories", {})),
@@ -94,13 +119,32 @@ def render_report(report: Report) -> str:
         counts=tables.tabulate_counts(training, first_metrics),
         thresholds=tables.tabulate_thresholds(metrics),
         curves=_draw_curves(runs),
-        runs=[_show_run(label, run) | {"link": links[label]} for label, run in runs.items()],
+        runs=[
+            _show_run(label, run, has_gallery=label in shown) | {"link": links[label]}
+            for label, run in runs.items()
+        ],
         definitions=[(_name_metric(n), tables.describe_metric(n).meaning) for n in names],
         dump=_dump_parameters(report.parameters),
         versions=report.versions,
         commit=commit and commit[1],
         is_changed=bool(commit and commit[2]),
     )
+
+
+def name_surfaces(categories: Sequence[str]) -> str:
+    """Return a title from the categories' ids: "Defects on brick, grass and gravel"."""
+    names = [_name_surface(category) for category in categories]
+    if len(names) > _MANY:
+        return f"Defects on {len(names)} surfaces"
+    *first, last = names
+    return f"Defects on {', '.join(first)} and {last}" if first else f"Defects on {last}"
+
+
+def _name_surface(category: str) -> str:
+    """The id without the dataset's prefix; a dataset of one surface is called by its id."""
+    for prefix in ("sample_", "mvtec_", "folder_"):
+        category = category.removeprefix(prefix)
+    return category.replace("_", " ")
 
 
 @cache
@@ -119,7 +163,7 @@ def _label(run: CategoryReport, report: Report) -> str:
     return f"{run.category}, seed {run.seed}" if len(seeds) > 1 else run.category
 
 
-def _list_headlines(runs: Sequence[CategoryReport], summary: tables.Metrics) -> list[_Headline]:
+def _list_headlines(runs: Sequence[CategoryReport], summary: tables.Metrics) -> list[Headline]:
     """Opening metrics with their means; of one run with their intervals, or why there is none."""
     metrics = [run.metrics for run in runs]
     count = len({run.category for run in runs})
@@ -155,35 +199,47 @@ def _draw_curves(runs: Mapping[str, CategoryReport]) -> list[tuple[str, Markup]]
     return drawn
 
 
-def _show_run(label: str, run: CategoryReport) -> dict[str, Any]:
+def _show_run(label: str, run: CategoryReport, *, has_gallery: bool) -> dict[str, Any]:
     """Values of a run's section as the template takes them."""
     threshold = run.metrics.get("thresholds", {}).get("image", {}).get("value")
     losses = charts.draw_losses(run.history, title=f"Training losses of {label}")
     scores = charts.draw_scores(run.scores, threshold=threshold, title=f"Image scores of {label}")
+    gallery = run.gallery if has_gallery else None
     return {
         "name": label,
         "license": run.license,
+        "verdicts": verdicts.list_verdict_headlines([run.metrics]),
         "headlines": _list_headlines([run], {}),
         "steps": int(run.history["step"].max()) if len(run.history) else 0,
         "losses": Markup(losses),
         "scores": Markup(scores),
         "defect_types": tables.tabulate_defect_types(run.metrics),
         "examples": [_embed(overlay) for overlay in run.overlays],
+        "gallery": gallery and show_gallery(gallery, run.scores, threshold),
+        "images": len(run.scores),
     }
 
 
 def _embed(overlay: Overlay) -> dict[str, Any]:
-    """Turn an image into a data address; too wide ones and other formats are encoded again."""
-    content = overlay.image
-    with Image.open(io.BytesIO(content)) as image:
-        format_, size = str(image.format), image.size
-        if format_ not in _WEB_FORMATS or image.width > _WIDEST:
-            smaller = image.convert("RGB")
-            smaller.thumbnail((_WIDEST, image.height), Image.Resampling.LANCZOS)
-            format_, size, content = "WEBP", smaller.size, encode_image(np.asarray(smaller))
-    address = f"data:image/{format_.lower()};base64,{base64.b64encode(content).decode('ascii')}"
-    width, height = size
-    return {"overlay": overlay, "address": address, "width": width, "height": height}
+    """Turn a panel into a data address, with the place of each of its tiles."""
+    with Image.open(io.BytesIO(overlay.image)) as image:
+        (width, height), format_ = image.size, str(image.format).lower()
+    address = f"data:image/{format_};base64,{base64.b64encode(overlay.image).decode('ascii')}"
+    tall = height - overlays.PANEL_TILES[0][1] - overlays.PANEL_FOOT
+    boxes = [f"{left} {top} {wide} {tall}" for left, top, wide in overlays.PANEL_TILES]
+    return {
+        "overlay": overlay,
+        "address": address,
+        "width": width,
+        "height": height,
+        "boxes": boxes,
+    }
+
+
+def _sample_heat() -> str:
+    """Seventeen colors of the heat's scale, evenly spaced, for the page's script and its key."""
+    colors = overlays.color_map(np.linspace(0.0, 1.0, 17)[None])[0]
+    return " ".join("#" + bytes(color).hex() for color in colors)
 
 
 def _dump_parameters(parameters: Parameters) -> list[tuple[str, str]]:

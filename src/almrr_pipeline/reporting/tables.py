@@ -288,13 +288,14 @@ def _threshold_cells(table: Table, of: str, threshold: Metrics) -> list[Cell]:
         Cell(f"{threshold['value']:.4g}", note=table.mark(threshold["guarantee"])),
         Cell(format_fraction(threshold["rate"])),
         Cell(format_fraction(threshold["guaranteed_rate"]), f"{threshold['normals']} images"),
-        _proportion_cell(threshold["false_alarms"]),
-        _proportion_cell(threshold["detections"]),
+        show_proportion(threshold["false_alarms"]),
+        show_proportion(threshold["detections"]),
         Cell(pixels if of == "pixel" else ""),
     ]
 
 
-def _proportion_cell(proportion: Metrics) -> Cell:
+def show_proportion(proportion: Metrics) -> Cell:
+    """Show a counted fraction in percent, with its counts and its interval."""
     if proportion["rate"] is None:
         return Cell(DASH, "no such image")
     low, high = 100 * proportion["low"], 100 * proportion["high"]
