@@ -1,4 +1,4 @@
-"""The `almrr` command: check, predict, calibrate, export, info, categories.
+"""The `almrr` command: from a check of images to a model, its report, predictions and a server.
 
 What is slow to import is imported inside the commands, so that `--help` answers at once, and torch
 only after the paths have been checked.
@@ -10,7 +10,7 @@ import errno
 import logging
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -167,6 +167,59 @@ def check(
         click.echo(f"Wrote {escape_name(html)}")
     if diagnosis.has_errors or (strict and diagnosis.findings):
         sys.exit(1)
+
+
+@almrr.command(short_help="A model for images of your own, with its report.")
+@click.argument("name")
+@click.argument("folder", type=click.Path(path_type=Path), required=False)
+@click.option(
+    "-S",
+    "--set",
+    "assignments",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="A value of this category alone, such as train.steps=500; may be repeated.",
+)
+@click.option("--change", is_flag=True, help="Train a known name again with other settings.")
+def train(name: str, folder: Path | None, assignments: tuple[str, ...], change: bool) -> None:
+    """Train on FOLDER, images of your own, as the category folder_NAME; then test and report.
+
+    The folder is checked first, as by `almrr check`. Its settings go to params.yaml and to the
+    suite `own` in conf/, next to the categories that are there; DVC then runs what is missing.
+    After a failure or an interruption params.yaml and conf/ are as before, and the same command
+    goes on where it stopped. A NAME that is known needs no FOLDER.
+
+    \b
+    Examples:
+      almrr train parts photographs/parts
+      almrr train parts photographs/parts -S data.tiling.enabled=true -S train.steps=2000
+      almrr train parts
+    """  # noqa: D301
+    from almrr_pipeline.own_data.runs import train_surface
+
+    _echo(train_surface(_project(), name, folder, assignments, change=change))
+
+
+@almrr.command(short_help="Metrics and errors of a trained category on its test images.")
+@click.argument("name")
+def test(name: str) -> None:
+    """Evaluate the category NAME, or folder_NAME, and print its figures.
+
+    \b
+    Example:
+      almrr test parts
+    """  # noqa: D301
+    from almrr_pipeline.own_data.runs import evaluate_surface
+
+    _echo(evaluate_surface(_project(), name))
+
+
+@almrr.command(short_help="The page with the results of all categories.")
+def report() -> None:
+    """Write data/08_reporting/report.html, if it is not up to date."""
+    from almrr_pipeline.own_data.runs import make_report
+
+    _echo(make_report(_project()))
 
 
 @almrr.command(short_help="Overlays, scores and verdicts for images.")
@@ -360,99 +413,6 @@ def export(
     click.echo(f"Wrote {target}: {size:.1f} MiB, input {taken}.")
 
 
-@almrr.command(short_help="A model's network, thresholds and their guarantee.")
-@_model_folder
-def info(model_folder: Path) -> None:
-    """Describe the model in MODEL_FOLDER: network, input, thresholds, guarantee, parameters.
-
-    \b
-    Example:
-      almrr info data/06_models/sample_brick/seed_0
-    """  # noqa: D301
-    from almrr_pipeline.inference.describe import describe_model
-
-    click.echo(describe_model(model_folder))
-
-
-@almrr.command(short_help="Deliver to MLflow what it has not received yet.")
-def sync() -> None:
-    """Deliver what runs have logged while MLflow's server was away or its database locked.
-
-    Such runs end as they would have; what they log waits in .almrr/tracking of the project. The
-    next tracked run delivers it as well.
-
-    \b
-    Example:
-      almrr sync
-    """  # noqa: D301
-    from almrr_pipeline.kedro_support.config_loader import project_root
-    from almrr_pipeline.kedro_support.sync import deliver_waiting
-
-    click.echo(deliver_waiting(project_root()))
-
-
-@almrr.command(short_help="All categories that can be fetched, with their licenses.")
-def categories() -> None:
-    """List the categories that this package can fetch, and the license of each.
-
-    Any of them can be listed under `categories` in params.yaml; images of your own are folder_NAME.
-    """
-    from almrr_pipeline.datasets.registry import dataset_for, known_categories
-
-    by_license: dict[str, list[str]] = {}
-    for name in known_categories():
-        by_license.setdefault(dataset_for(name).license, []).append(name)
-    for terms, names in by_license.items():
-        text = click.wrap_text(terms, 100, initial_indent="    ", subsequent_indent="    ")
-        click.echo("\n".join([*names, text, ""]))
-
-
-def main() -> None:
-    """Run the command line; the entry point of the console script."""
-    almrr(prog_name="almrr")
-
-
-def _print_summary(summary: Summary, predictor: Predictor, output: Path, *, chosen: bool) -> None:
-    count, threshold = len(summary.verdicts), predictor.image_threshold
-    stored = predictor.config.image_threshold
-    if threshold is None:
-        reason = stored.undefined if stored else "the model was never calibrated"
-        missing = f"there is no threshold ({reason}). Give one by --threshold."
-        click.echo(f"{count} images scored, none judged: {missing}")
-    else:
-        anomalous = sum(verdict.is_anomalous is True for verdict in summary.verdicts)
-        click.echo(f"{count} images: {anomalous} anomalous, {count - anomalous} normal.")
-        chosen_here = "Chosen by --threshold, without a guarantee."
-        guarantee = stored.guarantee if stored and not chosen else chosen_here
-        click.echo(f"Threshold {threshold:.6g}. {guarantee}")
-    highest = max(summary.verdicts, key=lambda verdict: verdict.score)
-    click.echo(f"Highest score {highest.score:.6g}: {escape_name(highest.image)}")
-    click.echo(f"Results: {escape_name(output)}")
-
-
-def _report_unreadable(summary: Summary) -> None:
-    """Name the images that could not be read and exit with 1, if there are any."""
-    if count := len(summary.unreadable):
-        named = ", ".join(
-            escape_name(image) for image in [*summary.unreadable][:_LISTED_UNREADABLE]
-        )
-        more = f" and {count - _LISTED_UNREADABLE} more" if count > _LISTED_UNREADABLE else ""
-        total = count + len(summary.verdicts)
-        raise AlmrrError(f"{count} of {total} images could not be read: {named}{more}.")
-
-
-def __getattr__(name: str) -> click.Command:
-    """`cli` and `run`, which Kedro looks for in this module; late, as they import all of Kedro."""
-    if name not in {"cli", "run"}:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from almrr_pipeline.kedro_support import command
-
-    found: click.Command = getattr(command, name)
-    return found
-
-
-if __name__ == "__main__":
-    main()
 @almrr.command(short_help="An HTTP server for a model.")
 @_model_folder
 @click.option("--host", default="127.0.0.1", help="Address to listen at; 0.0.0.0 for all.")
@@ -512,3 +472,109 @@ def serve(
     listen(service, host=host, port=port, on_ready=lambda url: click.echo(f"Ready: {url}"))
 
 
+@almrr.command(short_help="A model's network, thresholds and their guarantee.")
+@_model_folder
+def info(model_folder: Path) -> None:
+    """Describe the model in MODEL_FOLDER: network, input, thresholds, guarantee, parameters.
+
+    \b
+    Example:
+      almrr info data/06_models/sample_brick/seed_0
+    """  # noqa: D301
+    from almrr_pipeline.inference.describe import describe_model
+
+    click.echo(describe_model(model_folder))
+
+
+@almrr.command(short_help="Deliver to MLflow what it has not received yet.")
+def sync() -> None:
+    """Deliver what runs have logged while MLflow's server was away or its database locked.
+
+    Such runs end as they would have; what they log waits in .almrr/tracking of the project. The
+    next tracked run delivers it as well.
+
+    \b
+    Example:
+      almrr sync
+    """  # noqa: D301
+    from almrr_pipeline.kedro_support.config_loader import project_root
+    from almrr_pipeline.kedro_support.sync import deliver_waiting
+
+    click.echo(deliver_waiting(project_root()))
+
+
+@almrr.command(short_help="All categories that can be fetched, with their licenses.")
+def categories() -> None:
+    """List the categories that this package can fetch, and the license of each.
+
+    Any of them can be listed under `categories` in params.yaml; images of your own are folder_NAME.
+    """
+    from almrr_pipeline.datasets.registry import dataset_for, known_categories
+
+    by_license: dict[str, list[str]] = {}
+    for name in known_categories():
+        by_license.setdefault(dataset_for(name).license, []).append(name)
+    for terms, names in by_license.items():
+        text = click.wrap_text(terms, 100, initial_indent="    ", subsequent_indent="    ")
+        click.echo("\n".join([*names, text, ""]))
+
+
+def main() -> None:
+    """Run the command line; the entry point of the console script."""
+    almrr(prog_name="almrr")
+
+
+def _project() -> Path:
+    """The project around the working directory."""
+    for folder in (Path.cwd(), *Path.cwd().parents):
+        if (folder / "params.yaml").is_file() and (folder / "conf" / "config.yaml").is_file():
+            return folder
+    raise AlmrrError("There is no params.yaml here; run this in the folder of the project.")
+
+
+def _echo(lines: Iterable[str]) -> None:
+    for line in lines:
+        click.echo(line)
+
+
+def _print_summary(summary: Summary, predictor: Predictor, output: Path, *, chosen: bool) -> None:
+    count, threshold = len(summary.verdicts), predictor.image_threshold
+    stored = predictor.config.image_threshold
+    if threshold is None:
+        reason = stored.undefined if stored else "the model was never calibrated"
+        missing = f"there is no threshold ({reason}). Give one by --threshold."
+        click.echo(f"{count} images scored, none judged: {missing}")
+    else:
+        anomalous = sum(verdict.is_anomalous is True for verdict in summary.verdicts)
+        click.echo(f"{count} images: {anomalous} anomalous, {count - anomalous} normal.")
+        chosen_here = "Chosen by --threshold, without a guarantee."
+        guarantee = stored.guarantee if stored and not chosen else chosen_here
+        click.echo(f"Threshold {threshold:.6g}. {guarantee}")
+    highest = max(summary.verdicts, key=lambda verdict: verdict.score)
+    click.echo(f"Highest score {highest.score:.6g}: {escape_name(highest.image)}")
+    click.echo(f"Results: {escape_name(output)}")
+
+
+def _report_unreadable(summary: Summary) -> None:
+    """Name the images that could not be read and exit with 1, if there are any."""
+    if count := len(summary.unreadable):
+        named = ", ".join(
+            escape_name(image) for image in [*summary.unreadable][:_LISTED_UNREADABLE]
+        )
+        more = f" and {count - _LISTED_UNREADABLE} more" if count > _LISTED_UNREADABLE else ""
+        total = count + len(summary.verdicts)
+        raise AlmrrError(f"{count} of {total} images could not be read: {named}{more}.")
+
+
+def __getattr__(name: str) -> click.Command:
+    """`cli` and `run`, which Kedro looks for in this module; late, as they import all of Kedro."""
+    if name not in {"cli", "run"}:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from almrr_pipeline.kedro_support import command
+
+    found: click.Command = getattr(command, name)
+    return found
+
+
+if __name__ == "__main__":
+    main()
