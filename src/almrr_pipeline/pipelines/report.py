@@ -120,6 +120,6 @@ def summarizing_nodes(categories: Iterable[str], seeds: Iterable[int]) -> list[N
     reports = " ".join(f"{category}.seed_{seed}.category_report" for category, seed in runs)
     return [
         step(summarize_runs, reports, "summary summary_table"),
+        step(pick_headline, "summary", "headline"),
         step(render_page, f"parameters data_folder summary {reports}", "report_page"),
     ]
-        step(pick_headline, "summary", "headline"),
