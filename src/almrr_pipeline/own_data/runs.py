@@ -74,16 +74,19 @@ def train_surface(
         )
     if known is None or folder is not None:
         yield from _check_images(project, surface)
+    started = False
     try:
         with restored_on_failure(project, [*own.FILES, LOCK_FILE]):
             if known is None or changes:
                 own.add_surface(project, surface)
                 yield f"Wrote {', '.join(map(str, own.FILES))}: {category} is among the categories."
             parameters = load_parameters(project / own.PARAMS_FILE)
+            started = True
             yield from _run(project, ["repro", *_stages(parameters, category)])
     except BaseException as error:
-        if known is not None and changes:  # DVC has removed what it was about to replace
-            _bring_back(project, _stages(load_parameters(project / own.PARAMS_FILE), category))
+        if started:  # DVC has removed what it was about to replace
+            before = _stages(parameters, category) if known is not None else []
+            _bring_back(project, ["settings", *before])
         if isinstance(error, DvcError):
             raise DvcError(f"{error} params.yaml and conf/ are as before.") from error
         raise
