@@ -11,7 +11,7 @@ export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: run test drill check clean
+.PHONY: run test check clean
 
 run: $(VENV)/installed
 	dvc repro
@@ -20,9 +20,6 @@ run: $(VENV)/installed
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 pytest --numprocesses auto --dist loadgroup
-
-drill: $(VENV)/installed
-	python tests/drills/drill.py --tries 10 --table docs/faults.md
 
 check: $(VENV)/installed
 	ruff check .
