@@ -39,6 +39,9 @@ DATASET = Sample()
 CATEGORIES = ("sample_brick", "sample_grass", "sample_gravel")
 
 
+pytestmark = pytest.mark.xdist_group("sample")  # the suite is drawn once
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The whole suite as it is fetched, in a folder for each category."""

@@ -18,6 +18,8 @@ from almrr_pipeline.datasets.textures import (
     write_package_textures,
 )
 
+pytestmark = pytest.mark.xdist_group("textures")  # cut once
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

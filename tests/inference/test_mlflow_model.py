@@ -24,6 +24,8 @@ from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.inference.mlflow_model import _REQUIREMENTS, ServedModel, log_model
 from almrr_pipeline.inference.predictor import Predictor
 
+pytestmark = pytest.mark.xdist_group("mlflow model")  # one model, logged once
+
 WITH_THE_REQUIREMENTS_ALONE = """
 import sys
 from importlib import metadata
