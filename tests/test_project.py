@@ -131,6 +131,9 @@ def fresh(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(project / name, folder / name)
     (folder / "conf/suite/tiny.yaml").write_text(TINY)
+    # The budget of `almrr train`: nothing that would take longer than the suite.
+    laptop = "# @package _global_\nbudget: laptop\ndata:\n  image_size: [144, 144]\n"
+    (folder / "conf/budget/laptop.yaml").write_text(laptop)
     config = folder / "conf/config.yaml"
     config.write_text(config.read_text().replace("suite: sample", "suite: tiny"))
     copy = Project(folder)

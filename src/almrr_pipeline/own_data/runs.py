@@ -21,6 +21,7 @@ from typing import Any
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.config import Parameters, load_parameters, merge_values, parse_parameters
 from almrr_pipeline.datasets.folder import PREFIX
+from almrr_pipeline.own_data import budgets
 from almrr_pipeline.own_data import surface as own
 from almrr_pipeline.own_data.guard import restore_after_kill, restored_on_failure
 
@@ -41,9 +42,19 @@ def train_surface(
     folder: Path | None,
     assignments: Sequence[str] = (),
     *,
+    budget: str | None = None,
     change: bool = False,
 ) -> Iterator[str]:
     """Add a surface, train, evaluate and report; or go on with one that is known.
+
+    Args:
+        project: the project's folder.
+        name: of the surface.
+        folder: of its images; None for one that is known.
+        assignments: values of the category alone, as `section.name=value`.
+        budget: that its sizes are taken from, see `budgets`; None for those it has, and for
+            `budgets.DEFAULT` where it is new.
+        change: whether a known surface may change.
 
     Yields:
         Lines to print: what is written, the commands as they begin, and the result.
@@ -60,9 +71,18 @@ def train_surface(
     if folder is None and known is None:
         raise AlmrrError(f"{name} is not known yet; name the folder of its images too.")
     overrides = own.parse_assignments(assignments)
+    backbone: dict[str, Any] | None = None
     path = known.path if known is not None else ""
     if folder is not None:
         path = own.relative_path(project, folder)
+    if budget is None and known is None:
+        budget = budgets.DEFAULT
+    if budget is not None:
+        sections = budgets.read_budget(project, budget)
+        backbone = sections.pop("backbone", None)
+        if "image_size" not in overrides.get("data", {}):
+            budgets.suit_input(sections, project / path)
+        overrides = merge_values(sections, overrides)
     if known is not None:
         overrides = merge_values(dict(known.overrides), overrides)
     surface = own.Surface(category.removeprefix(PREFIX), path, overrides)
@@ -78,7 +98,7 @@ def train_surface(
     try:
         with restored_on_failure(project, [*own.FILES, LOCK_FILE]):
             if known is None or changes:
-                own.add_surface(project, surface)
+                own.add_surface(project, surface, backbone=backbone)
                 yield f"Wrote {', '.join(map(str, own.FILES))}: {category} is among the categories."
             parameters = load_parameters(project / own.PARAMS_FILE)
             started = True

@@ -87,21 +87,32 @@ def list_changes(before: Surface, after: Surface) -> list[str]:
     return [f"{name}: {old.get(name, 'unset')} -> {new.get(name, 'unset')}" for name in names]
 
 
-def add_surface(project: Path, surface: Surface) -> Parameters:
+def add_surface(
+    project: Path, surface: Surface, *, backbone: Mapping[str, Any] | None = None
+) -> Parameters:
     """Write a surface to params.yaml and conf/, next to all categories that have data.
 
     A category of params.yaml of which nothing was ever made, such as the sample of a fresh clone,
-    is left out: it would be trained too. A known surface gets its new values.
+    is left out: it would be trained too. A known surface gets its new values. `backbone` are values
+    of that section, which all categories share.
 
     Raises:
-        AlmrrError: the values are wrong, or another suite was composed since surfaces were added;
-            nothing is written then.
+        AlmrrError: the values are wrong, another suite was composed since surfaces were added, or
+            the backbone is another than that of the categories that are there; nothing is written
+            then.
     """
     values = yaml.safe_load((project / PARAMS_FILE).read_text(encoding="utf-8"))
     known = load_parameters(project / PARAMS_FILE)
     base = _find_base(project, known.suite)
     kept = [name for name in known.categories if name != surface.category]
     kept = [name for name in kept if name.startswith(PREFIX) or has_data(project, name)]
+    if backbone is not None and backbone["name"] != values["backbone"]["name"]:
+        if kept:
+            raise AlmrrError(
+                f"This budget takes the backbone {backbone['name']}; {', '.join(kept)} has "
+                f"{values['backbone']['name']}, and all categories share one. Choose one with it."
+            )
+        values["backbone"] |= backbone
     values["suite"] = SUITE
     values["categories"] = [*kept, surface.category]
     if surface.category in known.categories:  # in its place
@@ -118,6 +129,7 @@ def add_surface(project: Path, surface: Surface) -> Parameters:
         "defaults": [base, "_self_"],
         "suite": SUITE,
         "categories": values["categories"],
+        "backbone": {name: values["backbone"][name] for name in ("name", "weights")},
         "data": {"paths": {name: values["data"]["paths"][name] for name in own}},
         "overrides": {n: values["overrides"][n] for n in own if n in values["overrides"]},
     }

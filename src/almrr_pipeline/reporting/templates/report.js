@@ -51,7 +51,7 @@
   // Heat on a scale that ends at heatTop times the threshold; seeThrough: the lower, the clearer.
   function paint(canvas, { values, columns, rows }, end, seeThrough) {
     [canvas.width, canvas.height] = [columns, rows];
-    const context = canvas.getContext("2d");
+    const context = canvas.getContext("2d", { willReadFrequently: true });
     const image = context.createImageData(columns, rows);
     values.forEach((value, k) => {
       const u = Math.min(Math.max(value / end, 0), 1);
