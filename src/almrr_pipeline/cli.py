@@ -248,6 +248,19 @@ def report() -> None:
 )
 @_predictor_options
 @click.option("--overwrite", is_flag=True, help="Replace the results of an earlier run.")
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    help="ray: verdicts in Parquet, on the cluster at RAY_ADDRESS or all cores of this machine.",
+)
+@click.option("--only-anomalous", is_flag=True, help="ray: overlays and maps of anomalous images.")
+@click.option(
+    "--actor-cpus",
+    type=click.FloatRange(0.1, 1024),
+    default=2.0,
+    help="ray: cores of each process that holds the model; GPUs are one each.",
+)
 def predict(
     model_folder: Path,
     images: tuple[Path, ...],
@@ -258,6 +271,9 @@ def predict(
     threshold: float | None,
     pixel_threshold: float | None,
     overwrite: bool,
+    engine: Literal["local", "ray"],
+    only_anomalous: bool,
+    actor_cpus: float,
     **options: Any,  # noqa: ANN401 - those of _predictor_options
 ) -> None:
     """Predict IMAGES (images, or folders of images) with the model in MODEL_FOLDER.
@@ -278,6 +294,10 @@ def predict(
     An image that cannot be read is reported, the others are predicted all the same, and the exit
     code is 1. Results appear in the output folder only when all are complete.
 
+    With --engine ray IMAGES and the output may be in a bucket (s3://...), IMAGES may be a list
+    (Parquet, column image), and the output is verdicts/part-N.parquet. An interrupted run goes on
+    where it was; an image that cannot be read is a row with the reason.
+
     \b
     Exit codes: 0 every image was predicted, anomalous or not;
                 1 something was wrong, or an image could not be read;
@@ -287,18 +307,82 @@ def predict(
     from almrr_pipeline.reporting.predict_files import check_output, find_images, predict_files
 
     InferenceConfig.load(model_folder)
+    options |= {"image_threshold": threshold, "pixel_threshold": pixel_threshold}
+    if engine == "ray":
+        from almrr_pipeline.scale.predict_archive import Job, predict_archive
+
+        job = Job(
+            model=str(model_folder.absolute()),
+            output=_address(output),
+            images=tuple(map(_address, images)),
+            recursive=recursive,
+            overlays=not no_overlays,
+            maps=maps,
+            only_anomalous=only_anomalous,
+            predictor=options,
+        )
+        totals = predict_archive(job, cpus=actor_cpus, overwrite=overwrite)
+        click.echo(
+            f"{totals.images} images: {totals.anomalous} anomalous, {totals.unreadable} could not "
+            f"be read.\nVerdicts: {job.output}/verdicts"
+        )
+        return
+    if only_anomalous:
+        raise click.UsageError("--only-anomalous is for --engine ray.")
     paths = find_images(images, recursive=recursive)
     check_output(output, paths, overwrite=overwrite)
 
     from almrr_pipeline.inference.predictor import Predictor
 
-    options |= {"image_threshold": threshold, "pixel_threshold": pixel_threshold}
     predictor = Predictor(model_folder, **options)
     summary = predict_files(
         predictor, paths, output, overlays=not no_overlays, maps=maps, overwrite=overwrite
     )
     _print_summary(summary, predictor, output, chosen=threshold is not None)
     _report_unreadable(summary)
+
+
+@almrr.command(short_help="What is stale by dvc.yaml, several stages at once.")
+@click.argument("targets", nargs=-1)
+@click.option(
+    "-j",
+    "--jobs",
+    type=click.IntRange(1, 1024),
+    help="Stages at once with --engine processes; one per core, at most one a category and seed.",
+)
+@click.option(
+    "--engine",
+    type=click.Choice(["processes", "ray"]),
+    default="processes",
+    help="processes of this machine, or tasks of the Ray cluster at RAY_ADDRESS.",
+)
+@click.option("-f", "--force", is_flag=True, help="Run stages that are up to date too.")
+def repro(
+    targets: tuple[str, ...],
+    jobs: int | None,
+    engine: Literal["processes", "ray"],
+    force: bool,
+) -> None:
+    """Run what is stale, as `dvc repro` does, with several categories side by side.
+
+    TARGETS are stages such as train@sample_brick-0; without any, all. Outputs, dvc.lock and caches
+    are those of `dvc repro`. A stage that fails leaves the others going; what each one printed is
+    in .almrr/logs.
+
+    \b
+    Examples:
+      almrr repro --jobs 2
+      almrr repro train@sample_brick-0 --force
+      RAY_ADDRESS=head:6379 almrr repro --engine ray
+
+    \b
+    Exit codes: 0 everything is up to date;
+                1 a stage failed, and is named with the reason;
+                2 the command line was wrong.
+    """  # noqa: D301
+    from almrr_pipeline.kedro_support.repro import reproduce_project
+
+    reproduce_project(targets, jobs=jobs, engine=engine, force=force, report=click.echo)
 
 
 @almrr.command(short_help="New thresholds from normal images of your own.")
@@ -553,6 +637,14 @@ def _print_summary(summary: Summary, predictor: Predictor, output: Path, *, chos
     highest = max(summary.verdicts, key=lambda verdict: verdict.score)
     click.echo(f"Highest score {highest.score:.6g}: {escape_name(highest.image)}")
     click.echo(f"Results: {escape_name(output)}")
+
+
+def _address(path: Path) -> str:
+    """An absolute path, or the address that click took for a path (s3:/bucket for s3://bucket)."""
+    scheme, colon, rest = path.as_posix().partition(":/")
+    if colon and len(scheme) > 1 and scheme.isalnum():
+        return f"{scheme}://{rest.lstrip('/')}"
+    return str(path.absolute())
 
 
 def _report_unreadable(summary: Summary) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, cast
 
+from filelock import FileLock
 from kedro.config import MissingConfigException
 from kedro.framework.context import KedroContext
 from kedro.framework.hooks import hook_impl
@@ -25,25 +27,27 @@ class ProjectHook:
 
     @hook_impl
     def after_context_created(self, context: KedroContext) -> None:
-        """Keep the parameters for the run to come; in the main process, set tracking up.
+        """Keep parameters and context for the run to come; in the main process, set tracking up.
 
-        Only one process at a time can create or migrate the database.
+        Only one process at a time can create or migrate the database: stages may run side by side.
         """
         loader = cast(ParamsYamlLoader, context.config_loader)
-        self._parameters = loader.parameters
+        self.parameters, self.context = loader.parameters, context
         if helps_another_process() or not _is_tracked(loader):
             return
         from almrr_pipeline.kedro_support.mlflow_hook import TrackingHook  # slow: brings MLflow
 
-        tracking = TrackingHook()
-        tracking.after_context_created(context)
+        tracking, scratch = TrackingHook(), Path(context.project_path, ".almrr")
+        scratch.mkdir(exist_ok=True)
+        with FileLock(scratch / "mlflow.lock"):
+            tracking.after_context_created(context)
         context._hook_manager.register(tracking)
 
     @hook_impl
     def before_pipeline_run(self, pipeline: Pipeline, catalog: DataCatalog) -> None:
         """Check a fetch."""
         if any("fetch" in node.tags for node in pipeline.nodes):
-            _check_fetch(self._parameters, catalog)
+            _check_fetch(self.parameters, catalog)
 
 
 def _is_tracked(loader: ParamsYamlLoader) -> bool:

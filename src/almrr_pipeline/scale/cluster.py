@@ -9,7 +9,7 @@ import platform
 import socket
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -43,7 +43,7 @@ class Machine(NamedTuple):
 
     name: str
     versions: dict[str, str]
-    sees_folder: bool
+    unseen: list[Path]
 
 
 def import_ray() -> Any:  # noqa: ANN401 - a module
@@ -140,19 +140,26 @@ def check_share(share: Share, ray: Any, *, wait: float) -> None:  # noqa: ANN401
     )
 
 
-def check_machines(ray: Any, folder: Path | None, *, packages: Mapping[str, str]) -> None:  # noqa: ANN401
-    """Raise AlmrrError if a machine has other versions, or does not see the folder.
+def check_machines(
+    ray: Any,  # noqa: ANN401
+    folder: Path | None,
+    *,
+    packages: Mapping[str, str],
+    files: Sequence[Path] = (),
+) -> None:
+    """Raise AlmrrError if a machine has other versions, or does not see a folder or file.
 
     Args:
         ray: connected.
-        folder: has to be the same on all machines, as on a shared disk; None where none is needed.
+        folder: writable, and the same on all machines, as on a shared disk; None for none.
         packages: expected versions, see `own_versions`.
+        files: others that all machines have to see.
     """
     marker = None if folder is None else folder / f".seen-by-all-{uuid.uuid4().hex}"
     if marker:
         marker.touch()
     try:
-        machines = _ask_machines(ray, marker)
+        machines = _ask_machines(ray, [*([marker] if marker else []), *files])
     finally:
         if marker:
             marker.unlink()
@@ -164,15 +171,15 @@ def check_machines(ray: Any, folder: Path | None, *, packages: Mapping[str, str]
                     f"{machine.name} has {name} {found}, this machine {expected}; install the same "
                     "versions on all machines of the cluster (constraints.txt pins them)."
                 )
-        if not machine.sees_folder:
+        for path in machine.unseen:
             raise AlmrrError(
-                f"{machine.name} does not see the folder {folder} of this machine; put the project "
-                "on a disk that all machines mount under the same path."
+                f"{machine.name} does not see {folder if path == marker else path} of this "
+                "machine; put it on a disk that all machines mount under the same path."
             )
 
 
-def _ask_machines(ray: Any, marker: Path | None) -> list[Machine]:  # noqa: ANN401
-    """Ask each machine for its versions and whether it sees a file."""
+def _ask_machines(ray: Any, paths: list[Path]) -> list[Machine]:  # noqa: ANN401
+    """Ask each machine for its versions, and which of the paths it does not see."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     probe = ray.remote(num_cpus=0, max_retries=0)(_describe)
@@ -180,7 +187,7 @@ def _ask_machines(ray: Any, marker: Path | None) -> list[Machine]:  # noqa: ANN4
     asked = [
         probe.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        ).remote(PACKAGES, marker)
+        ).remote(PACKAGES, paths)
         for node in alive
     ]
     try:
@@ -193,9 +200,11 @@ def _ask_machines(ray: Any, marker: Path | None) -> list[Machine]:  # noqa: ANN4
         ) from error
 
 
-def _describe(packages: tuple[str, ...], marker: Path | None) -> tuple[str, dict[str, str], bool]:
-    """Name, versions and view of the machine that this runs on."""
-    return platform.node(), own_versions(packages), marker is None or marker.exists()
+def _describe(
+    packages: tuple[str, ...], paths: list[Path]
+) -> tuple[str, dict[str, str], list[Path]]:
+    """Name and versions of the machine that this runs on, and what it does not see."""
+    return platform.node(), own_versions(packages), [path for path in paths if not path.exists()]
 
 
 def own_versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:

@@ -1,0 +1,175 @@
+"""An archive of images, of any size: lists of paths in parts, on local disks or in buckets."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from almrr_pipeline.common.arrays import ImageArray
+from almrr_pipeline.common.errors import AlmrrError
+from almrr_pipeline.common.images import (
+    IMAGE_SUFFIXES,
+    Reading,
+    decode_image,
+    list_images,
+    read_image,
+)
+
+LISTING = "images.parquet"
+_LISTED = pa.schema([("image", pa.string())])
+
+
+class Folder:
+    """A folder of results: a path, or an address that fsspec knows, such as s3://bucket/results."""
+
+    def __init__(self, address: str) -> None:
+        try:
+            self._fs, self._root = fsspec.url_to_fs(address)
+        except (ImportError, ValueError) as error:
+            raise AlmrrError(
+                f"{address} cannot be written to ({error}); for s3:// install "
+                "'almrr-pipeline[s3]', for other stores what fsspec names."
+            ) from error
+        self.address = address
+        self.is_local = "://" not in address
+
+    def path(self, name: str) -> str:
+        """The path of a file in it, for fsspec."""
+        return f"{self._root}/{name}"
+
+    def names(self, folder: str) -> set[str]:
+        """Names in one of its folders; none where that does not exist."""
+        try:
+            listed = self._fs.ls(self.path(folder), detail=False, refresh=True)
+        except FileNotFoundError:
+            return set()
+        return {PurePosixPath(str(path)).name for path in listed} - {""}
+
+    def read(self, name: str) -> bytes | None:
+        """A file's content; None where there is no such file."""
+        try:
+            content: bytes = self._fs.cat_file(self.path(name))
+        except FileNotFoundError:
+            return None
+        return content
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file all or nothing; a store of objects does so by itself."""
+        target = self.path(name)
+        if not self.is_local:
+            self._fs.pipe_file(target, content)
+            return
+        partial = Path(target).with_name(f".{Path(target).name}.{os.getpid()}.partial")
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content)
+        partial.replace(target)
+
+    def open(self, name: str) -> Any:  # noqa: ANN401 - a file of fsspec
+        """Open a file for reading at any place."""
+        return self._fs.open(self.path(name), "rb")
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove files and folders in it, if they exist."""
+        for name in names:
+            if self._fs.exists(self.path(name)):
+                self._fs.rm(self.path(name), recursive=True)
+
+
+def list_archive(inputs: Sequence[str], *, recursive: bool) -> Iterator[str]:
+    """List the images of folders, of buckets, of lists (.parquet, column `image`), and single ones.
+
+    Args:
+        inputs: paths, or addresses that fsspec knows.
+        recursive: look into sub-folders too.
+
+    Raises:
+        AlmrrError: an input does not exist, or holds no image.
+    """
+    for one in inputs:
+        found = False
+        for image in _list_one(one, recursive=recursive):
+            found = True
+            yield image
+        if not found:
+            advice = "" if recursive else "; look into its sub-folders with --recursive"
+            raise AlmrrError(f"{one} holds no image{advice}.")
+
+
+def _list_one(one: str, *, recursive: bool) -> Iterator[str]:
+    fs, path = fsspec.url_to_fs(one)
+    if not fs.exists(path):
+        raise AlmrrError(f"There is no image, list or folder at {one}; check the path.")
+    if one.endswith(".parquet"):
+        yield from _read_list(fs, path, one)
+    elif fs.isfile(path):
+        yield one
+    elif "://" in one:
+        listed = fs.find(path, maxdepth=None if recursive else 1)
+        for image in listed:
+            if PurePosixPath(image).suffix.lower() in IMAGE_SUFFIXES:
+                yield fs.unstrip_protocol(image)
+    else:
+        yield from map(str, list_images(Path(one), recursive=recursive))
+
+
+def _read_list(fs: Any, path: str, name: str) -> Iterator[str]:  # noqa: ANN401
+    with fs.open(path, "rb") as file:
+        try:
+            table = pq.ParquetFile(file)
+            for batch in table.iter_batches(columns=["image"]):
+                yield from batch.column("image").to_pylist()
+        except (pa.ArrowException, KeyError, OSError) as error:
+            raise AlmrrError(
+                f"{name} is no list of images ({error}); expected Parquet with a column `image` of "
+                "paths or addresses."
+            ) from error
+
+
+def write_listing(images: Iterable[str], target: Folder, *, size: int) -> int:
+    """Write the images in parts of `size`, a row group each; returns how many parts there are."""
+    remaining, parts = iter(images), 0
+    buffer = io.BytesIO()
+    with pq.ParquetWriter(buffer, _LISTED) as writer:
+        while part := list(islice(remaining, size)):
+            writer.write_table(pa.table({"image": part}, _LISTED), row_group_size=size)
+            parts += 1
+    target.write(LISTING, buffer.getvalue())
+    return parts
+
+
+def read_part(target: Folder, part: int) -> list[str]:
+    """The images of a part."""
+    with target.open(LISTING) as file:
+        images: list[str] = pq.ParquetFile(file).read_row_group(part).column("image").to_pylist()
+    return images
+
+
+def count_parts(target: Folder) -> tuple[int, int]:
+    """Parts and images of the listing."""
+    with target.open(LISTING) as file:
+        metadata = pq.ParquetFile(file).metadata
+    return metadata.num_row_groups, metadata.num_rows
+
+
+def read_anywhere(address: str, reading: Reading) -> ImageArray:
+    """Read an image from a path or a bucket, as `read_image` does.
+
+    Raises:
+        AlmrrError: it is missing, or no image that can be read.
+    """
+    if "://" not in address:
+        return read_image(Path(address), reading)
+    fs, path = fsspec.url_to_fs(address)
+    try:
+        content = fs.cat_file(path)
+    except OSError as error:
+        raise AlmrrError(f"{address} cannot be read ({error.strerror or error}).") from error
+    return decode_image(content, Path(address), reading)
