@@ -4,6 +4,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 
 from almrr_pipeline.cli import almrr
 from almrr_pipeline.common.arrays import ImageArray
+from almrr_pipeline.inference import export
 from almrr_pipeline.inference.predictor import Predictor
 from almrr_pipeline.inference.tiling import TileGrid
 
@@ -47,9 +49,11 @@ def test_the_documented_predictor_code_runs(
     assert [line.split()[0] for line in lines] == ["a.png", "b.png"]
 
 
+@pytest.mark.xdist_group("export")  # the fixture's graph is made once
 def test_the_documented_onnx_code_gives_the_predictors_score(
-    workplace: Path, project: Path
+    workplace: Path, project: Path, monkeypatch: pytest.MonkeyPatch, copy_onnx: mock.Mock
 ) -> None:
+    monkeypatch.setattr(export, "export_onnx", copy_onnx)
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason="ONNX is an extra")
     folder = workplace / "data" / "06_models" / "sample_brick" / "seed_0"

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 
 from almrr_pipeline.common.arrays import ImageArray
 from almrr_pipeline.common.errors import AlmrrError
+from almrr_pipeline.inference import runtimes
 from almrr_pipeline.inference.predictor import Predictor
 
 
+@pytest.mark.xdist_group("export")  # the fixture's graph is made once
 def test_runtimes_predict_as_torch_from_one_graph(
     model_folder: Path,
     noise: list[ImageArray],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    copy_onnx: mock.Mock,
 ) -> None:
+    monkeypatch.setattr(runtimes, "export_onnx", copy_onnx)
     pytest.importorskip("onnxruntime")
     pytest.importorskip("openvino")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
