@@ -18,6 +18,8 @@ SMALL: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
 def cluster() -> Iterator[Cluster]:
     """Three machines of one core each."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # Ray's own 15 starves workers beside other tests.
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
     from ray.cluster_utils import Cluster
 
     health = {"health_check_period_ms": 500, "health_check_failure_threshold": 4}
