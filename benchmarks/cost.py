@@ -415,7 +415,7 @@ class Launch:
 
     def time(self, device: Device) -> float:
         """Seconds on an H100: of its instructions, of its bytes, or of the shortest kernel."""
-        issued = self.warps * self.instructions / (SCHEDULERS * CLOCK)
+        issued = max(1.0, self.warps / SCHEDULERS) * self.instructions / CLOCK
         return max(issued, self.moved / (REACHED["bandwidth"] * device.bandwidth), SHORTEST)
 
 

@@ -288,36 +288,24 @@ def test_calibrate_stops_at_an_unreadable_image(own_model: Path, photographs: Pa
 # --- export, info, categories ---
 
 
-def test_export_is_named_after_the_category_and_replaces_only_on_demand(
-    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_export_is_named_after_the_category_and_follows_the_models_settings(
+    flips_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     target = tmp_path / "sample_brick.pt2"
     target.write_text("precious")
-    refused = _run("export", model_folder, "--format", "torch")
+    refused = _run("export", flips_model_folder, "--format", "torch")
     assert refused.exit_code == 1
     assert "sample_brick.pt2 exists" in refused.stderr
     assert target.read_text() == "precious"
-    result = _run("export", model_folder, "--format", "torch", "--overwrite")
+    result = _run("export", flips_model_folder, "--format", "torch", "--overwrite")
     assert result.exit_code == 0, result.output
     assert "Wrote sample_brick.pt2" in result.stdout
     assert "(batch, 3, 128, 128)" in result.stdout
-    program = torch.export.load(target).module()
     images = torch.rand(2, 3, 128, 128)
-    torch.testing.assert_close(program(images), ALMRR.load(model_folder)(images), atol=1e-4, rtol=0)
-
-
-def test_export_follows_the_models_settings(model_folder: Path, tmp_path: Path) -> None:
-    folder, target = tmp_path / "flips", tmp_path / "flips.pt2"
-    shutil.copytree(model_folder, folder)
-    InferenceConfig.load(folder).model_copy(update={"flips": True}).save(folder)
-    result = _run("export", folder, "--format", "torch", "--output", target)
-    assert result.exit_code == 0, result.output
-    images = torch.rand(2, 3, 128, 128)
-    expected = FlipAveraged(ALMRR.load(folder).eval())(images)
-    torch.testing.assert_close(
-        torch.export.load(target).module()(images), expected, atol=1e-4, rtol=0
-    )
+    expected = FlipAveraged(ALMRR.load(flips_model_folder).eval())(images)
+    given = torch.export.load(target).module()(images)
+    torch.testing.assert_close(given, expected, atol=1e-4, rtol=0)
 
 
 def test_info_describes_the_model(model_folder: Path) -> None:

@@ -45,6 +45,19 @@ class _Number(click.FloatRange):
         return super().convert(value, param, ctx)
 
 
+def _check_range(ctx: click.Context, param: click.Parameter, ends: Any) -> Any:  # noqa: ANN401
+    if ends is not None and not ends[0] < ends[1]:
+        raise click.BadParameter("black is smaller than white.", ctx, param)
+    return ends
+
+
+_value_range = click.option(
+    "--value-range",
+    type=(_Number(), _Number()),
+    metavar="BLACK WHITE",
+    callback=_check_range,
+    help="Values that are black and white, in images of more than 8 bits.",
+)
 _recursive = click.option("-r", "--recursive", is_flag=True, help="Look into sub-folders too.")
 
 
@@ -59,6 +72,7 @@ def _predictor_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--scan-backend", type=backends, default="auto", help=scan),
         click.option("--batch-size", type=at_least_one, default=8, help=batch),
         click.option("--device", default="auto", metavar="NAME", help=device),
+        _value_range,
     ):
         command = option(command)
     return command
@@ -130,9 +144,35 @@ def almrr(verbose: bool) -> None:
     default=256,
     help="Side of the network's input, in pixels.",
 )
+@_value_range
+@click.option(
+    "--mask-value",
+    "mask_values",
+    type=click.IntRange(0),
+    multiple=True,
+    metavar="VALUE",
+    help="Value of the masks that is anomalous, as data.mask_values; may be repeated.",
+)
+@click.option(
+    "--mask-threshold",
+    type=_Number(0.0),
+    metavar="VALUE",
+    help="Values of the masks above it are anomalous, as data.mask_threshold.",
+)
+@click.option(
+    "--max-megapixels",
+    type=_Number(0.0, min_open=True),
+    default=500.0,
+    help="Largest image that is read, as data.max_megapixels.",
+)
 @click.option("--strict", is_flag=True, help="Exit with 1 at warnings too.")
 def check(
-    folder: Path, html: Path | None, normal_names: tuple[str, ...], image_size: int, strict: bool
+    folder: Path,
+    html: Path | None,
+    normal_names: tuple[str, ...],
+    image_size: int,
+    strict: bool,
+    **options: Any,  # noqa: ANN401 - those of DataSettings under the same names
 ) -> None:
     """Check FOLDER, images of your own, before they are trained on.
 
@@ -143,6 +183,7 @@ def check(
     Examples:
       almrr check photographs/
       almrr check photographs/ --html check.html --normal-name gut
+      almrr check photographs/ --mask-value 100 --mask-value 200 --value-range 0 4095
 
     \b
     Exit codes: 0 nothing stands in the way, or warnings alone;
@@ -152,10 +193,13 @@ def check(
     if html is not None:
         check_target_file(html)
 
+    from almrr_pipeline.config import DataSettings
     from almrr_pipeline.datasets.doctor import examine
 
-    size = image_size, image_size
-    diagnosis = examine(folder, normal_names=normal_names or None, image_size=size)
+    if image_size % 16:
+        raise click.BadParameter("a multiple of 16 is needed.", param_hint="'--image-size'")
+    names, size = [*normal_names] or None, (image_size, image_size)
+    diagnosis = examine(folder, DataSettings(normal_names=names, image_size=size, **options))
     for line in diagnosis.lines():
         click.echo(line)
     for finding in diagnosis.findings:
@@ -180,8 +224,19 @@ def check(
     metavar="KEY=VALUE",
     help="A value of this category alone, such as train.steps=500; may be repeated.",
 )
+@click.option(
+    "--budget",
+    metavar="NAME",
+    help="Sizes and steps: laptop (for a new name), workstation, paper, as_suite.",
+)
 @click.option("--change", is_flag=True, help="Train a known name again with other settings.")
-def train(name: str, folder: Path | None, assignments: tuple[str, ...], change: bool) -> None:
+def train(
+    name: str,
+    folder: Path | None,
+    assignments: tuple[str, ...],
+    budget: str | None,
+    change: bool,
+) -> None:
     """Train on FOLDER, images of your own, as the category folder_NAME; then test and report.
 
     The folder is checked first, as by `almrr check`. Its settings go to params.yaml and to the
@@ -197,7 +252,7 @@ def train(name: str, folder: Path | None, assignments: tuple[str, ...], change: 
     """  # noqa: D301
     from almrr_pipeline.own_data.runs import train_surface
 
-    _echo(train_surface(_project(), name, folder, assignments, change=change))
+    _echo(train_surface(_project(), name, folder, assignments, budget=budget, change=change))
 
 
 @almrr.command(short_help="Metrics and errors of a trained category on its test images.")
@@ -339,6 +394,8 @@ def predict(
         predictor, paths, output, overlays=not no_overlays, maps=maps, overwrite=overwrite
     )
     _print_summary(summary, predictor, output, chosen=threshold is not None)
+    if options["value_range"]:
+        click.echo(_state_range(options["value_range"]))
     _report_unreadable(summary)
 
 
@@ -408,7 +465,8 @@ def calibrate(
     The images must be free of defects, must not have been trained on, and should come from the
     process that will be watched: the thresholds guarantee a false-alarm rate for images like these.
     At least 1/rate - 1 are needed, 19 for 0.05; copies of an image count once. The thresholds
-    in inference.json are replaced. Where DVC owns the folder, copy it first.
+    in inference.json are replaced, and --value-range is stored with them. Where DVC owns
+    the folder, copy it first.
 
     \b
     Example:
@@ -424,9 +482,12 @@ def calibrate(
     from almrr_pipeline.inference.calibration import calibrate as choose
     from almrr_pipeline.inference.predictor import Predictor
 
-    maps, smoothing = Predictor(model_folder, **options).map_predictor, config.smoothing
+    predictor = Predictor(model_folder, **options)
+    maps, smoothing = predictor.map_predictor, config.smoothing
     thresholds = choose(maps, paths, smoothing=smoothing, false_alarm_rate=false_alarm_rate)
-    config.model_copy(update={"thresholds": thresholds}).save(model_folder)
+    predictor.config.model_copy(update={"thresholds": thresholds}).save(model_folder)
+    if options["value_range"]:
+        click.echo(_state_range(options["value_range"]) + " It is stored with the model.")
     for name, threshold in (("Image", thresholds.image), ("Pixel", thresholds.pixel)):
         click.echo(f"{name} threshold {threshold.value:.6g}. {threshold.guarantee}")
 
@@ -637,6 +698,13 @@ def _print_summary(summary: Summary, predictor: Predictor, output: Path, *, chos
     highest = max(summary.verdicts, key=lambda verdict: verdict.score)
     click.echo(f"Highest score {highest.score:.6g}: {escape_name(highest.image)}")
     click.echo(f"Results: {escape_name(output)}")
+
+
+def _state_range(ends: tuple[float, float]) -> str:
+    return (
+        f"Images of more than 8 bits: {ends[0]:g} is black and {ends[1]:g} white, by "
+        "--value-range, in place of the model's range."
+    )
 
 
 def _address(path: Path) -> str:

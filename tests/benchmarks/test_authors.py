@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import import_module
@@ -58,25 +57,3 @@ def test_their_backbone_gets_gradients_that_nobody_uses(authors: ModuleType) -> 
     owned = {id(parameter) for parameter in theirs.parameters() if parameter.requires_grad}
     assert owned == {id(parameter) for parameter in theirs.model.trainable_parameters()}
     assert not owned & {id(parameter) for parameter in extractor.parameters()}
-
-
-def test_one_command_prints_a_table_with_machine_commit_and_command(project: Path) -> None:
-    command = [
-        sys.executable,
-        "benchmarks/run.py",
-        "--device",
-        "cpu",
-        "--only",
-        "regional_features",
-        "--quick",
-    ]
-    result = subprocess.run(command, cwd=project, capture_output=True, text=True, check=True)
-    lines = result.stdout.splitlines()
-    assert (
-        "- Command: `python benchmarks/run.py --device cpu --only regional_features --quick`"
-        in lines
-    )
-    assert any(line.startswith("- Commit: ") for line in lines)
-    rows = [line for line in lines if "two matrices" in line]
-    assert len(rows) == 2
-    assert all(float(row.split("|")[6]) < 1e-5 for row in rows)

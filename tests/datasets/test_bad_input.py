@@ -221,15 +221,15 @@ def test_missing_mask(wood: Wood) -> None:
     (wood.folder / "ground_truth" / "cut" / "001_mask.png").unlink()
 
     wood.refuse(
-        r"^test/cut/001\.png is defective but has no mask: "
-        r"there is no ground_truth/cut/001_mask\.png"
+        r"^test/cut/001\.png is defective, but its mask "
+        r"ground_truth/cut/001_mask\.png is not there"
     )
 
 
 def test_no_masks_at_all(wood: Wood) -> None:
     shutil.rmtree(wood.folder / "ground_truth")
 
-    wood.refuse(r"^test/cut/000\.png is defective but has no mask")
+    wood.refuse(r"^test/cut/000\.png is defective, but its mask")
 
 
 def test_duplicate_between_train_and_test(wood: Wood) -> None:

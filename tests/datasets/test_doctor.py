@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import re
+import shutil
 import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +14,8 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from almrr_pipeline.common.arrays import ImageArray
+from almrr_pipeline.common.errors import AlmrrError
+from almrr_pipeline.config import DataSettings
 from almrr_pipeline.datasets.doctor import Diagnosis, examine
 from almrr_pipeline.reporting.doctor_page import render_diagnosis
 
@@ -107,12 +112,12 @@ def _nothing_to_train_on(folder: Path) -> None:
     [
         (_swap_to_inverted, "covers 97% of the image: inverted?"),
         (_classes, "values from 100 to 100 would be dropped"),
-        (_mask_of_another_size, "has 30 x 20 pixels"),
+        (_mask_of_another_size, "has 30 x 20 pixels, its image has 150 x 140"),
         (_copy_in_test, "the same image is in test and train"),
         (_brighter_jpeg_in_test, "nearly the same image is in two splits"),
         (_normal_and_defective, "the same image is normal and defective"),
         (_damaged, "test/hole/6.png: cannot be read"),
-        (_without_mask, "test/hole/7.png: there is no mask in ground_truth/hole"),
+        (_without_mask, "test/hole/7.png: is defective, but its mask is not there"),
         (_deep_test_images, "its values are uint16, and no training image's are"),
         (_unsure_name, "is gut a folder of normal images or a defect type?"),
         (_nothing_to_train_on, "no normal image to train on"),
@@ -126,13 +131,64 @@ def test_what_gives_wrong_numbers_is_an_error(folder: Path, spoil, said: str) ->
     assert said.replace("'", "&#39;") in render_diagnosis(diagnosis)
 
 
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (_swap_to_inverted, "6_mask.png: covers 97% of the image: inverted?"),
+        (_classes, "values from 100 to 100 would be dropped"),
+        (_brighter_jpeg_in_test, "1.png, test/good/again.jpg: nearly the same image"),
+        (_normal_and_defective, "the same image is normal and defective"),
+        (_deep_test_images, "hole/7.png: its values are uint16"),
+    ],
+)
+def test_a_fetch_warns_of_wrong_numbers_and_refuses_them_where_strict(
+    folder: Path, workplace: Any, caplog: pytest.LogCaptureFixture, spoil, said: str
+) -> None:
+    paths = {"folder_tiles": str(folder)}
+    workplace.fetch("folder_tiles", workplace.request(paths=paths, strict=True))
+    shutil.rmtree(workplace.root)
+    assert not caplog.text
+    spoil(folder)
+    workplace.fetch("folder_tiles", workplace.request(paths=paths))
+    shutil.rmtree(workplace.root)
+    assert said in caplog.text
+    with pytest.raises(AlmrrError, match=re.escape(said)):
+        workplace.fetch("folder_tiles", workplace.request(paths=paths, strict=True))
+    assert workplace.leftovers() == []
+
+
+def test_specimens_that_look_the_same_are_named_by_a_fetch(
+    folder: Path, workplace: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    blended = 0.7 * _texture(0) + 0.3 * _texture(20)
+    _save(blended.astype(np.uint8), folder / "test/good/like_0.png")
+    paths = {"folder_tiles": str(folder)}
+    workplace.fetch("folder_tiles", workplace.request(paths=paths, strict=True))
+    assert "train/good/0.png, test/good/like_0.png: 1 pairs of images" in caplog.text
+
+
+def test_the_settings_decide_what_is_read(folder: Path) -> None:
+    for path in folder.glob("ground_truth/hole/*.png"):
+        _save(255 - np.asarray(Image.open(path)), path)
+    for path in folder.glob("t*/*/*.png"):
+        _save(np.asarray(Image.open(path))[..., 0].astype(np.uint16) * 16, path)
+    settings = DataSettings(mask_values=(0,), value_range=(0, 4080))
+    diagnosis = examine(folder, settings)
+    assert diagnosis.findings == []
+    assert "any: 0 is black, 4080 is white" in "\n".join(diagnosis.lines())
+    assert "<figure>" in render_diagnosis(diagnosis)
+    assert "more than 0.02 megapixels" in _texts(
+        examine(folder, settings.model_copy(update={"max_megapixels": 0.02})), "error"
+    )
+
+
 def test_what_may_give_wrong_numbers_is_a_warning(folder: Path) -> None:
     Image.open(folder / "train/good/1.png").save(folder / "train/good/again.png")
     _save(np.zeros((140, 150), np.uint8), folder / "ground_truth/hole/6_mask.png")
-    (folder / "test/good/report.jfif").write_bytes(b"x")
+    (folder / "test/good/report.jp2").write_bytes(b"x")
     diagnosis = examine(folder)
     warnings = _texts(diagnosis, "warning")
-    for said in ("several times in train", "the mask shows no defect", "report.jfif"):
+    for said in ("several times in train", "the mask shows no defect", "report.jp2"):
         assert said in warnings
     assert not diagnosis.has_errors
 
@@ -147,7 +203,7 @@ def test_defects_too_small_for_the_input_are_counted_with_a_remedy(tmp_path: Pat
     # 3 x 10 pixels become 2.56 x 1.07 at 256 x 256: 2.7 in area, and 4 at 320 x 320
     assert "1 of 1 defective regions have fewer than 4 pixels" in finding.text
     assert "set data.image_size to [320, 320]" in finding.text
-    assert examine(tmp_path, image_size=(320, 320)).findings == []
+    assert examine(tmp_path, DataSettings(image_size=(320, 320))).findings == []
     assert "data.tiling" not in finding.text
     mask[:] = 0
     mask[100:102, 500:502] = 255
@@ -164,13 +220,14 @@ def test_names_that_are_not_text_are_shown(folder: Path) -> None:
 
 
 def test_images_are_not_kept(folder: Path) -> None:
-    for seed in range(40):
-        _save(_texture(100 + seed, (700, 700)), folder / f"train/good/large{seed}.png")
+    noise = np.random.default_rng(0).integers(0, 256, (640, 480, 3), dtype=np.uint8)
+    for shift in range(40):
+        _save(np.roll(noise, shift), folder / f"train/good/large{shift}.bmp")
     tracemalloc.start()
     examine(folder)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 40 * 700 * 700 * 3  # all of them decoded: 59 MB
+    assert peak < 40 * 640 * 480 * 3  # all of them decoded: 37 MB
 
 
 def test_neither_the_doctor_nor_its_page_brings_torch() -> None:

@@ -63,7 +63,7 @@ def test_without_masks_no_image_has_one(workplace: Any, flat: Path) -> None:
 def test_with_some_masks_a_missing_one_is_missed(workplace: Any, flat: Path) -> None:
     (flat / "masks" / "scratch" / "1.png").unlink()
 
-    with pytest.raises(AlmrrError, match=r"scratch/1\.tif is defective but has no mask"):
+    with pytest.raises(AlmrrError, match=r"scratch/1\.tif is defective, but its mask"):
         fetch(workplace, flat)
 
 

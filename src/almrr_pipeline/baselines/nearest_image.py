@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from almrr_pipeline.common.arrays import Bools
+from almrr_pipeline.common.images import Reading
 from almrr_pipeline.datasets.same_tile import SAME_TILE, compute_signatures, correlations
 from almrr_pipeline.evaluation.curves import auroc, trace_curve
 
@@ -23,13 +24,15 @@ def measure_nearest_image(
     tested: Sequence[Path],
     labels: Sequence[bool],
     defect_types: Sequence[str],
+    reading: Reading | None = None,
 ) -> dict[str, Any]:
     """Image AUROC, overall and by defect type, and fractions of images with a training twin.
 
     An image's score is 1 minus its correlation with the nearest training image. `labels` are True
-    where a test image is defective. What has no normal or no defective test image is None.
+    where a test image is defective, `reading` is that of the files' values. What has no normal or
+    no defective test image is None.
     """
-    likeness = correlations(compute_signatures([*training, *tested]))
+    likeness = correlations(compute_signatures([*training, *tested], reading))
     nearest = likeness[len(training) :, : len(training)].max(axis=1).astype(np.float64)
     defective, types = np.asarray(labels, dtype=bool), np.asarray(defect_types)
 

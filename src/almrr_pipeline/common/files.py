@@ -82,7 +82,12 @@ def check_target_file(path: Path) -> None:
 
 def escape_name(path: Path) -> str:
     r"""Path with forward slashes, as UTF-8 text: other bytes of a name become `\xff`."""
-    return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
+    return escape_text(path.as_posix())
+
+
+def escape_text(text: str) -> str:
+    r"""Text that may name files, as UTF-8 text, see `escape_name`."""
+    return os.fsencode(text).decode("utf-8", "backslashreplace")
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from almrr_pipeline.common.arrays import AnomalyMap, ImageArray
 from almrr_pipeline.common.decoding import Stored, decode
 from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.common.files import escape_name, walk
+from almrr_pipeline.common.files import escape_name, escape_text, walk
 
 logger = logging.getLogger(__name__)
 
@@ -246,7 +246,9 @@ def _as_rgb(stored: Stored, path: Path, reading: Reading) -> ImageArray:
         said = f"holds values from {low:g} to {high:g}, the range is {ends[0]:g} to {ends[1]:g}"
         if beyond > _BEYOND:
             raise AlmrrError(f"{path} {said}; save it as the training images, or train anew.")
-        logger.warning("%s %s: %.2g %% of its values are clipped.", path, said, 100 * beyond)
+        logger.warning(
+            "%s %s: %.2g %% of its values are clipped.", escape_text(str(path)), said, 100 * beyond
+        )
     return _scale(stored, ends)
 
 

@@ -35,6 +35,7 @@ class MaskReading(BaseModel):
 
     threshold: float | None = None  # above it; by default half of white
     values: tuple[int, ...] = ()  # exactly these, such as classes; (0,) for inverted masks
+    max_megapixels: float = Reading().max_megapixels
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,11 @@ class MaskFacts:
     def coverage(self) -> float:
         """Fraction of the image that is anomalous."""
         return float(self.mask.mean())
+
+    @property
+    def is_smoothed(self) -> bool:
+        """Whether the values are those of smoothed outlines: white, and others at both sides."""
+        return self.values[-1] == 255 and any(127 < value < 255 for value in self.values)
 
 
 def read_mask(
@@ -73,8 +79,8 @@ def inspect_mask(
 ) -> MaskFacts:
     """Read a mask as `read_mask`, and say what about it is doubtful."""
     shown, reading = name or path, reading or MaskReading()
-    limit = Reading().max_megapixels
-    stored = decode(read_bytes(path, name=name), shown, max_megapixels=limit)
+    data = read_bytes(path, name=name)
+    stored = decode(data, shown, max_megapixels=reading.max_megapixels)
     levels, white = _levels(stored, shown)
     values, counts = np.unique(levels, return_counts=True)
     if reading.values:

@@ -1,55 +1,36 @@
 """Examination of a folder of images before training: what would give wrong numbers, and why.
 
-Each image is decoded once and only a few kilobytes of it are kept.
+`examine` looks at a user's folder; `report_doubts` makes the same checks of what was fetched. Each
+image is decoded once and only a few kilobytes of it are kept.
 """
 
 from __future__ import annotations
 
-import hashlib
+import logging
 import math
 import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from itertools import islice
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from itertools import combinations, islice
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
-from scipy.ndimage import gaussian_filter, label
 
-from almrr_pipeline.common.arrays import ImageArray
 from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.common.images import (
-    ImageFacts,
-    decide_ranges,
-    find_narrow_range,
-    inspect_bytes,
-    read_bytes,
-    resize_image,
-)
-from almrr_pipeline.common.masks import explain_size, inspect_mask
+from almrr_pipeline.common.images import ImageFacts, Reading, decide_ranges, find_narrow_range
 from almrr_pipeline.common.progress import track
+from almrr_pipeline.config import DataSettings
 from almrr_pipeline.datasets.account import FolderAccount, inspect_folder, show
-from almrr_pipeline.datasets.manifest import Item
+from almrr_pipeline.datasets.looks import NEAR_DUPLICATE, is_compared, similar_pairs
+from almrr_pipeline.datasets.manifest import Item, Opened, open_image, open_mask
 
-NEAR_DUPLICATE = 0.95
-"""Correlation of fine structure above which two images are taken for one, saved again."""
-SAME_SPECIMEN = 0.7
-"""Correlation above which two images may show the same piece of surface.
+logger = logging.getLogger(__name__)
 
-Of 101025 pairs of MT-defect's images it finds 99 % of those that `same_tile` finds with four times
-the pixels, and 4 % of what it finds are others.
-"""
-_SIDE = 48  # pixels of a signature; 9 kB an image
-_FINE, _COARSE, _LOCAL = 0.5, 2.5, 4.0
-"""Gaussian widths in pixels: noise removed, illumination removed, local contrast normalized."""
-_FLAT = 0.25  # gray values; the structure of images with less is noise of compression
-_SHIFTS = (-1, 0, 1)  # pixels of a signature by which two photographs may be apart
-_MOST_COMPARED = 3000  # images; their correlations take about 10 s and 40 MB
 _NAMED = 3  # files that a finding names before it counts the rest
 _FEW_PIXELS = 4.0  # area at the network's input below which a region is next to invisible
 _MANY_LOST = 0.05  # of the regions: more are no accident
@@ -58,7 +39,6 @@ _STEP = 16  # the input's sides are multiples of it
 _THREADS = 4  # each holds one decoded image
 
 Level = Literal["error", "warning"]
-Signature = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -70,25 +50,13 @@ class Finding:
     images: tuple[Path, ...] = ()
 
 
-@dataclass(frozen=True)
-class Examined:
-    """What is kept of an image and its mask."""
-
-    item: Item
-    facts: ImageFacts
-    content: bytes  # hash of the pixels
-    signature: Signature  # (48, 48), mean 0 and norm 1; all 0 without any structure
-    coverage: float | None = None  # fraction of the image that its mask marks
-    regions: tuple[int, ...] = ()  # areas in pixels
-
-
 @dataclass
 class Diagnosis:
     """Result of `examine`."""
 
     account: FolderAccount
-    images: list[Examined]
-    image_size: tuple[int, int]  # rows and columns of the network's input
+    settings: DataSettings
+    images: list[Opened]
     findings: list[Finding] = field(default_factory=list)
     ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
 
@@ -100,7 +68,7 @@ class Diagnosis:
     def lines(self) -> Iterator[str]:
         """Lines of text about what would be used as what."""
         yield f"{self.account.root}"
-        groups: dict[tuple[str, str], list[Examined]] = defaultdict(list)
+        groups: dict[tuple[str, str], list[Opened]] = defaultdict(list)
         for each in self.images:
             groups[each.item.split, each.item.defect_type].append(each)
         for (split, defect_type), group in groups.items():
@@ -121,15 +89,13 @@ class Diagnosis:
             yield f"  {'not used':<11}{count}: {reason}"
 
 
-def _describe_masks(group: Sequence[Examined]) -> str:
-    masked = [each.coverage for each in group if each.coverage is not None]
-    if not masked:
+def _describe_masks(group: Sequence[Opened]) -> str:
+    masks = [each.mask for each in group if each.mask is not None]
+    if not masks:
         return "" if group[0].item.label == "normal" else ", no masks"
-    regions = sum(len(each.regions) for each in group)
-    return (
-        f", {len(masked)} masks: {regions} regions, {min(masked):.2%} to {max(masked):.2%} of an "
-        "image"
-    )
+    regions, coverage = sum(len(m.regions) for m in masks), [m.coverage for m in masks]
+    covered = f"{min(coverage):.2%} to {max(coverage):.2%} of an image"
+    return f", {len(masks)} masks: {regions} regions, {covered}"
 
 
 def _count_values(values: Iterable[str]) -> str:
@@ -138,46 +104,70 @@ def _count_values(values: Iterable[str]) -> str:
     return ", ".join(f"{value} ({count})" for value, count in counted[:_NAMED]) + more
 
 
-def _span(images: Iterable[Examined], dtype: str) -> str:
+def _span(images: Iterable[Opened], dtype: str) -> str:
     same = [each.facts for each in images if each.facts.dtype == dtype]
     return f"{min(f.low for f in same):g} to {max(f.high for f in same):g}"
 
 
-def examine(
-    folder: Path,
-    *,
-    normal_names: Sequence[str] | None = None,
-    image_size: tuple[int, int] = (256, 256),
-) -> Diagnosis:
+def examine(folder: Path, settings: DataSettings | None = None) -> Diagnosis:
     """Examine a folder of the user's images.
 
     Args:
         folder: as for `inspect_folder`.
-        normal_names: names of folders of normal images; None for the usual ones.
-        image_size: rows and columns of the network's input.
+        settings: of these normal_names, image_size, value_range, mask_values, mask_threshold and
+            max_megapixels.
 
     Raises:
         AlmrrError: the folder's layout is not one of those known, or a folder cannot be read.
     """
-    account = inspect_folder(folder, normal_names=normal_names)
-    diagnosis = Diagnosis(account, [], image_size)
+    settings = settings or DataSettings()
+    account = inspect_folder(folder, normal_names=settings.normal_names)
+    diagnosis = Diagnosis(account, settings, [])
     findings = diagnosis.findings
     levels: tuple[Level, Level] = ("error", "warning")
     for level in levels:
         findings += [Finding(level, f"not used: {text}") for text in account.sentences(level)]
-    problems: dict[tuple[Level, str], list[Finding]] = defaultdict(list)
-    for each, faults in _open_all(account.items, account.folder):
-        if each is not None:
-            diagnosis.images.append(each)
-        for finding in faults:
-            problems[finding.level, re.sub(r"[\d., ]+", " ", finding.text)].append(finding)
-    for (level, _), of_kind in problems.items():  # equal but for their numbers
-        paths = [path for finding in of_kind for path in finding.images]
-        findings.append(_about(level, paths, account.folder, of_kind[0].text))
-    for check in (_check_splits, _check_values, _check_copies, _check_looks, _check_size):
-        findings += check(diagnosis)
+    faults: dict[str, list[tuple[Path, str]]] = defaultdict(list)
+    for opened, fault in _open_all(account.items, account.folder, settings):
+        diagnosis.images += [opened] if opened else []
+        if fault is not None:
+            faults[re.sub(r"[\d., ]+", " ", fault[1])].append(fault)
+    for of_kind in faults.values():  # equal but for their numbers
+        findings.append(_about("error", [path for path, _ in of_kind], folder, of_kind[0][1]))
+    if not any(each.item.split == "train" for each in diagnosis.images):
+        findings.append(Finding("error", "there is no normal image to train on"))
+    findings += _find_doubts(diagnosis.images, folder, settings)
+    findings += _check_size(diagnosis)
+    with suppress(AlmrrError):  # it is among the findings
+        diagnosis.ranges = decide_ranges(_of_training(diagnosis.images), settings.value_range)
     findings.sort(key=lambda finding: finding.level)  # errors first
     return diagnosis
+
+
+def report_doubts(
+    images: Sequence[Opened], folder: Path, settings: DataSettings, *, name: str, strict: bool
+) -> None:
+    """Log what gives, or may give, wrong numbers with the images of a category in `folder`.
+
+    Raises:
+        AlmrrError: where `strict`, if something gives wrong numbers.
+    """
+    findings = list(_find_doubts(images, folder, settings))
+    errors = [finding.text for finding in findings if finding.level == "error"]
+    if errors and strict:
+        raise AlmrrError(f"{name}: {'. '.join(errors)}.")
+    for finding in findings:
+        logger.warning("%s: %s", name, finding.text)
+
+
+def _find_doubts(
+    images: Sequence[Opened], folder: Path, settings: DataSettings
+) -> Iterator[Finding]:
+    yield from _check_masks(images, folder)
+    yield from _check_splits(images)
+    yield from _check_values(images, folder, settings)
+    yield from _check_copies(images, folder)
+    yield from _check_looks(images, folder)
 
 
 def _about(level: Level, paths: Sequence[Path], folder: Path, text: str) -> Finding:
@@ -187,88 +177,72 @@ def _about(level: Level, paths: Sequence[Path], folder: Path, text: str) -> Find
 
 
 def _open_all(
-    items: Sequence[Item], folder: Path
-) -> Iterator[tuple[Examined | None, list[Finding]]]:
-    remaining = iter(items)
+    items: Sequence[Item], folder: Path, settings: DataSettings
+) -> Iterator[tuple[Opened | None, tuple[Path, str] | None]]:
+    """Open all images and masks; instead of raising, return the file at fault and the reason."""
+
+    def open_item(numbered: tuple[int, Item]) -> tuple[Opened | None, tuple[Path, str] | None]:
+        index, item = numbered
+        name, has_look = Path(show(item.image, folder)), is_compared(index, len(items))
+        try:
+            opened = open_image(item, name, settings, has_look=has_look)
+        except AlmrrError as error:
+            return None, (item.image, _without(error, name))
+        if item.mask is None:
+            return opened, None
+        mask_name = Path(show(item.mask, folder))
+        try:
+            mask = open_mask(item.mask, mask_name, opened, name, settings)
+        except AlmrrError as error:
+            at_fault = item.mask if item.mask.is_file() else item.image
+            return opened, (at_fault, _without(error, name, mask_name))
+        return replace(opened, mask=mask), None
+
+    remaining = iter(enumerate(items))
     threads = min(_THREADS, os.cpu_count() or 1)
     with (
         ThreadPoolExecutor(threads) as pool,
         track(len(items), unit="images", description="check images") as advance,
     ):
         while batch := list(islice(remaining, 8 * threads)):
-            for result in pool.map(lambda item: _open(item, folder), batch):
+            for result in pool.map(open_item, batch):
                 advance(1)
                 yield result
 
 
-def _open(item: Item, folder: Path) -> tuple[Examined | None, list[Finding]]:
-    name, path = Path(show(item.image, folder)), item.image
-    try:
-        facts, pixels = inspect_bytes(read_bytes(path, name=name), name)
-    except AlmrrError as error:
-        return None, [Finding("error", _without(name, error), (path,))]
-    coverage, regions, faults = _open_mask(item, facts, folder)
-    content = hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).digest()
-    signature = _compute_signature(pixels)
-    return Examined(item, facts, content, signature, coverage, regions), faults
+def _without(error: AlmrrError, *names: Path) -> str:
+    """The message without the files' names, so that equal faults are one finding."""
+    text = str(error)
+    for name in names:
+        text = text.replace(f"{name.as_posix()} ", "").replace(f" {name.as_posix()}", "")
+    return text.lstrip(": ").rstrip(".")
 
 
-def _without(name: Path, error: AlmrrError) -> str:
-    return str(error).removeprefix(str(name)).lstrip(": ").rstrip(".")
+def _check_masks(images: Iterable[Opened], folder: Path) -> Iterator[Finding]:
+    """Masks that may mean something else, and empty ones."""
+    doubts: dict[tuple[Level, str], list[tuple[Path, str]]] = defaultdict(list)
+    for each in images:
+        if each.mask is None or each.item.mask is None:
+            continue
+        if each.mask.doubt:
+            level: Level = "warning" if each.mask.is_smoothed else "error"
+            kind = re.sub(r"[\d., ]+", " ", each.mask.doubt)  # equal but for their numbers
+            doubts[level, kind].append((each.item.mask, each.mask.doubt))
+        if not each.mask.regions:
+            text = "the mask shows no defect: none of its image's pixels counts as anomalous"
+            doubts["warning", text].append((each.item.mask, text))
+    for (level, _), of_kind in doubts.items():
+        yield _about(level, [path for path, _ in of_kind], folder, of_kind[0][1])
 
 
-def _open_mask(
-    item: Item, image: ImageFacts, folder: Path
-) -> tuple[float | None, tuple[int, ...], list[Finding]]:
-    if item.mask is None:
-        return None, (), []
-    if not item.mask.is_file():
-        where = show(item.mask.parent, folder)
-        return None, (), [Finding("error", f"there is no mask in {where}", (item.image,))]
-    name = Path(show(item.mask, folder))
-    try:
-        facts = inspect_mask(item.mask, name=name)
-    except AlmrrError as error:
-        return None, (), [Finding("error", _without(name, error), (item.mask,))]
-    any_image = Path("file")  # no name, so that equal differences are one finding
-    difference = explain_size(facts, image.size, image=any_image, image_turned=image.turned)
-    level: Level = "warning" if _is_smoothed(facts.values) else "error"
-    problems: list[tuple[Level, str | None]] = [(level, facts.problem), ("error", difference)]
-    faults = [Finding(level, text, (item.mask,)) for level, text in problems if text]
-    labels, _ = label(facts.mask, np.ones((3, 3)))
-    regions = tuple(int(area) for area in np.bincount(labels.ravel())[1:])
-    if not regions:
-        text = "the mask shows no defect: none of its image's pixels counts as anomalous"
-        faults.append(Finding("warning", text, (item.mask,)))
-    return facts.coverage, regions, faults
-
-
-def _is_smoothed(values: Sequence[float]) -> bool:
-    """Whether a mask's values are those of a smoothed outline: white, and others at both sides."""
-    return values[-1] == 255 and any(127 < value < 255 for value in values)
-
-
-def _compute_signature(image: ImageArray) -> Signature:
-    """Fine structure without illumination and contrast: (48, 48), mean 0 and norm 1."""
-    gray = resize_image(image, (_SIDE, _SIDE)).mean(axis=2)
-    detail = gaussian_filter(gray, _FINE) - gaussian_filter(gray, _COARSE)
-    if detail.std() < _FLAT:
-        return np.zeros((_SIDE, _SIDE), np.float32)
-    detail /= np.sqrt(gaussian_filter(detail**2, _LOCAL)) + 1e-6
-    detail -= detail.mean()
-    return np.asarray(detail / max(float(np.linalg.norm(detail)), 1e-6), np.float32)
-
-
-def _check_splits(diagnosis: Diagnosis) -> Iterator[Finding]:
-    counts = Counter((each.item.split, each.item.label) for each in diagnosis.images)
-    if not counts["train", "normal"]:
-        yield Finding("error", "there is no normal image to train on")
+def _check_splits(images: Sequence[Opened]) -> Iterator[Finding]:
+    counts = Counter((each.item.split, each.item.label) for each in images)
     for kind in ("normal", "defective"):
         if not counts["test", kind]:
             text = f"the test has no {kind} image: image AUROC and image AP are undefined"
             yield Finding("warning", text)
-    train = [each for each in diagnosis.images if each.item.split == "train"]
-    defective = [each for each in diagnosis.images if each.item.label == "defective"]
+    train = [each for each in images if each.item.split == "train"]
+    defective = [each for each in images if each.item.label == "defective"]
     for what, of in (("mode", lambda e: e.facts.mode), ("size", _round_size)):
         normal_has, defective_has = {of(e) for e in train}, {of(e) for e in defective}
         if normal_has and defective_has and not normal_has & defective_has:
@@ -279,30 +253,41 @@ def _check_splits(diagnosis: Diagnosis) -> Iterator[Finding]:
             )
 
 
-def _round_size(each: Examined) -> tuple[int, int]:
+def _round_size(each: Opened) -> tuple[int, int]:
     """Size in steps of 64 pixels: a few rows more or less tell nothing."""
     return round(each.facts.size[0] / 64), round(each.facts.size[1] / 64)
 
 
-def _check_values(diagnosis: Diagnosis) -> Iterator[Finding]:
-    normal = [each.facts for each in diagnosis.images if each.item.split != "test"]
+def _of_training(images: Iterable[Opened]) -> list[ImageFacts]:
+    """The facts that decide the range of values: those of normal images outside of the test."""
+    return [each.facts for each in images if each.item.split != "test"]
+
+
+def _check_values(
+    images: Sequence[Opened], folder: Path, settings: DataSettings
+) -> Iterator[Finding]:
+    training = _of_training(images)
     try:
-        diagnosis.ranges = decide_ranges(normal)
+        ranges = decide_ranges(training, settings.value_range)
     except AlmrrError as error:
         yield Finding("error", str(error).rstrip("."))
         return
-    if narrow := find_narrow_range(normal, diagnosis.ranges):
+    if narrow := find_narrow_range(training, ranges):
         yield Finding("warning", narrow)
-    for dtype in {each.facts.dtype for each in diagnosis.images} - {"uint8", *diagnosis.ranges}:
-        paths = [each.item.image for each in diagnosis.images if each.facts.dtype == dtype]
+    reading = Reading(value_ranges=ranges)
+    of_type: dict[str, list[Path]] = defaultdict(list)
+    for each in images:
+        if reading.range_of(each.facts.dtype) is None:
+            of_type[each.facts.dtype].append(each.item.image)
+    for dtype, paths in of_type.items():
         text = f"its values are {dtype}, and no training image's are; save all alike"
-        yield _about("error", paths, diagnosis.account.folder, text)
+        yield _about("error", paths, folder, text)
 
 
-def _check_copies(diagnosis: Diagnosis) -> Iterator[Finding]:
+def _check_copies(images: Iterable[Opened], folder: Path) -> Iterator[Finding]:
     """Equal pixels: an error across splits or labels, a warning within a split."""
-    groups: dict[bytes, list[Item]] = defaultdict(list)
-    for each in diagnosis.images:
+    groups: dict[str, list[Item]] = defaultdict(list)
+    for each in images:
         groups[each.content].append(each.item)
     pairs: dict[tuple[Level, str], list[Path]] = defaultdict(list)
     for items in groups.values():
@@ -317,61 +302,52 @@ def _check_copies(diagnosis: Diagnosis) -> Iterator[Finding]:
             continue
         pairs[key] += [item.image for item in items]
     for (level, text), paths in pairs.items():
-        yield _about(level, paths, diagnosis.account.folder, text)
+        yield _about(level, paths, folder, text)
 
 
-def _check_looks(diagnosis: Diagnosis) -> Iterator[Finding]:
+def _check_looks(images: Iterable[Opened], folder: Path) -> Iterator[Finding]:
     """Near-duplicates between splits, and specimens that look the same."""
-    images = [each for each in diagnosis.images if each.signature.any()]
-    images = images[:: math.ceil(len(images) / _MOST_COMPARED) or 1]
+    by_split: dict[str, list[Opened]] = defaultdict(list)
+    for each in images:
+        if each.look is not None and each.look.any():
+            by_split[each.item.split].append(each)
     near: list[Path] = []
-    same: list[tuple[Examined, Examined]] = []
-    for first, second, correlation in _similar_pairs(images):
-        crosses = first.item.split != second.item.split
-        if first.content == second.content or not crosses:
-            continue
-        if correlation > NEAR_DUPLICATE:
-            near += [first.item.image, second.item.image]
-        elif not first.item.specimen or first.item.specimen != second.item.specimen:
-            same.append((first, second))
+    same: list[tuple[Path, Path]] = []
+    for first, second in combinations(by_split.values(), 2):
+        looks = [
+            np.stack([each.look for each in side if each.look is not None])
+            for side in (first, second)
+        ]
+        for row, column, correlation in similar_pairs(looks[0], looks[1]):
+            one, other = first[row], second[column]
+            pair = one.item.image, other.item.image
+            if one.content == other.content:
+                continue  # named as copies
+            if correlation > NEAR_DUPLICATE:
+                near += pair
+            elif not one.item.specimen or one.item.specimen != other.item.specimen:
+                same.append(pair)
     if near:
         text = "nearly the same image is in two splits, saved or taken again; keep one of each pair"
-        yield _about("error", list(dict.fromkeys(near)), diagnosis.account.folder, text)
+        yield _about("error", list(dict.fromkeys(near)), folder, text)
     if same:
-        paths = list(dict.fromkeys(each.item.image for pair in same for each in pair))
+        paths = list(dict.fromkeys(path for pair in same for path in pair))
         text = (
             f"{len(same)} pairs of images in different splits look like the same specimen; if they "
             "are, list them in specimens.csv and keep each specimen in one split"
         )
-        yield _about("warning", paths, diagnosis.account.folder, text)
-
-
-def _similar_pairs(images: Sequence[Examined]) -> Iterator[tuple[Examined, Examined, float]]:
-    """Pairs above SAME_SPECIMEN, in blocks, so that memory stays bounded."""
-    if not images:
-        return
-    signatures = np.stack([each.signature for each in images])
-    flat = signatures.reshape(len(images), -1)
-    for start in range(0, len(images), 256):
-        block = signatures[start : start + 256]
-        best = np.full((len(block), len(images)), -1.0, np.float32)
-        for rows in _SHIFTS:
-            for columns in _SHIFTS:
-                shifted = np.roll(block, (rows, columns), (1, 2)).reshape(len(block), -1)
-                np.maximum(best, shifted @ flat.T, out=best)
-        for row, column in np.argwhere(best > SAME_SPECIMEN):
-            if start + row < column:
-                yield images[start + row], images[column], float(best[row, column])
+        yield _about("warning", paths, folder, text)
 
 
 def _check_size(diagnosis: Diagnosis) -> Iterator[Finding]:
     """Regions that next to vanish at the network's input, with a size or tiles that keep them."""
-    rows, columns = diagnosis.image_size
+    rows, columns = diagnosis.settings.image_size
     areas, shrunk, paths = [], [], []
     for each in diagnosis.images:
         height, width = each.facts.size
-        scaled = [area * rows * columns / (height * width) for area in each.regions]
-        areas += list(each.regions)
+        regions = each.mask.regions if each.mask else ()
+        scaled = [area * rows * columns / (height * width) for area in regions]
+        areas += list(regions)
         shrunk += scaled
         paths += [each.item.image] if any(area < _FEW_PIXELS for area in scaled) else []
     lost = sum(area < _FEW_PIXELS for area in shrunk)

@@ -8,15 +8,17 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pandas as pd
+from scipy.ndimage import label
 
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.common.images import (
@@ -30,6 +32,7 @@ from almrr_pipeline.common.images import (
 from almrr_pipeline.common.masks import MaskReading, explain_size, inspect_mask
 from almrr_pipeline.common.progress import track
 from almrr_pipeline.config import DataSettings
+from almrr_pipeline.datasets.looks import Look, compute_look, is_compared
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +55,28 @@ class Item:
     defect_type: str  # `good` for normal images
     specimen: str = ""
     """Name of the specimen, where several images show the same one; these stay in one split."""
+
+
+@dataclass(frozen=True)
+class OpenedMask:
+    """What is kept of a mask."""
+
+    coverage: float  # fraction of the image that it marks
+    regions: tuple[int, ...]  # areas in pixels
+    doubt: str  # a sentence without its subject: why its meaning is uncertain; empty if it is not
+    is_smoothed: bool = False  # the doubt is about smoothed outlines alone
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What is kept of an image that was opened, and of its mask: some kilobytes."""
+
+    item: Item
+    facts: ImageFacts
+    sha256: str  # of the file
+    content: str  # hash of the pixels, which equal images of different formats share
+    look: Look | None = None  # of those that are compared
+    mask: OpenedMask | None = None
 
 
 @dataclass(frozen=True)
@@ -126,18 +151,22 @@ def build_manifest(
     name = name or Path(common).name  # the category's folder, if it has a training image
     if difference := check_counts(items, expected, name=name, strict=strict):
         logger.warning("%s", difference)
-    table = inspect_items(items, root=root, settings=settings)
-    _report_doubts(table, name)
-    empty = [Path(image).name for image in table.loc[table["mask_is_empty"], "image"]]
-    if empty:
-        logger.warning(
-            "%s: the masks of %d defective images show no defect (%s): these count as defective "
-            "images, but none of their pixels as anomalous",
-            name,
-            len(empty),
-            ", ".join(empty[:_NAMED]),
-        )
-    return table[list(COLUMNS)].sort_values(["split", "image"], ignore_index=True)
+    rows = [_row(opened, root) for opened in inspect_items(items, root=root, settings=settings)]
+    table = pd.DataFrame(rows, columns=list(COLUMNS))
+    return table.sort_values(["split", "image"], ignore_index=True)
+
+
+def _row(opened: Opened, root: Path) -> tuple[object, ...]:
+    """The values of `COLUMNS`."""
+    item, facts = opened.item, opened.facts
+    height, width = facts.size
+    return (
+        item.image.relative_to(root).as_posix(),
+        item.mask.relative_to(root).as_posix() if item.mask else "",
+        *(item.split, item.label, item.defect_type, item.specimen),
+        *(width, height, opened.sha256, facts.mode, facts.dtype, facts.low, facts.high),
+        "" if facts.white is None else facts.white,
+    )
 
 
 def has_validation(manifest: pd.DataFrame) -> bool:
@@ -184,25 +213,24 @@ def split_validation(names: Sequence[str], fraction: float) -> tuple[list[str], 
 
 def inspect_items(
     items: Sequence[Item], *, root: Path, settings: DataSettings | None = None
-) -> pd.DataFrame:
+) -> list[Opened]:
     """Open every image and mask under `root`, in threads (decoding releases the GIL).
-
-    Returns:
-        `COLUMNS`, and `pixels`, a hash that equal images of different formats share, and
-        `mask_is_empty`, and `mask_problem`, what is doubtful about a mask; in the order of `items`.
 
     Raises:
         AlmrrError: as `build_manifest` for the files; names all broken ones at once.
     """
-    rows, failures = [], []
+    opened, failures = [], []
     with (
         ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads,
         track(len(items), unit="images", description="check images") as advance,
     ):
         settings = settings or DataSettings()
-        for future in [threads.submit(_inspect, item, root, settings) for item in items]:
+        for future in [
+            threads.submit(_open, item, root, settings, has_look=is_compared(index, len(items)))
+            for index, item in enumerate(items)
+        ]:
             try:
-                rows.append(future.result())
+                opened.append(future.result())
             except AlmrrError as error:
                 failures.append(str(error))
             advance(1)
@@ -210,65 +238,68 @@ def inspect_items(
         if len(failures) > _NAMED:
             failures[_NAMED:] = [f"And {len(failures) - _NAMED} more of this kind."]
         raise AlmrrError(" ".join(failures))
-    table = pd.DataFrame(rows, columns=[*COLUMNS, "pixels", "mask_is_empty", "mask_problem"])
-    _refuse_shared(table, "pixels", "The same image is", "remove one of each pair")
-    of_specimens = table[table["specimen"] != ""]
+    names = {each.item.image: each.item.image.relative_to(root).as_posix() for each in opened}
+    contents = [(each.item.split, each.content, names[each.item.image]) for each in opened]
+    _refuse_shared(contents, "The same image is", "remove one of each pair")
     what, advice = "Images of the same specimen are", "keep each specimen in one split"
-    _refuse_shared(of_specimens, "specimen", what, advice)
-    return table
+    specimens = [
+        (each.item.split, each.item.specimen, names[each.item.image])
+        for each in opened
+        if each.item.specimen
+    ]
+    _refuse_shared(specimens, what, advice)
+    return opened
 
 
-def _inspect(item: Item, root: Path, settings: DataSettings) -> tuple[object, ...]:
-    """Return a row of `inspect_items`."""
+def _open(item: Item, root: Path, settings: DataSettings, *, has_look: bool) -> Opened:
+    """Open an image and its mask under `root`."""
     try:
         str(item.image).encode("utf-8")
     except UnicodeEncodeError:
         message = f"{str(item.image)!r}: the name is not UTF-8 text; rename the file."
         raise AlmrrError(message) from None
-    image = item.image.relative_to(root)
-    mask = item.mask.relative_to(root) if item.mask else None
-    data = read_bytes(item.image, name=image)
-    facts, pixels = inspect_bytes(data, image, Reading(max_megapixels=settings.max_megapixels))
-    height, width = facts.size
-    content = hashlib.sha256(f"{height} {width} ".encode() + pixels.tobytes()).hexdigest()
-    return (
-        image.as_posix(),
-        mask.as_posix() if mask else "",
-        *(item.split, item.label, item.defect_type, item.specimen),
-        *(width, height, hashlib.sha256(data).hexdigest()),
-        *(facts.mode, facts.dtype, facts.low, facts.high),
-        *("" if facts.white is None else facts.white, content),
-        *((False, "") if mask is None else _inspect_mask(root, mask, image, facts, settings)),
-    )
+    name = item.image.relative_to(root)
+    opened = open_image(item, name, settings, has_look=has_look)
+    if item.mask is None:
+        return opened
+    mask = open_mask(item.mask, item.mask.relative_to(root), opened, name, settings)
+    return replace(opened, mask=mask)
 
 
-def _inspect_mask(
-    root: Path, mask: Path, image: Path, facts: ImageFacts, settings: DataSettings
-) -> tuple[bool, str]:
-    """Whether a mask is empty, and what is doubtful about it."""
-    path, name, image_name = root / mask, mask.as_posix(), image.as_posix()
+def open_image(item: Item, name: Path, settings: DataSettings, *, has_look: bool) -> Opened:
+    """Open an image, not its mask; AlmrrError, with `name` for the path, if it is broken."""
+    data = read_bytes(item.image, name=name)
+    facts, pixels = inspect_bytes(data, name, Reading(max_megapixels=settings.max_megapixels))
+    content = hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest()
+    look = compute_look(pixels) if has_look else None
+    return Opened(item, facts, hashlib.sha256(data).hexdigest(), content, look)
+
+
+def open_mask(
+    path: Path, name: Path, image: Opened, image_name: Path, settings: DataSettings
+) -> OpenedMask:
+    """Open the mask of an opened image; AlmrrError if it is missing, broken or of another size."""
     if not path.is_file():
-        missing = f"{image_name} is defective but has no mask: there is no {name}"
-        raise AlmrrError(f"{missing}; add it, or remove the image.")
-    found = inspect_mask(path, name=mask, reading=mask_reading(settings))
-    difference = explain_size(found, facts.size, image=image, image_turned=facts.turned)
-    if difference and found.mask.shape != facts.size:
-        raise AlmrrError(f"{name} {difference}.")
-    return not found.mask.any(), difference or found.problem
-
-
-def _report_doubts(table: pd.DataFrame, name: str) -> None:
-    """Name the masks that may mean something else."""
-    doubtful = table[table["mask_problem"] != ""]
-    for problem, rows in doubtful.groupby("mask_problem", sort=False):
-        masks = [Path(mask).name for mask in rows["mask"]]
-        more = f" (and {len(masks) - 1} more)" if len(masks) > 1 else ""
-        logger.warning("%s: the mask %s%s %s", name, masks[0], more, problem)
+        missing = f"{image_name.as_posix()} is defective, but its mask {name.as_posix()} is not"
+        raise AlmrrError(f"{missing} there; add it, or remove the image.")
+    found = inspect_mask(path, name=name, reading=mask_reading(settings))
+    size, turned = image.facts.size, image.facts.turned
+    difference = explain_size(found, size, image=image_name, image_turned=turned)
+    if difference and found.mask.shape != size:
+        raise AlmrrError(f"{name.as_posix()} {difference}.")
+    labels, _ = label(found.mask, np.ones((3, 3)))
+    regions = tuple(int(area) for area in np.bincount(labels.ravel())[1:])
+    is_smoothed = found.is_smoothed and not difference
+    return OpenedMask(found.coverage, regions, difference or found.problem, is_smoothed)
 
 
 def mask_reading(settings: DataSettings) -> MaskReading:
     """Which values of the masks are anomalous, by the settings."""
-    return MaskReading(threshold=settings.mask_threshold, values=settings.mask_values)
+    return MaskReading(
+        threshold=settings.mask_threshold,
+        values=settings.mask_values,
+        max_megapixels=settings.max_megapixels,
+    )
 
 
 def image_reading(manifest: pd.DataFrame, settings: DataSettings) -> Reading:
@@ -299,15 +330,21 @@ def image_reading(manifest: pd.DataFrame, settings: DataSettings) -> Reading:
     return Reading(value_ranges=ranges, max_megapixels=settings.max_megapixels)
 
 
-def _refuse_shared(table: pd.DataFrame, key: str, what: str, advice: str) -> None:
-    """Refuse rows of different splits with the same `key`."""
+def _refuse_shared(images: Iterable[tuple[str, str, str]], what: str, advice: str) -> None:
+    """Refuse images, given as split, key and name, of different splits with the same key."""
+    by_split: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for split, key, name in images:
+        by_split[split][key].append(name)
     for earlier, later in combinations(("train", "validation", "test"), 2):
-        first = table[table["split"] == earlier].drop_duplicates(key)
-        both = table[table["split"] == later].merge(first, on=key, suffixes=("", "_earlier"))
-        if both.empty:
+        pairs = [
+            f"{by_split[earlier][key][0]} and {name}"
+            for key, names in by_split[later].items()
+            for name in names
+            if key in by_split[earlier]
+        ]
+        if not pairs:
             continue
-        named = both[:_NAMED]
-        pairs = "; ".join(named["image_earlier"] + " and " + named["image"])
-        if len(both) > _NAMED:
-            pairs += f" (and {len(both) - _NAMED} more pairs)"
-        raise AlmrrError(f"{what} in {earlier} and in {later}: {pairs}; {advice}.")
+        named = "; ".join(pairs[:_NAMED])
+        if len(pairs) > _NAMED:
+            named += f" (and {len(pairs) - _NAMED} more pairs)"
+        raise AlmrrError(f"{what} in {earlier} and in {later}: {named}; {advice}.")

@@ -11,6 +11,7 @@ from typing import Literal
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.config import DataSettings
 from almrr_pipeline.datasets.base import Dataset, FetchRequest
+from almrr_pipeline.datasets.doctor import report_doubts
 from almrr_pipeline.datasets.folder import PREFIX as FOLDER_PREFIX
 from almrr_pipeline.datasets.folder import Folder
 from almrr_pipeline.datasets.folder_names import normalize
@@ -74,14 +75,18 @@ def check_request(categories: Iterable[str], *, request: FetchRequest) -> None:
 
 
 def fetch_category(category: str, *, target: Path, request: FetchRequest) -> None:
-    """Fetch a category into the empty folder `target`, and open every image of it.
+    """Fetch a category into the empty folder `target`, and open and check every image of it.
 
     Raises:
-        AlmrrError: nothing could be fetched, or an image or mask is missing or broken.
+        AlmrrError: nothing could be fetched; an image or mask is missing or broken; or, where
+            `data.strict`, a folder of the user's would give wrong numbers. What is published is as
+            it is: doubts about it are logged.
     """
-    dataset = dataset_for(category, request.settings)
+    settings, dataset = request.settings, dataset_for(category, request.settings)
     dataset.fetch(category, target=target, request=request)
-    inspect_items(dataset.items(category, target), root=target, settings=request.settings)
+    images = inspect_items(dataset.items(category, target), root=target, settings=settings)
+    strict = settings.strict and dataset.expected(category) is None
+    report_doubts(images, target, settings, name=category, strict=strict)
 
 
 def fetch_textures(name: Literal["package", "dtd"], *, target: Path, request: FetchRequest) -> None:

@@ -115,7 +115,8 @@ class Dtd(ArchivedDataset):
 
     def verify(self, category: str, target: Path, request: FetchRequest) -> None:
         """Open every texture and compare their count with the published one."""
-        count = len(inspect_items(self.items(category, target), root=target))
+        items = self.items(category, target)
+        count = len(inspect_items(items, root=target, settings=request.settings))
         if count != _PUBLISHED:
             message = f"{self.name}: {count} images, published are {_PUBLISHED}"
             if request.settings.strict:

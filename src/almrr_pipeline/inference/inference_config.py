@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.common.files import write_atomically
-from almrr_pipeline.common.images import Reading
+from almrr_pipeline.common.images import Reading, ValueRange
 from almrr_pipeline.config import Section, Side, Tiling, list_faults
 from almrr_pipeline.evaluation.thresholds import Threshold, find_fault, withdraw_guarantee
 
@@ -56,6 +57,13 @@ class InferenceConfig(Section):
     def pixel_threshold(self) -> Threshold | None:
         """The threshold of the map's values, if the model has been calibrated."""
         return self.thresholds.pixel if self.thresholds else None
+
+    def with_range(self, ends: ValueRange) -> InferenceConfig:
+        """Replace the range of all images of more than 8 bits; AlmrrError if it is none."""
+        if not -math.inf < ends[0] < ends[1] < math.inf:
+            raise AlmrrError(f"{ends[0]} to {ends[1]} is no range; black is smaller than white.")
+        reading = self.reading.model_copy(update={"value_ranges": {"any": ends}})
+        return self.model_copy(update={"reading": reading})
 
     def without_guarantee(self) -> InferenceConfig:
         """Withdraw the thresholds' guarantee: weights were chosen on the validation images."""

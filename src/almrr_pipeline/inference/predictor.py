@@ -55,6 +55,7 @@ class Predictor:
         runtime: str = "torch",
         image_threshold: float | None = None,
         pixel_threshold: float | None = None,
+        value_range: tuple[float, float] | None = None,
     ) -> None:
         """Load a model folder.
 
@@ -68,6 +69,7 @@ class Predictor:
                 exported at first use (`almrr_pipeline.inference.runtimes`).
             image_threshold: in place of the model's own, in [0, 1].
             pixel_threshold: in place of the model's own, in [0, 1].
+            value_range: black and white of images of more than 8 bits, in place of the model's own.
 
         Raises:
             AlmrrError: the folder holds no model, the device or the backend is not there, or a
@@ -75,6 +77,8 @@ class Predictor:
         """
         folder = Path(folder)
         self.config = InferenceConfig.load(folder)
+        if value_range is not None:
+            self.config = self.config.with_range(value_range)
         self.image_threshold, self.pixel_threshold = image_threshold, pixel_threshold
         for threshold in (image_threshold, pixel_threshold):
             if threshold is not None and not 0.0 <= threshold <= 1.0:  # nan neither

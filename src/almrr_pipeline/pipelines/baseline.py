@@ -76,6 +76,7 @@ def evaluate_nearest_image(
         [data_folder / name for name in rows["image"]],
         list(rows["label"] == "defective"),
         list(rows["defect_type"]),
+        image_reading(manifest, data),
     )
 
 

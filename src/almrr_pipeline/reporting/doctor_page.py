@@ -13,12 +13,12 @@ import numpy as np
 from PIL import Image
 
 from almrr_pipeline.common.arrays import ImageArray
-from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.common.files import escape_name
-from almrr_pipeline.common.images import inspect_bytes, read_bytes, resize_image
-from almrr_pipeline.common.masks import inspect_mask
+from almrr_pipeline.common.images import Reading, inspect_bytes, read_bytes, resize_image
+from almrr_pipeline.common.masks import read_mask
 from almrr_pipeline.datasets.account import show
-from almrr_pipeline.datasets.doctor import Diagnosis, Examined
+from almrr_pipeline.datasets.doctor import Diagnosis
+from almrr_pipeline.datasets.manifest import Opened, mask_reading
 
 _OF_EACH_TYPE = 6  # thumbnails
 _OF_FINDINGS = 24
@@ -58,25 +58,27 @@ def _draw_thumbnails(diagnosis: Diagnosis) -> Iterator[tuple[str, str, str]]:
         drawn[kind] += 1
         if drawn[kind] > _OF_EACH_TYPE and not {each.item.image, each.item.mask} & found:
             continue
-        coverage = f", {each.coverage:.2%}" if each.coverage is not None else ""
+        coverage = f", {each.mask.coverage:.2%}" if each.mask else ""
         caption = f"{each.item.split}, {each.item.defect_type}{coverage}"
-        yield show(each.item.image, diagnosis.account.folder), caption, _encode(_draw(each))
+        yield (
+            show(each.item.image, diagnosis.account.folder),
+            caption,
+            _encode(_draw(each, diagnosis)),
+        )
 
 
-def _draw(each: Examined) -> ImageArray:
+def _draw(each: Opened, diagnosis: Diagnosis) -> ImageArray:
     """The image, small, its mask in color."""
-    item = each.item
-    _, pixels = inspect_bytes(read_bytes(item.image), item.image)
+    item, settings = each.item, diagnosis.settings
+    reading = Reading(value_ranges=diagnosis.ranges, max_megapixels=settings.max_megapixels)
+    _, pixels = inspect_bytes(read_bytes(item.image), item.image, reading)
     height, width = pixels.shape[:2]
     scale = _SIDE / max(height, width)
     size = max(1, round(height * scale)), max(1, round(width * scale))
     small = resize_image(pixels, size)
-    if each.coverage is None or item.mask is None:
+    if each.mask is None or item.mask is None:
         return small
-    try:
-        mask = inspect_mask(item.mask).mask
-    except AlmrrError:
-        return small
+    mask = read_mask(item.mask, reading=mask_reading(settings))
     gray = np.repeat(255 * mask.astype(np.uint8)[..., None], 3, axis=2)
     alpha = np.minimum(resize_image(gray, size)[..., :1] / np.float32(255) * 2, 0.6)
     return np.asarray(small * (1 - alpha) + _RED * alpha, np.uint8)

@@ -26,6 +26,7 @@ from almrr_pipeline.common.files import (
     STAGING_PREFIX,
     check_writable,
     escape_name,
+    escape_text,
     staging_folder,
 )
 from almrr_pipeline.common.images import IMAGE_SUFFIXES, encode_map, list_images, read_image
@@ -124,7 +125,7 @@ def predict_files(
     with _results_folder(output) as folder, progress as advance:
 
         def leave_out(image: ImageInput, error: AlmrrError) -> None:
-            logger.warning("Left out: %s", error)
+            logger.warning("Left out: %s", escape_text(str(error)))
             summary.unreadable.append(Path(str(image)))
             advance(1)
 
