@@ -475,7 +475,11 @@ def test_two_surfaces_of_ones_own_stand_next_to_what_was_there(surfaces: Project
     assert list(table["category"]) == [*SURFACES, "mean"]
     assert len(_models(surfaces)) == 4
     values = yaml.safe_load((surfaces.folder / "params.yaml").read_text())
-    assert values["overrides"] == {"folder_parts": {"train": {"steps": 3}}}
+    size = {"image_size": [144, 144]}  # the budget's
+    assert values["overrides"] == {
+        "folder_parts": {"data": size, "train": {"steps": 3}},
+        "folder_plain": {"data": size},
+    }
     printed = surfaces.run("almrr", "train", "parts")
     assert "Running stage" not in printed
     assert "good parts stopped" in surfaces.run("almrr", "test", "parts")
