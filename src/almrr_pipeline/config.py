@@ -35,19 +35,20 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 OpenFraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
-Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Weight = NonNegative
 GridExponent = Annotated[int, Field(ge=0, le=8)]
 GridExponents = Annotated[tuple[GridExponent, GridExponent], AfterValidator(_ascending)]
 FractionRange = Annotated[tuple[Fraction, Fraction], AfterValidator(_ascending)]
 ScanBackend = Literal["auto", "mamba_ssm", "triton", "numba", "torch"]
-Side = Annotated[int, Field(ge=128, multiple_of=16)]  # pixels; stride 4, then patches of 4
+Width = Annotated[int, Field(ge=1, le=65_536)]  # of a layer; beyond it, it alone fills memory
+Side = Annotated[int, Field(ge=128, le=8192, multiple_of=16)]  # pixels; stride 4, patches of 4
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class Section(BaseModel):
-    """Base of all sections: frozen, and strict about names."""
+    """Base of all sections: frozen, strict about names, and all numbers finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Tiling(Section):
@@ -81,7 +82,7 @@ class DataSettings(Section):
     value_range: Annotated[tuple[float, float], AfterValidator(_rising)] | None = None
     # mask values that are anomalous: exactly these, or those above; null: above half of white
     mask_values: tuple[int, ...] = ()
-    mask_threshold: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] | None = None
+    mask_threshold: NonNegative | None = None
     max_megapixels: Annotated[float, Field(gt=0.0)] = 500.0  # of an image; as RGB 3 bytes a pixel
 
 
@@ -140,24 +141,26 @@ class SynthesisSettings(Section):
 class ModelSettings(Section):
     """Widths and depths of MFRM and FRM; the defaults are the paper's."""
 
-    latent: Positive = 1024  # channels after the 1x1 convolution, and of the decoder's output
-    dim: Positive = 192  # token width
-    depth: Positive = 8  # bidirectional Mamba blocks
-    state: Positive = 16  # state size of the selective scan, per channel
-    expand: Positive = 2  # inner width of a Mamba block, as a multiple of the token width
-    conv: Positive = 4  # width of the depthwise causal convolution
+    latent: Width = 1024  # channels after the 1x1 convolution, and of the decoder's output
+    dim: Width = 192  # token width
+    depth: Annotated[int, Field(ge=1, le=256)] = 8  # bidirectional Mamba blocks
+    state: Width = 16  # state size of the selective scan, per channel
+    expand: Width = 2  # inner width of a Mamba block, as a multiple of the token width
+    conv: Width = 4  # width of the depthwise causal convolution
     patch: Literal[1, 2, 4] = 4  # side of a token's patch, in pixels of the feature map
     drop_path: Fraction = 0.1
-    decoder: tuple[Positive, Positive] = (256, 512)  # widths of the decoder's first two stages
-    refinement_width: Positive = 64  # base width of the U-Net
+    decoder: tuple[Width, Width] = (256, 512)  # widths of the decoder's first two stages
+    refinement_width: Width = 64  # base width of the U-Net
     # the FRM's input, from F and F_hat: channel means (the paper), or a learned projection
     refinement_input: Literal["mean", "projection"] = "mean"
-    refinement_channels: Positive = 1  # channels of that projection; 1 for `mean`
+    refinement_channels: Width = 1  # channels of that projection; 1 for `mean`
     # channels of a path from the image to the FRM's last layers, whose map is then half the image's
     # size instead of a quarter, for what is a pixel or two wide; 0: none (the paper)
-    fine_channels: Count = 0
-    residual_channels: Count = 0  # mixtures of log(1 + (F - F_hat)^2) as further inputs of the FRM
-    memory_size: Count = 0  # normal features, the distance to which is an input of the FRM; 0: none
+    fine_channels: Annotated[int, Field(ge=0, le=65_536)] = 0
+    # mixtures of log(1 + (F - F_hat)^2) as further inputs of the FRM
+    residual_channels: Annotated[int, Field(ge=0, le=65_536)] = 0
+    # normal features, the distance to which is an input of the FRM; 0: none
+    memory_size: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     prior: OpenFraction | None = None  # probability of an anomaly at which the FRM starts
     # gamma of the focal loss, whose hesitant confidences become probabilities in the map, in the
     # same order; it is train.focal_gamma, or 0: the softmax as it is (the paper)

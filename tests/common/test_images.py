@@ -314,3 +314,18 @@ def test_damaged_bytes_end_in_an_image_or_a_clear_error(
         assert "a.image" in str(error)  # noqa: PT017 (both ends are allowed)
         return
     assert image.ndim == 3
+
+
+def test_a_large_image_is_mapped_from_a_file_and_equal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, size=(70, 50, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    Image.fromarray(pixels[..., 0]).save(tmp_path / "gray.png")
+    monkeypatch.setattr("almrr_pipeline.common.images._LARGE", 100)
+    monkeypatch.setattr("almrr_pipeline.common.images._STRIP", 16)
+    found = read_image(tmp_path / "a.png")
+    assert isinstance(found.base, np.memmap)
+    np.testing.assert_array_equal(found, pixels)
+    gray = pixels[..., :1].repeat(3, axis=2)
+    np.testing.assert_array_equal(read_image(tmp_path / "gray.png"), gray)

@@ -455,3 +455,14 @@ def test_other_formats_are_read(predictor: Predictor, tmp_path: Path, suffix: st
     path = tmp_path / f"gray.{suffix}"
     Image.fromarray(np.full((30, 50), 90, dtype=np.uint8)).save(path)
     assert predictor([path])[0].anomaly_map.shape == (30, 50)
+
+
+@pytest.mark.parametrize("smoothing", [1, 2, 9, 40])
+def test_a_large_map_is_scored_in_bands_as_a_whole(
+    smoothing: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    anomaly_map = np.random.default_rng(0).random((61, 47), dtype=np.float32)
+    whole = image_score(anomaly_map, smoothing)
+    monkeypatch.setattr("almrr_pipeline.inference.predictor._LARGE_MAP", 0)
+    monkeypatch.setattr("almrr_pipeline.inference.predictor._BAND", 8)
+    assert image_score(anomaly_map, smoothing) == pytest.approx(whole, rel=1e-13)

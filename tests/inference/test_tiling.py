@@ -159,3 +159,17 @@ def test_impossible_grids_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match="positive sizes"):
         TileGrid(size, tile=tile, overlap=overlap)
+
+
+@settings(deadline=None)
+@given(GRIDS)
+def test_rows_that_are_done_leave_the_sums_as_they_would_be_at_the_end(grid: TileGrid) -> None:
+    maps = np.random.default_rng(1).random((len(grid), *grid.tile), dtype=np.float32)
+    blend = Blend(grid)
+    total = np.zeros([max(axis.length, axis.tile) for axis in grid.axes])
+    for (place, weights), tile_map in zip(grid.places(), maps, strict=True):
+        blend.add(tile_map)
+        total[place] += weights * tile_map
+    top, left = (axis.padding[0] for axis in grid.axes)
+    whole = total[top : top + grid.size[0], left : left + grid.size[1]].astype(np.float32)
+    np.testing.assert_array_equal(blend.result(), whole)

@@ -302,7 +302,8 @@ def test_a_saved_model_comes_back_equal_without_any_download(build_model, tmp_pa
         standardize=True,
     )
     model.save(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["config.json", "model.safetensors", "model.sha256"]
     loaded = ALMRR.load(tmp_path, scan_backend="torch")
     assert not loaded.training
     assert loaded.settings == model.settings
@@ -324,6 +325,7 @@ def test_a_model_of_version_0_2_loads_without_what_it_had_not(build_model, tmp_p
     for name in ("fine_channels", "memory_size", "posterior_gamma", "residual_channels", "prior"):
         del config["model"][name]
     (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.sha256").unlink()
     assert ALMRR.load(tmp_path).settings == model.settings
 
 

@@ -89,7 +89,8 @@ def _decode(data: bytes, max_megapixels: float) -> Stored:
             values = _decode_deep_png(data)
             return _deep(_turn(values, orientation), turned=turned)
         image.load()
-        upright = ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)  # which else copies an upright image too
+        upright: Image.Image = image
         if upright.mode in {"I", "F"} or upright.mode.startswith("I;16"):
             white = 65535.0 if image.format == "PPM" else None  # Pillow stretches it to that
             return _deep(np.asarray(upright), white=white, turned=turned)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +30,8 @@ ValueRange = tuple[float, float]
 """The values that are black and white; black is the smaller one."""
 EIGHT_BITS: ValueRange = (0.0, 255.0)
 _DEPTHS = (8, 10, 12, 14, 16, 20, 24, 28, 32)  # of cameras and of number types, in bits
+_STRIP = 512  # rows that are converted at a time
+_LARGE = 100_000_000  # pixels: 300 MB
 _TOLERANCE = 0.05  # of a range, by which interpolation and single pixels leave it
 _BEYOND = 0.01  # fraction of values beyond a range that is no longer a few reflections
 _LITTLE = 1 / 16  # of a range: what 8 bits keep of it is fewer than 16 values
@@ -36,7 +40,7 @@ _LITTLE = 1 / 16  # of a range: what 8 bits keep of it is fewer than 16 values
 class Reading(BaseModel):
     """How image files become 8-bit RGB."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     # by the type of the values, such as uint16; "any" for all of more than 8 bits
     value_ranges: dict[str, ValueRange] = {}
@@ -92,7 +96,7 @@ def read_image(path: Path, reading: Reading | None = None) -> ImageArray:
     for their type; without one, from the range that the image alone makes certain.
 
     Returns:
-        uint8 in [0, 255], shape (H, W, 3), upright, writable.
+        uint8 in [0, 255], shape (H, W, 3), upright; writable, but for images of 100 megapixels.
 
     Raises:
         AlmrrError: the file is missing, empty, not an image that can be decoded, of several pages,
@@ -228,7 +232,7 @@ def read_bytes(path: Path, *, name: Path | None = None) -> bytes:
 def _as_rgb(stored: Stored, path: Path, reading: Reading) -> ImageArray:
     if stored.image is not None:
         stored.image.info.pop("transparency", None)  # alpha is dropped; Pillow would warn of it
-        return np.array(stored.image.convert("RGB"))
+        return _to_array(stored.image)
     values = stored.values
     assert values is not None
     low, high = float(values.min()), float(values.max())
@@ -250,6 +254,29 @@ def _as_rgb(stored: Stored, path: Path, reading: Reading) -> ImageArray:
             "%s %s: %.2g %% of its values are clipped.", escape_text(str(path)), said, 100 * beyond
         )
     return _scale(stored, ends)
+
+
+def _to_array(image: Image.Image) -> ImageArray:
+    """8-bit RGB (H, W, 3), strip by strip: Pillow would copy the image twice or thrice.
+
+    A large one is mapped from a temporary file, without a name, if the disk has room for it.
+    """
+    shape = (image.height, image.width, 3)
+    if image.height * image.width > _LARGE:
+        with suppress(OSError), tempfile.TemporaryFile() as file:
+            file.writelines(strip.tobytes() for strip in _strips(image))
+            file.flush()
+            return np.asarray(np.memmap(file, dtype=np.uint8, mode="r", shape=shape))
+    pixels = np.empty(shape, dtype=np.uint8)
+    for number, strip in enumerate(_strips(image)):
+        pixels[number * _STRIP : (number + 1) * _STRIP] = strip
+    return pixels
+
+
+def _strips(image: Image.Image) -> Iterator[ImageArray]:
+    for top in range(0, image.height, _STRIP):
+        strip = image.crop((0, top, image.width, min(top + _STRIP, image.height)))
+        yield np.asarray(strip if strip.mode == "RGB" else strip.convert("RGB"))
 
 
 def _scale(stored: Stored, ends: ValueRange) -> ImageArray:

@@ -13,6 +13,12 @@ from almrr_pipeline.common.files import write_atomically
 from almrr_pipeline.common.images import Reading, ValueRange
 from almrr_pipeline.config import Section, Side, Tiling, list_faults
 from almrr_pipeline.evaluation.thresholds import Threshold, find_fault, withdraw_guarantee
+from almrr_pipeline.model.checksums import (
+    check_files,
+    has_checksums,
+    read_settings,
+    write_checksums,
+)
 
 INFERENCE_FILE = "inference.json"
 MODEL_FILES = ("model.safetensors", "config.json", INFERENCE_FILE)
@@ -39,7 +45,8 @@ class Thresholds(Section):
 class InferenceConfig(Section):
     """How images are brought to the network, how maps become scores, and the thresholds."""
 
-    category: str  # that the model was trained on
+    # that the model was trained on; never a path
+    category: Annotated[str, Field(max_length=200, pattern=r"^[^/\\\x00-\x1f]+$")]
     image_size: tuple[Side, Side]  # rows and columns of the network's input
     tiling: Tiling = Tiling()
     reading: Reading = Reading()  # how files of more than 8 bits become 8-bit RGB, and size limit
@@ -74,9 +81,11 @@ class InferenceConfig(Section):
         return self.model_copy(update={"thresholds": withdrawn})
 
     def save(self, folder: Path) -> None:
-        """Write inference.json into a model folder, atomically."""
+        """Write inference.json into a model folder, atomically, and its checksum if others are."""
         with write_atomically(folder / INFERENCE_FILE) as path:
             path.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        if has_checksums(folder):
+            write_checksums(folder, INFERENCE_FILE)
 
     @classmethod
     def load(cls, folder: Path) -> InferenceConfig:
@@ -88,7 +97,7 @@ class InferenceConfig(Section):
         check_model_folder(folder)
         path = folder / INFERENCE_FILE
         try:
-            return cls.model_validate_json(path.read_bytes())
+            config = cls.model_validate_json(read_settings(path))
         except ValidationError as error:
             if any(fault["loc"] == _KEY_OF_0_1 for fault in error.errors()):
                 raise AlmrrError(
@@ -99,6 +108,8 @@ class InferenceConfig(Section):
                 f"{path} does not hold a model's settings ({list_faults(error)}); train or "
                 "calibrate the model again."
             ) from error
+        check_files(folder, INFERENCE_FILE, optional=True)
+        return config
 
 
 def check_model_folder(folder: Path) -> None:

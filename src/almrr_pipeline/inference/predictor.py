@@ -24,6 +24,9 @@ from almrr_pipeline.inference.map_predictor import (
 from almrr_pipeline.inference.runtimes import ExportedNetwork, cached_graph, import_runtime
 from almrr_pipeline.model.almrr import ALMRR
 
+_LARGE_MAP = 16_000_000  # pixels; larger ones are smoothed in bands
+_BAND = 128  # rows
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -150,5 +153,12 @@ def image_score(anomaly_map: AnomalyMap, smoothing: int) -> float:
         smoothing: the window's side, in pixels; 1 gives the map's maximum, in [0, 1] as any score.
     """
     smooth = partial(uniform_filter, size=smoothing, mode="constant")
-    inside = [smooth(np.ones(length)) for length in anomaly_map.shape]  # fractions of the windows
-    return float((smooth(anomaly_map.astype(np.float64)) / np.outer(*inside)).max())
+    rows, columns = (smooth(np.ones(length)) for length in anomaly_map.shape)  # of the windows
+    height = len(anomaly_map) if anomaly_map.size <= _LARGE_MAP else _BAND
+    largest = 0.0
+    for top in range(0, len(anomaly_map), height):
+        first = max(0, top - smoothing)  # all rows that windows of this band reach
+        around = anomaly_map[first : top + height + smoothing].astype(np.float64)
+        band = smooth(around)[top - first :][:height]
+        largest = max(largest, (band / np.outer(rows[top : top + height], columns)).max())
+    return float(largest)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.common.files import hash_file, report_disk_errors
+from almrr_pipeline.common.files import hash_file, report_disk_errors, write_atomically
 from almrr_pipeline.inference.export import INPUT, export_onnx
 from almrr_pipeline.model.almrr import ALMRR
 from almrr_pipeline.model.weights_io import WEIGHTS_FILE
@@ -62,10 +62,13 @@ def cached_graph(folder: Path, model: ALMRR, *, flips: bool) -> Path:
     key = hashlib.sha256(f"{_FORM} {weights} {shape} {flips}".encode()).hexdigest()[:32]
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     path = Path(root, "almrr-pipeline", f"{key}.onnx")
-    if not path.exists():
+    checksum = path.with_suffix(".sha256")  # a graph that was damaged since is exported again
+    if not (path.exists() and checksum.is_file() and checksum.read_text() == hash_file(path)):
         with report_disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         export_onnx(model, path, flips=flips)
+        with write_atomically(checksum) as partial:
+            partial.write_text(hash_file(path))
     return path
 
 

@@ -13,10 +13,12 @@ what they agree on, and a tile's edge, where the network sees least around a pix
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -100,22 +102,39 @@ class TileGrid:
         rows, columns = self.axes
         padding = (rows.padding, columns.padding, (0, 0))
         padded = np.pad(image, padding, mode="reflect") if any(map(any, padding)) else image
+        above = 0
         for place, _ in self.places():
+            if place[0].start != above:
+                above = place[0].start
+                release_pages(image)
             yield padded[place]
+
+
+def release_pages(image: ImageArray) -> None:
+    """Take an image that is mapped from a file out of memory; it is read again where needed."""
+    base: Any = None if image.flags.writeable else image  # a private copy would lose its changes
+    while base is not None and not isinstance(base, mmap.mmap):
+        base = getattr(base, "base", None)
+    if base is not None and hasattr(mmap, "MADV_DONTNEED"):
+        base.madvise(mmap.MADV_DONTNEED)
 
 
 class Blend:
     """The map of a whole image, summed from the maps of its tiles in the order of `TileGrid.cut`.
 
     It holds one map of the image's size and no tile. It sums in float64, so that rounding to
-    float32 at the end makes agreement of the tiles exact, and nothing leaves [0, 1].
+    float32 at the end makes agreement of the tiles exact, and nothing leaves [0, 1]. Only the rows
+    of the tiles that still come are kept as sums: a large image takes 4 bytes a pixel, not 12.
     """
 
     def __init__(self, grid: TileGrid) -> None:
         self.grid = grid
         self._places = grid.places()
         self._missing = len(grid)
-        self._sum = np.zeros([max(axis.length, axis.tile) for axis in grid.axes], dtype=np.float64)
+        rows, columns = (max(axis.length, axis.tile) for axis in grid.axes)
+        self._map = np.empty((rows, columns), dtype=np.float32)
+        self._sum = np.zeros((grid.tile[0], columns), dtype=np.float64)
+        self._top = 0  # row of the map that the sums begin with
 
     @property
     def complete(self) -> bool:
@@ -124,9 +143,17 @@ class Blend:
 
     def add(self, tile_map: AnomalyMap) -> None:
         """Blend in the next tile's map, float32, shape `tile` of the grid."""
-        place, weights = next(self._places)
-        self._sum[place] += weights * tile_map
+        (rows, columns), weights = next(self._places)
+        if done := rows.start - self._top:  # no further tile reaches these rows
+            self._map[self._top : rows.start] = self._sum[:done]
+            kept = self._sum[done:].copy()
+            self._sum[:] = 0.0
+            self._sum[: len(kept)] = kept
+            self._top = rows.start
+        self._sum[:, columns] += weights * tile_map
         self._missing -= 1
+        if not self._missing:
+            self._map[self._top :] = self._sum
 
     def result(self) -> AnomalyMap:
         """The image's map, float32, shape `size` of the grid, padding cut off.
@@ -138,4 +165,4 @@ class Blend:
             raise ValueError(f"{self._missing} of {len(self.grid)} tiles have not been blended yet")
         top, left = (axis.padding[0] for axis in self.grid.axes)
         rows, columns = self.grid.size
-        return self._sum[top : top + rows, left : left + columns].astype(np.float32)
+        return np.ascontiguousarray(self._map[top : top + rows, left : left + columns])

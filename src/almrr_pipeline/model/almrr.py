@@ -9,6 +9,7 @@ stage 4   feature refinement module, FRM            -> map    frm.py
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -20,6 +21,7 @@ from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.config import ModelSettings
 from almrr_pipeline.model import weights_io
 from almrr_pipeline.model.backbone import Backbone, build_backbone
+from almrr_pipeline.model.checksums import check_files
 from almrr_pipeline.model.frm import FRM
 from almrr_pipeline.model.inputs import check_image_size, check_images, check_shape
 from almrr_pipeline.model.kernels.composed import resize_bilinear
@@ -276,7 +278,7 @@ class ALMRR(nn.Module):
         return (parameter for parameter in self.parameters() if parameter.requires_grad)
 
     def save(self, folder: Path) -> None:
-        """Write model.safetensors (with the backbone) and config.json into an existing folder."""
+        """Write model.safetensors (with the backbone), config.json and their checksums."""
         config = weights_io.ModelConfig(
             backbone=self.backbone.settings, image_size=self.image_size, model=self.settings
         )
@@ -292,9 +294,18 @@ class ALMRR(nn.Module):
             AlmrrError: the folder holds no model, one of version 0.1, or files that do not match.
         """
         config = weights_io.read_config(folder)
+        path = folder / weights_io.WEIGHTS_FILE
+        header, size = weights_io.read_header(path), config.image_size
+        # Sizes are compared before memory is taken. A backbone that torch cannot build on the meta
+        # device is compared when the weights are loaded.
+        with suppress(NotImplementedError), torch.device("meta"):
+            backbone = build_backbone(config.backbone, weights=None)
+            empty = cls(backbone, config.model, image_size=size)
+            weights_io.check_header(empty, header, origin=str(folder))
+        check_files(folder, weights_io.CONFIG_FILE, weights_io.WEIGHTS_FILE)
         backbone = build_backbone(config.backbone, weights=None)
-        model = cls(backbone, config.model, image_size=config.image_size, scan_backend=scan_backend)
-        tensors = weights_io.read_weights(folder / weights_io.WEIGHTS_FILE)
+        model = cls(backbone, config.model, image_size=size, scan_backend=scan_backend)
+        tensors = weights_io.read_weights(path)
         weights_io.load_weights(model, tensors, origin=str(folder), exact=True)
         return model.eval().to(device)
 

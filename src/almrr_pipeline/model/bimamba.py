@@ -122,7 +122,7 @@ class MambaEncoder(nn.Module):
     def __init__(self, settings: ModelSettings, *, scan_backend: str = "auto") -> None:
         super().__init__()
         # Probabilities that a block is left out for an image in training, rising linearly.
-        rates = torch.linspace(0.0, settings.drop_path, settings.depth).tolist()
+        rates = torch.linspace(0.0, settings.drop_path, settings.depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(
             MambaBlock(settings, drop_path=rate, scan_backend=scan_backend) for rate in rates
         )

@@ -1,19 +1,26 @@
-"""Weights files, and the folder of a model: model.safetensors and config.json."""
+"""Weights files, and the folder of a model: model.safetensors and config.json.
+
+A folder may come from anybody: what it holds is checked, and sizes that do not agree are refused
+before they take memory.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.common.files import write_atomically
 from almrr_pipeline.config import BackboneSettings, ModelSettings, Section, Side, list_faults
+from almrr_pipeline.model.checksums import read_settings, write_checksums
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -21,6 +28,15 @@ _NOT_SAVED = {"backbone": {"weights", "sha256"}}
 """Where the backbone's weights came from: they are in the model's own file."""
 _ADDED = {"fine_channels", "memory_size", "posterior_gamma", "residual_channels", "prior"}
 """Settings of `model` that version 0.2.0 did not have: off, by default, where a file lacks them."""
+_NETWORK_NAME = re.compile(r"[\w-]+(\.[\w-]+)?", re.ASCII)
+"""Of a network that timm builds itself; hf-hub:NAME and local-dir:FOLDER lead elsewhere."""
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+}
 _NAMED = 3
 """Differences that an error names before it counts the rest."""
 
@@ -41,6 +57,7 @@ def write_model(folder: Path, config: ModelConfig, tensors: Mapping[str, Tensor]
     with write_atomically(folder / CONFIG_FILE) as path:
         text = config.model_dump_json(indent=2, exclude=_NOT_SAVED)
         path.write_text(text + "\n", encoding="utf-8")
+    write_checksums(folder, WEIGHTS_FILE, CONFIG_FILE)
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -52,10 +69,10 @@ def read_config(folder: Path) -> ModelConfig:
     """
     path = folder / CONFIG_FILE
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_settings(path))
     except (FileNotFoundError, NotADirectoryError):
         raise AlmrrError(f"{folder} holds no model: there is no {CONFIG_FILE} in it.") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise AlmrrError(f"{path} cannot be read ({error}).") from error
     if isinstance(values, dict) and values.get("format") == "almrr" and values.get("version") == 1:
         raise AlmrrError(
@@ -72,7 +89,53 @@ def read_config(folder: Path) -> ModelConfig:
     missing = [f"{section}.{name}" for section, name in names]
     if missing:  # a default could differ from the value that the weights were trained with
         raise AlmrrError(f"{path}: missing values ({', '.join(sorted(missing))}).")
+    backbone = config.backbone
+    if not _NETWORK_NAME.fullmatch(backbone.name):
+        name = backbone.name[:100]
+        raise AlmrrError(f"{path}: backbone.name is {name!r}, no name of timm's own.")
+    if (backbone.weights, backbone.sha256) != ("hub", None):
+        raise AlmrrError(f"{path}: backbone.weights is given, but they are in {WEIGHTS_FILE}.")
     return config
+
+
+def read_header(path: Path) -> dict[str, Tensor]:
+    """The names, shapes and types of a .safetensors file, as tensors that take no memory.
+
+    Raises:
+        AlmrrError: the file is missing, or damaged.
+    """
+    if not path.is_file():
+        raise AlmrrError(f"There are no weights at {path}: there is no {path.name} in its folder.")
+    header = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - the file is no mapping
+                part = file.get_slice(name)
+                dtype = _DTYPES.get(part.get_dtype())
+                if dtype is None:
+                    raise AlmrrError(f"{path}: {name} is of the type {part.get_dtype()}.")
+                header[name] = torch.empty(part.get_shape(), dtype=dtype, device="meta")
+    except (SafetensorError, OSError, ValueError, RuntimeError, OverflowError) as error:
+        raise AlmrrError(
+            f"{path} cannot be read as weights ({error}); copy the model again."
+        ) from error
+    return header
+
+
+def check_header(network: nn.Module, header: Mapping[str, Tensor], *, origin: str) -> None:
+    """Refuse weights that do not fit a network, which may be on the meta device.
+
+    Raises:
+        AlmrrError: tensors are missing, too many, or have other shapes or kinds of number.
+    """
+    own = network.state_dict()
+    _refuse(_differences(own, header, exact=True), origin)
+    other = [
+        f"{name} is {tensor.dtype}"
+        for name, tensor in header.items()
+        if tensor.is_floating_point() != own[name].is_floating_point()
+    ]
+    _refuse(other, origin)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -112,18 +175,27 @@ def load_weights(
         AlmrrError: tensors are missing, have other shapes, or are too many; names them.
     """
     own = network.state_dict()
+    _refuse(_differences(own, tensors, exact=exact), origin)
+    network.load_state_dict({name: tensors.get(name, tensor) for name, tensor in own.items()})
+
+
+def _differences(
+    own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, exact: bool
+) -> list[str]:
     counters = {name for name in own if name.endswith("num_batches_tracked")}
     wrong = [f"{name} is missing" for name in own if name not in tensors.keys() | counters]
     wrong += [f"{name} is not in the network" for name in tensors if exact and name not in own]
-    wrong += [
+    return wrong + [
         f"{name} is {tuple(tensors[name].shape)}, not {tuple(tensor.shape)}"
         for name, tensor in own.items()
         if name in tensors and tensors[name].shape != tensor.shape
     ]
+
+
+def _refuse(wrong: list[str], origin: str) -> None:
     if wrong:
         more = [f"and {len(wrong) - _NAMED} more"] if len(wrong) > _NAMED else []
         raise AlmrrError(
             f"{origin} does not hold this network's weights: "
             f"{'; '.join(wrong[:_NAMED] + more)}. Check the network's name and settings."
         )
-    network.load_state_dict({name: tensors.get(name, tensor) for name, tensor in own.items()})
