@@ -432,15 +432,21 @@ _BAD_NUMBERS = ("nan", "inf", "-inf", "-1", "1.5", "1e400", "x", "")
         ("calibrate", "model", "images", "--false-alarm-rate"),
         ("calibrate", "model", "images", "--batch-size"),
         ("check", ".", "--image-size"),
+        ("check", ".", "--mask-value"),
+        ("check", ".", "--max-megapixels"),
+        ("predict", "model", "images", "-o", "out", "--value-range", "0"),
+        ("calibrate", "model", "images", "--value-range", "2"),
     ],
     ids=lambda arguments: f"{arguments[0]} {arguments[-1]}",
 )
 def test_a_number_that_is_none_or_out_of_range_is_exit_code_2(
     arguments: tuple[str, ...], number: str
 ) -> None:
+    if number == "1.5" and arguments[-1] in ("--max-megapixels", "0"):
+        number = "-0.5"  # 1.5 is none of their bad numbers
     result = _run(*arguments, number)
     assert result.exit_code == 2
-    assert arguments[-1] in result.stderr
+    assert next(word for word in reversed(arguments) if word.startswith("-")) in result.stderr
     assert "Traceback" not in result.output
 
 
@@ -554,3 +560,65 @@ def test_check_prints_what_is_used_and_exits_with_1_at_errors(
     assert spoiled.exit_code == 1
     assert "the same image is in test and train" in spoiled.stdout
     assert _run("check", tmp_path / "nowhere").exit_code == 2
+
+
+@pytest.fixture
+def deep_folder(tmp_path: Path) -> Path:
+    """Images of 12 bits in 16, and a mask of the classes 100 and 200."""
+    root, generator = tmp_path / "deep", np.random.default_rng(0)
+    for place in ("train/good/0.png", "test/good/1.png", "test/hole/2.png"):
+        (root / place).parent.mkdir(parents=True)
+        values = generator.integers(0, 4096, (128, 128)).astype(np.uint16)
+        Image.fromarray(values).save(root / place)
+    mask = np.zeros((128, 128), np.uint8)
+    mask[:32, :32], mask[64:96, :64] = 100, 200  # 1/16 and 1/8 of the image
+    (root / "masks/hole").mkdir(parents=True)
+    Image.fromarray(mask).save(root / "masks/hole/2.png")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        ((), 1, "values from 100 to 100 would be dropped"),
+        (("--mask-value", 100), 0, "1 masks: 1 regions, 6.25% to 6.25% of an image"),
+        (("--mask-value", 100, "--mask-value", 200), 0, "2 regions, 18.75% to 18.75%"),
+        (("--mask-threshold", 150), 0, "1 regions, 12.50% to 12.50%"),
+        (("--mask-threshold", 50, "--value-range", 0, 4000), 0, "0 is black, 4000 is white"),
+        (("--mask-threshold", 50), 0, "uint16: 0 is black, 4095 is white"),
+        (("--mask-threshold", 50, "--max-megapixels", 0.016), 1, "more than 0.016 megapixels"),
+        (("--mask-threshold", 50, "--max-megapixels", 0.017), 0, "2 regions, 18.75%"),
+    ],
+)
+def test_the_options_of_check_are_those_of_the_settings(
+    deep_folder: Path, options: tuple[object, ...], code: int, said: str
+) -> None:
+    result = _run("check", deep_folder, *options)
+    assert said in result.stdout
+    assert result.exit_code == code, result.output
+
+
+def test_predict_and_calibrate_take_a_range_of_values(
+    own_model: Path, deep_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    gray = np.asarray(Image.open(deep_folder / "train/good/0.png")) * (255 / 4095)
+    Image.fromarray(np.rint(gray).astype(np.uint8)).save(tmp_path / "gray.png")
+
+    def predict(folder: str, *options: object) -> Result:
+        images = (deep_folder / "train/good/0.png", tmp_path / "gray.png")
+        target = ("-o", tmp_path / folder, "--no-overlays")
+        return _run("predict", own_model, *images, *target, *options)
+
+    uncertain = predict("without")
+    assert uncertain.exit_code == 1
+    assert "cannot be told from one image; state them" in caplog.text
+    stated = predict("with", "--value-range", 0, 4095)
+    assert stated.exit_code == 0, stated.output
+    assert "0 is black and 4095 white, by --value-range" in stated.stdout
+    scores = pd.read_csv(tmp_path / "with/scores.csv")["score"]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-4)
+
+    stored = _run("calibrate", own_model, deep_folder / "train/good", "--value-range", 0, 4095)
+    assert stored.exit_code == 0, stored.output
+    assert InferenceConfig.load(own_model).reading.value_ranges == {"any": (0, 4095)}
+    assert predict("stored").exit_code == 0

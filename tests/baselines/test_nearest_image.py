@@ -6,11 +6,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from almrr_pipeline.baselines.nearest_image import measure_nearest_image
+from almrr_pipeline.common.errors import AlmrrError
+from almrr_pipeline.config import DataSettings
+from almrr_pipeline.pipelines.baseline import evaluate_nearest_image
 
 
 @pytest.mark.parametrize("leaks", [True, False])
@@ -43,3 +47,26 @@ def test_without_normal_test_images_nothing_is_ranked(tmp_path: Path) -> None:
     assert figures["image_auroc"] is None
     assert figures["normal_with_twin"] is None
     assert figures["defective_with_twin"] == 1.0
+
+
+def test_images_are_read_by_the_range_of_the_category(tmp_path: Path) -> None:
+    """12 bits in 16: the test images alone would be taken for darker ones, or be refused."""
+    generator = np.random.default_rng(0)
+    rows = []
+    for number in range(8):
+        surface = gaussian_filter(generator.normal(0, 9000, (48, 48)), 1.5) + 2000
+        values = np.clip(surface, 0, 4095).astype(np.uint16)
+        Image.fromarray(values).save(tmp_path / f"{number}.png")
+        split, label = "train" if number < 4 else "test", "defective" if number > 5 else "normal"
+        rows.append((f"{number}.png", split, label, "uint16", 0, 4095, "", 48, 48, str(number)))
+    columns = ["image", "split", "label", "dtype", "low", "high", "white"]
+    columns += ["height", "width", "sha256"]
+    manifest = pd.DataFrame(rows, columns=columns)
+    manifest = manifest.assign(mode="uint16", defect_type=manifest["label"], specimen="")
+
+    decided = evaluate_nearest_image(manifest, tmp_path, DataSettings())
+    assert decided["image_auroc"] is not None
+    stated = DataSettings(value_range=(0, 4095))
+    assert evaluate_nearest_image(manifest, tmp_path, stated) == decided
+    with pytest.raises(AlmrrError, match="the range is 0 to 1023"):
+        evaluate_nearest_image(manifest, tmp_path, DataSettings(value_range=(0, 1023)))

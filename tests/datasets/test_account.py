@@ -246,12 +246,12 @@ def test_specimens_csv_names_images_alone(tmp_path: Path, name: str) -> None:
 def test_a_suffix_that_is_not_accepted_is_named_with_those_that_are(
     workplace: Any, tmp_path: Path
 ) -> None:
-    touch(tmp_path, *(f"train/good/{number}.jfif" for number in range(5)))
+    touch(tmp_path, *(f"train/good/{number}.heic" for number in range(5)))
     request = workplace.request(paths={"folder_tiles": str(tmp_path)})
     said = (
-        r"folder_tiles: there is no normal image to train on\. train/good/0\.jfif, "
-        r"train/good/1\.jfif, train/good/2\.jfif and 2 more: the suffix \.jfif is not accepted; "
-        r"accepted are \.bmp, \.jpeg, \.jpg, \.png"
+        r"folder_tiles: there is no normal image to train on\. train/good/0\.heic, "
+        r"train/good/1\.heic, train/good/2\.heic and 2 more: the suffix \.heic is not accepted; "
+        r"accepted are \.bmp, .*\.jpeg, \.jpg, .*\.png"
     )
     with pytest.raises(AlmrrError, match=said):
         workplace.fetch("folder_tiles", request)
@@ -313,9 +313,9 @@ def test_the_files_of_mvtec_ad_are_accounted_for_too(
 ) -> None:
     folder = draw.mvtec(tmp_path / "wood")
     draw.mask(folder / "ground_truth/cut/099_mask.png")
-    draw.image(folder / "train/good/9.png").rename(folder / "train/good/9.jfif")
+    draw.image(folder / "train/good/9.png").rename(folder / "train/good/9.heic")
     paths = {"mvtec_wood": str(folder)}
-    said = r"099_mask\.png: a mask without an image\. .*9\.jfif: the suffix"
+    said = r"099_mask\.png: a mask without an image\. .*9\.heic: the suffix"
     with pytest.raises(AlmrrError, match=said):
         workplace.fetch("mvtec_wood", workplace.request(paths=paths, strict=True))
 

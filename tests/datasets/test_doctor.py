@@ -185,10 +185,10 @@ def test_the_settings_decide_what_is_read(folder: Path) -> None:
 def test_what_may_give_wrong_numbers_is_a_warning(folder: Path) -> None:
     Image.open(folder / "train/good/1.png").save(folder / "train/good/again.png")
     _save(np.zeros((140, 150), np.uint8), folder / "ground_truth/hole/6_mask.png")
-    (folder / "test/good/report.jp2").write_bytes(b"x")
+    (folder / "test/good/report.heic").write_bytes(b"x")
     diagnosis = examine(folder)
     warnings = _texts(diagnosis, "warning")
-    for said in ("several times in train", "the mask shows no defect", "report.jp2"):
+    for said in ("several times in train", "the mask shows no defect", "report.heic"):
         assert said in warnings
     assert not diagnosis.has_errors
 

@@ -44,6 +44,21 @@ def test_a_folder_gives_its_images_sorted(tmp_path: Path) -> None:
     assert [path.name for path in find_images([tmp_path])] == ["a.jpeg", "b.PNG", "ö c.tif"]
 
 
+def test_what_is_not_taken_is_counted_by_suffix(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    taken = ["a.JFIF", "b.gif", "c.jpe", "d.pgm", "x/e.jp2", "x/f.tga"]
+    others = ["notes.txt", "x/a.heic", "x/b.HEIC", "x/frame0001", "x/.hidden"]
+    _touch(*(tmp_path / name for name in taken + others))
+    found = find_images([tmp_path, tmp_path / "notes.txt"], recursive=True)
+    assert [path.relative_to(tmp_path).as_posix() for path in found] == [*taken, "notes.txt"]
+    (record,) = caplog.records
+    assert record.getMessage().startswith(
+        "4 files do not have the suffix of an image and were not taken: "
+        "2 .heic, 1 .txt, 1 without one; accepted are .bmp, "
+    )
+
+
 def test_sub_folders_are_looked_into_on_demand(tmp_path: Path) -> None:
     _touch(tmp_path / "x" / "a.png", tmp_path / "y" / "z" / "a.png", tmp_path / ".git" / "a.png")
     assert find_images([tmp_path], recursive=True) == [

@@ -132,6 +132,18 @@ def test_a_list_of_paths_is_an_archive(images: Path, tmp_path: Path) -> None:
         list(list_archive([str(tmp_path / "other.parquet")], recursive=False))
 
 
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_what_an_archive_holds_else_is_counted_by_suffix(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, scheme: str
+) -> None:
+    for name in ("a.jfif", "b.heic", "c.txt"):
+        (tmp_path / name).touch()
+    (found,) = list_archive([scheme + str(tmp_path)], recursive=False)
+    assert found.endswith("a.jfif")
+    assert "2 files do not have the suffix of an image" in caplog.text
+    assert "1 .heic, 1 .txt" in caplog.text
+
+
 def test_parts_hold_every_image_once_and_in_order(tmp_path: Path) -> None:
     folder, names = Folder(str(tmp_path)), [f"{number}.png" for number in range(25)]
     assert write_listing(names, folder, size=10) == 3

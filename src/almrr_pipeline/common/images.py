@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import logging
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,7 +26,9 @@ from almrr_pipeline.common.files import escape_name, escape_text, walk
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
+_SUFFIXES = "png jpg jpeg jpe jfif jp2 bmp dib gif tif tiff webp tga pbm pgm pnm ppm"
+IMAGE_SUFFIXES = frozenset(f".{each}" for each in _SUFFIXES.split())
+"""Of all that is read, by every command and stage; a file that is named itself may have others."""
 ValueRange = tuple[float, float]
 """The values that are black and white; black is the smaller one."""
 EIGHT_BITS: ValueRange = (0.0, 255.0)
@@ -72,11 +75,15 @@ class ImageFacts:
 
 
 def list_images(
-    folder: Path, suffixes: Iterable[str] = IMAGE_SUFFIXES, *, recursive: bool = False
+    folder: Path,
+    suffixes: Iterable[str] = IMAGE_SUFFIXES,
+    *,
+    recursive: bool = False,
+    others: Counter[str] | None = None,
 ) -> list[Path]:
     """Return the images in `folder`, sorted by path, as `walk` lists them: links are followed.
 
-    Links to nothing are logged.
+    Links to nothing are logged; all other files are counted in `others`, by suffix.
     """
     wanted = {suffix.lower() for suffix in suffixes}
     if not folder.is_dir():
@@ -85,7 +92,26 @@ def list_images(
     for entry in entries:
         if entry.is_loss:
             logger.warning("%s is left out: %s", escape_name(entry.path), entry.skipped)
-    return sorted(e.path for e in entries if not e.skipped and e.path.suffix.lower() in wanted)
+    files = [entry.path for entry in entries if not entry.skipped]
+    if others is not None:
+        others.update(path.suffix.lower() for path in files)
+        for suffix in wanted:
+            del others[suffix]
+    return sorted(path for path in files if path.suffix.lower() in wanted)
+
+
+def report_others(others: Counter[str]) -> None:
+    """Log, in one sentence, how many files `list_images` did not take, by suffix."""
+    if not others:
+        return
+    counted = others.most_common()
+    named = ", ".join(f"{count} {suffix or 'without one'}" for suffix, count in counted)
+    logger.warning(
+        "%d files do not have the suffix of an image and were not taken: %s; accepted are %s.",
+        others.total(),
+        escape_text(named),
+        ", ".join(sorted(IMAGE_SUFFIXES)),
+    )
 
 
 def read_image(path: Path, reading: Reading | None = None) -> ImageArray:
@@ -326,5 +352,5 @@ def _unknown_range(path: Path, facts: ImageFacts) -> AlmrrError:
     return AlmrrError(
         f"{path} holds {facts.dtype} values from {facts.low:g} to {facts.high:g}, and which ones "
         "are black and white cannot be told from one image; state them in data.value_range before "
-        "the training, or in the model's inference.json, under reading.value_ranges."
+        "the training, or by --value-range, which `almrr calibrate` stores with the model."
     )

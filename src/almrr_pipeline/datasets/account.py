@@ -31,8 +31,7 @@ Level = Literal["info", "warning", "error"]
 _NAMED = 3  # files that a message names before it counts the rest
 _DEPTH = 2  # levels below the folder where train or normal is looked for
 _OTHER_SUFFIXES = (
-    ".jfif .jpe .jp2 .gif .heic .heif .avif .jxl .dng .cr2 .nef .arw .raw .npy .npz .dcm .exr .hdr "
-    ".tga .pgm .ppm .svg"
+    ".heic .heif .avif .jxl .jpf .jpx .j2k .dng .cr2 .nef .arw .raw .npy .npz .dcm .exr .hdr .svg"
 )
 """Of images that are not read, and that Pillow need not know by their content."""
 _MASK_ENDINGS = ("_mask", "-mask", "_gt", "-gt")

@@ -11,6 +11,7 @@ import csv
 import logging
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -29,7 +30,13 @@ from almrr_pipeline.common.files import (
     escape_text,
     staging_folder,
 )
-from almrr_pipeline.common.images import IMAGE_SUFFIXES, encode_map, list_images, read_image
+from almrr_pipeline.common.images import (
+    IMAGE_SUFFIXES,
+    encode_map,
+    list_images,
+    read_image,
+    report_others,
+)
 from almrr_pipeline.common.progress import track
 from almrr_pipeline.inference.streams import submit_ahead
 from almrr_pipeline.reporting.overlays import draw_overlay
@@ -70,14 +77,16 @@ def find_images(paths: Iterable[Path], *, recursive: bool = False) -> list[Path]
     """List the images among the paths and in the folders among them, each once.
 
     A folder gives the files with the suffix of an image, sorted by name, hidden ones left out; a
-    file that is named itself is taken whatever its suffix.
+    file that is named itself is taken whatever its suffix. What a folder holds else is logged.
 
     Raises:
         AlmrrError: a path does not exist, or a folder holds no image.
     """
     found: dict[Path, Path] = {}
+    others: Counter[str] = Counter()
     for path in paths:
-        images = list_images(path, recursive=recursive) if path.is_dir() else [path]
+        is_folder = path.is_dir()
+        images = list_images(path, recursive=recursive, others=others) if is_folder else [path]
         if not images:
             advice = f"expected {', '.join(sorted(IMAGE_SUFFIXES))}"
             if not recursive and any(entry.is_dir() for entry in path.iterdir()):
@@ -88,6 +97,7 @@ def find_images(paths: Iterable[Path], *, recursive: bool = False) -> list[Path]
                 where = escape_name(image)
                 raise AlmrrError(f"There is no image or folder at {where}; check the path.")
             found.setdefault(_absolute(image), image)
+    report_others(others)
     return list(found.values())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -21,6 +22,7 @@ from almrr_pipeline.common.images import (
     decode_image,
     list_images,
     read_image,
+    report_others,
 )
 
 LISTING = "images.parquet"
@@ -90,20 +92,24 @@ def list_archive(inputs: Sequence[str], *, recursive: bool) -> Iterator[str]:
         inputs: paths, or addresses that fsspec knows.
         recursive: look into sub-folders too.
 
+    What folders hold else is logged at the end.
+
     Raises:
         AlmrrError: an input does not exist, or holds no image.
     """
+    others: Counter[str] = Counter()
     for one in inputs:
         found = False
-        for image in _list_one(one, recursive=recursive):
+        for image in _list_one(one, others, recursive=recursive):
             found = True
             yield image
         if not found:
             advice = "" if recursive else "; look into its sub-folders with --recursive"
             raise AlmrrError(f"{one} holds no image{advice}.")
+    report_others(others)
 
 
-def _list_one(one: str, *, recursive: bool) -> Iterator[str]:
+def _list_one(one: str, others: Counter[str], *, recursive: bool) -> Iterator[str]:
     fs, path = fsspec.url_to_fs(one)
     if not fs.exists(path):
         raise AlmrrError(f"There is no image, list or folder at {one}; check the path.")
@@ -114,10 +120,13 @@ def _list_one(one: str, *, recursive: bool) -> Iterator[str]:
     elif "://" in one:
         listed = fs.find(path, maxdepth=None if recursive else 1)
         for image in listed:
-            if PurePosixPath(image).suffix.lower() in IMAGE_SUFFIXES:
+            suffix = PurePosixPath(image).suffix.lower()
+            if suffix in IMAGE_SUFFIXES:
                 yield fs.unstrip_protocol(image)
+            else:
+                others[suffix] += 1
     else:
-        yield from map(str, list_images(Path(one), recursive=recursive))
+        yield from map(str, list_images(Path(one), recursive=recursive, others=others))
 
 
 def _read_list(fs: Any, path: str, name: str) -> Iterator[str]:  # noqa: ANN401
