@@ -202,7 +202,8 @@ def make_lively(model: ALMRR) -> None:
         norm.momentum = 0.1
     model.eval()
     features = model.embed(images)
-    logits = model.refine(model.reconstruct(features), features, images)
+    distances = None if model.memory is None else model.memory(features)
+    logits = model.refine(model.reconstruct(features), features, images, distances)
     difference = logits[:, 1] - logits[:, 0]
     model.frm.out.weight /= difference.std()
     model.frm.out.bias /= difference.std()

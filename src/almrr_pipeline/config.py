@@ -159,8 +159,12 @@ class ModelSettings(Section):
     fine_channels: Annotated[int, Field(ge=0, le=65_536)] = 0
     # mixtures of log(1 + (F - F_hat)^2) as further inputs of the FRM
     residual_channels: Annotated[int, Field(ge=0, le=65_536)] = 0
-    # normal features, the distance to which is an input of the FRM; 0: none
+    # normal features that are remembered; 0: none (the paper)
     memory_size: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    memory_input: bool = True  # the distance to them is an input of the FRM
+    # the odds of an anomaly are multiplied by this power of the distance to them, 1 being what does
+    # not change them; 0: not at all
+    memory_exponent: Annotated[float, Field(ge=0.0, le=32.0)] = 0.0
     prior: OpenFraction | None = None  # probability of an anomaly at which the FRM starts
     # gamma of the focal loss, whose hesitant confidences become probabilities in the map, in the
     # same order; it is train.focal_gamma, or 0: the softmax as it is (the paper)
@@ -171,6 +175,14 @@ class ModelSettings(Section):
     def _mean_has_one_channel(self) -> Self:
         if self.refinement_input == "mean" and self.refinement_channels != 1:
             raise ValueError("refinement_input: mean has one channel; set refinement_channels: 1")
+        return self
+
+    @model_validator(mode="after")
+    def _memory_is_used(self) -> Self:
+        if self.memory_exponent and not self.memory_size:
+            raise ValueError("memory_exponent: nothing is remembered; set memory_size")
+        if self.memory_size and not (self.memory_input or self.memory_exponent):
+            raise ValueError("memory_size: unused; set memory_input or memory_exponent")
         return self
 
 

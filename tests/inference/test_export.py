@@ -40,6 +40,7 @@ def model() -> ALMRR:
             residual_channels=2,
             fine_channels=2,
             memory_size=5,
+            memory_exponent=2.0,
             posterior_gamma=2.0,
         )
         model = ALMRR(backbone, sizes, image_size=SIZE).eval()

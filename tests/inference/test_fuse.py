@@ -25,8 +25,9 @@ KINDS = [
     {"residual_channels": 2, "standardize": True},
     {"fine_channels": 3, "standardize": True},
     {"memory_size": 8, "posterior_gamma": 2.0, "standardize": True},
+    {"memory_size": 8, "memory_input": False, "memory_exponent": 3.0, "standardize": True},
 ]
-NAMES = ["mean", "standardized", "projection", "residual", "fine", "memory"]
+NAMES = ["mean", "standardized", "projection", "residual", "fine", "memory", "evidence"]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=NAMES)

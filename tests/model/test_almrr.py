@@ -225,10 +225,36 @@ def test_the_frm_sees_the_distances_last(build_model) -> None:
     features, reconstruction = torch.randn(2, 272, 32, 40), torch.randn(2, 272, 32, 40)
     means = [x.mean(1, keepdim=True) for x in (reconstruction, features)]
     for owners in (None, torch.tensor([1, 3])):
-        given = model.refine(reconstruction, features, torch.rand(2, 3, *SIZE), owners)
         distances = model.memory(features, owners)
+        given = model.refine(reconstruction, features, torch.rand(2, 3, *SIZE), distances)
+        distances = model.memory.relative(distances)
         expected = model.frm(torch.cat([*means, distances], dim=1))
         torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_distances_weigh_the_odds_of_the_map(build_model) -> None:
+    model = build_model(memory_size=6, memory_input=False, memory_exponent=3.0).eval()
+    images = torch.rand(2, 3, *SIZE)
+    model.memory.neutral.zero_()  # not known
+    plain = model(images)
+    model.fill_memory([(torch.rand(3, 3, *SIZE), torch.arange(3))], images=3, seed=0)
+    model.fit_evidence([torch.rand(1, 3, *SIZE)])
+    evidence = model.upsample(model.memory.evidence(model.memory(model.embed(images))))[:, 0]
+    odds = plain / (1 - plain) * evidence**3
+    assert float((odds - plain / (1 - plain)).abs().max()) > 1e-3
+    torch.testing.assert_close(model(images), odds / (1 + odds), rtol=1e-4, atol=1e-5)
+    features = model.embed(images)
+    assert model.refine(features, features, images).shape[1] == 2  # without distances
+
+
+def test_a_memory_has_a_use(build_model) -> None:
+    with pytest.raises(ValidationError, match="unused; set memory_input or memory_exponent"):
+        build_model(memory_size=6, memory_input=False)
+    with pytest.raises(ValidationError, match="nothing is remembered; set memory_size"):
+        build_model(memory_exponent=2.0)
+    with pytest.raises(AlmrrError, match=r"weighs no distances; set model\.memory_exponent"):
+        build_model(memory_size=6).fit_evidence([])
 
 
 def test_a_model_without_memory_refuses_to_fill_it(build_model) -> None:
@@ -322,7 +348,10 @@ def test_a_model_of_version_0_2_loads_without_what_it_had_not(build_model, tmp_p
     model = build_model()
     model.save(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    for name in ("fine_channels", "memory_size", "posterior_gamma", "residual_channels", "prior"):
+    for name in (
+        *("fine_channels", "memory_exponent", "memory_input", "memory_size"),
+        *("posterior_gamma", "prior", "residual_channels"),
+    ):
         del config["model"][name]
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.sha256").unlink()

@@ -34,11 +34,11 @@ def test_the_unit_is_the_mean_distance_without_ones_own(memory: FeatureMemory) -
 
 def test_distances_are_to_the_nearest_that_counts(memory: FeatureMemory) -> None:
     cells = constant(1.0, 12.0)
-    near = memory(cells)
+    near = memory.relative(memory(cells))
     assert near.shape == (2, 1, 4, 6)
     for image, expected in zip(near, (0.1, 0.2), strict=True):
         torch.testing.assert_close(image, torch.full_like(image, expected), rtol=1e-3, atol=1e-3)
-    without = memory(cells, torch.tensor([0, 1]))
+    without = memory.relative(memory(cells, torch.tensor([0, 1])))
     for image, expected in zip(without, (0.9, 0.8), strict=True):
         torch.testing.assert_close(image, torch.full_like(image, expected), rtol=1e-3, atol=1e-3)
 
@@ -50,7 +50,7 @@ def test_distances_are_those_of_cdist() -> None:
     memory.fill([(seen[:4], torch.arange(4)), (seen[4:], torch.arange(4, 6))], per_image=16, seed=1)
     new = torch.randn(2, 5, 8, 8, generator=generator)
     for owners in (None, torch.tensor([3, 0])):
-        found = memory(new, owners)
+        found = memory.relative(memory(new, owners))
         for image, cells in enumerate(pool_cells(new).flatten(2).mT):
             kept = memory.core if owners is None else memory.core[memory.owner != owners[image]]
             nearest = torch.cdist(cells, kept).amin(1).view(4, 4) * memory.factor
@@ -62,8 +62,7 @@ def test_half_precision_is_as_fine_as_its_features(memory: FeatureMemory) -> Non
     exact = memory(constant(1.0, 13.0))
     with torch.autocast("cpu", torch.bfloat16):
         coarse = memory(constant(1.0, 13.0).bfloat16())
-    assert coarse.dtype == torch.bfloat16
-    torch.testing.assert_close(coarse.float(), exact, rtol=0.02, atol=0)
+    torch.testing.assert_close(coarse, exact, rtol=0.02, atol=0)
 
 
 def test_fewer_features_than_room_are_repeated() -> None:
@@ -76,13 +75,35 @@ def test_fewer_features_than_room_are_repeated() -> None:
 def test_what_one_specimen_alone_was_seen_of_says_nothing() -> None:
     memory = FeatureMemory(3, 2)
     memory.fill([(constant(1.0, 2.0), torch.tensor([4, 4]))], per_image=2, seed=0)
-    assert not memory(constant(9.0)).any()
-    assert not memory(constant(9.0), torch.tensor([4])).any()
+    assert not memory.relative(memory(constant(9.0))).any()
+    assert not memory.relative(memory(constant(9.0), torch.tensor([4]))).any()
 
 
 def test_an_image_that_owns_all_features_is_at_the_mean_distance(memory: FeatureMemory) -> None:
     memory.owner.fill_(5)
-    assert bool((memory(constant(9.0), torch.tensor([5])) == 1.0).all())
+    distances = memory(constant(9.0), torch.tensor([5]))
+    assert bool((distances == torch.inf).all())
+    assert bool((memory.relative(distances) == 1.0).all())
+
+
+def test_the_mean_evidence_of_new_normal_images_is_one(memory: FeatureMemory) -> None:
+    """As the mean of every likelihood ratio is where the hypothesis it speaks against is true."""
+    memory.exponent = 3.0
+    unseen = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert bool((memory.evidence(memory(unseen)) == 1.0).all())  # not measured yet
+    memory.fit_neutral([unseen[:1], unseen[1:]])
+    evidence = memory.evidence(memory(unseen)).pow(3.0)
+    assert float(evidence.mean()) == pytest.approx(1.0, rel=1e-5)
+    assert float(evidence.max()) > 1.5
+
+
+def test_without_new_images_the_remembered_ones_measure_the_evidence() -> None:
+    memory = FeatureMemory(3, 3, exponent=4.0)
+    memory.fill([(constant(0.0, 10.0, 30.0), torch.arange(3))], per_image=1, seed=0)
+    mean = (10.0**4 + 10.0**4 + 20.0**4) / 3  # to the nearest of the others
+    assert float(memory.neutral) == pytest.approx(3**0.5 * mean**0.25, rel=1e-4)
+    memory.fit_neutral([])
+    assert float(memory.neutral) == pytest.approx(3**0.5 * mean**0.25, rel=1e-4)
 
 
 def test_the_choice_follows_the_seed_alone() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.optimize import minimize_scalar
 
-from almrr_pipeline.model.posterior import to_probability, undo_focal
+from almrr_pipeline.model.posterior import to_probability, undo_focal, weigh_odds
 
 
 @pytest.mark.parametrize("gamma", [1.0, 2.0, 3.5])
@@ -41,3 +41,23 @@ def test_without_gamma_the_map_is_the_confidence_within_its_range() -> None:
         [0, 0.3, 1]
     )
     assert to_probability(torch.tensor([-0.1, 1.1]), 2.0).tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_odds_are_multiplied(dtype: torch.dtype) -> None:
+    probability = torch.tensor([0.5, 0.5, 0.2, 0.9], dtype=dtype)
+    distance = torch.tensor([1.0, 2.0, 2.0, 0.5], dtype=dtype)
+    found = weigh_odds(probability, distance, 2.0)
+    assert found.dtype == dtype
+    assert found.tolist() == pytest.approx([0.5, 0.8, 0.5, 9 / 13], rel=1e-2)
+
+
+@pytest.mark.parametrize("exponent", [0.0, 1.0, 6.0, 32.0])
+def test_certainty_stays_and_nothing_overflows(exponent: float) -> None:
+    distance = torch.tensor([0.0, 1e-9, 1.0, 1e9, torch.inf])
+    for certain in (0.0, 1.0):
+        found = weigh_odds(torch.full((5,), certain), distance, exponent)
+        assert found.tolist() == [certain] * 5
+    found = weigh_odds(torch.full((5,), 0.3), distance, exponent)
+    assert bool(((found >= 0) & (found <= 1)).all())
+    assert bool((found.diff() >= 0).all())

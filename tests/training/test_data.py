@@ -223,9 +223,9 @@ def test_statistics_see_an_even_choice_of_the_normal_images(synthetic_set: Any) 
     synthetic_set.normals = np.arange(100, dtype=np.uint8)[:, None, None, None] * np.ones(
         (1, 4, 4, 3), np.uint8
     )
-    seen = torch.cat(list(sample_normals(synthetic_set, 12)))[:, 0, 0, 0] * 255
+    seen = torch.cat(list(sample_normals(synthetic_set.normals, 12)))[:, 0, 0, 0] * 255
     assert seen.round().tolist() == [0, 9, 18, 27, 36, 45, 54, 63, 72, 81, 90, 99]
-    assert len(torch.cat(list(sample_normals(synthetic_set, 1000)))) == 100
+    assert len(torch.cat(list(sample_normals(synthetic_set.normals, 1000)))) == 100
 
 
 @pytest.mark.parametrize(

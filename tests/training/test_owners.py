@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tiny_training import SIDE, build_model, build_synthetic_set
 
@@ -67,6 +68,17 @@ def test_a_step_leaves_out_the_samples_own_features() -> None:
     [(left_out, distances)] = seen
     assert left_out.tolist() == owners[batch["sources"]].tolist()
     assert bool(distances.isfinite().all())
+
+
+def test_validation_images_tell_what_a_new_normal_image_is_far_from(
+    train: Any, tmp_path: Path
+) -> None:
+    synthetic_set = build_synthetic_set(normals=3)
+    model = build_model(standardize=True, memory_size=8, memory_input=False, memory_exponent=2.0)
+    train(model, synthetic_set, steps=1, batch_size=2)
+    images = torch.from_numpy(synthetic_set.validation_normals.copy()).permute(0, 3, 1, 2) / 255
+    evidence = model.memory.evidence(model.memory(model.embed(images)))
+    assert float(evidence.square().mean()) == pytest.approx(1.0, rel=1e-3)
 
 
 def test_training_fills_the_memory_from_normal_images_alone(train: Any, tmp_path: Path) -> None:

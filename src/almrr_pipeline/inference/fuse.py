@@ -39,7 +39,7 @@ from almrr_pipeline.model.kernels.composed import (
 )
 from almrr_pipeline.model.kernels.scan.reference import without_autocast
 from almrr_pipeline.model.mfrm import Decoder, to_map, to_tokens
-from almrr_pipeline.model.posterior import to_probability
+from almrr_pipeline.model.posterior import to_probability, weigh_odds
 
 _TOLERANCE = 1e-3
 """Largest relative change of outputs by fused batch norms; rounding makes about 1e-6."""
@@ -73,6 +73,7 @@ class FusedALMRR(nn.Module):
         super().__init__()
         self.image_size = model.image_size
         self.posterior_gamma = model.settings.posterior_gamma
+        self.memory_exponent = model.settings.memory_exponent
         scale, offset, summary = _standardized_summary(model)
         self.backbone = FusedBackbone(model.backbone, model.image_size)
         self.embedding = FusedEmbedding(model, scale, offset)
@@ -105,11 +106,15 @@ class FusedALMRR(nn.Module):
         maps = self.backbone(images)  # (B, C_i, H / s_i, W / s_i) for s = 4, 8, 16
         tokens = self.encoder(self.embedding(maps))  # (B, n, dim)
         decoded = self.decoder(to_map(tokens, self.token_grid))  # (B, k, h, w), or k + C with F_hat
-        inputs = self.inputs(maps, decoded)  # (B, 2 k + r, h, w)
+        inputs, evidence = self.inputs(maps, decoded)  # (B, 2 k + r, h, w), (B, 1, h, w)
         # The softmax of two logits is the logistic function of their difference.
         confidence = self.frm(inputs, images).sigmoid()  # (B, 1, h, w)
         confidence = resize_bilinear(confidence, self.image_size)[:, 0]  # (B, H, W)
-        return to_probability(confidence, self.posterior_gamma)
+        probability = to_probability(confidence, self.posterior_gamma)
+        if evidence is None:
+            return probability
+        evidence = resize_bilinear(evidence, self.image_size)[:, 0]  # (B, H, W)
+        return weigh_odds(probability, evidence, self.memory_exponent)
 
 
 class FusedBackbone(nn.Module):
@@ -223,6 +228,7 @@ class FusedInputs(nn.Module):
         self.regional_features = copy.deepcopy(model.regional_features)
         self.mixture = copy.deepcopy(model.residual)
         self.memory = copy.deepcopy(model.memory)
+        self.memory_is_input = model.settings.memory_input
         self.register_buffer("scale", scale[:, None, None].clone())
         self.register_buffer("offset", offset[:, None, None].clone())
         self.register_buffer("constant", (summary @ offset)[:, None, None])  # (k, 1, 1)
@@ -231,10 +237,11 @@ class FusedInputs(nn.Module):
             weight = weight[:, :, None, None].clone()  # (k, C_i, 1, 1)
             self.register_buffer(f"weight{stage}", weight)
 
-    def forward(self, maps: list[Tensor], decoded: Tensor) -> Tensor:
+    def forward(self, maps: list[Tensor], decoded: Tensor) -> tuple[Tensor, Tensor | None]:
         """Stages (B, C_i, n_i, m_i) and `FusedDecoder`'s output -> (B, 2 k + r, h, w).
 
-        With a memory one channel more.
+        With a memory as input one channel more. The second value is the memory's evidence, (B, 1,
+        h, w), where it has any.
         """
         summary = self.constant
         for stage, x in enumerate(maps):
@@ -243,13 +250,18 @@ class FusedInputs(nn.Module):
         k = len(self.constant)
         inputs = [decoded[:, :k], summary]
         if self.mixture is None and self.memory is None:
-            return torch.cat(inputs, dim=1)
+            return torch.cat(inputs, dim=1), None
         features = torch.addcmul(self.offset, self.regional_features(maps), self.scale)
-        distances = [] if self.memory is None else [self.memory(features)]
+        distances = None if self.memory is None else self.memory(features)
         if self.mixture is not None:
             residuals = features.sub_(decoded[:, k:]).square_().log1p_()  # in place: half the time
             inputs.append(F.conv2d(residuals, self.mixture.weight, self.mixture.bias))
-        return torch.cat(inputs + distances, dim=1)
+        if self.memory is None or distances is None:
+            return torch.cat(inputs, dim=1), None
+        if self.memory_is_input:
+            inputs.append(self.memory.relative(distances))
+        evidence = self.memory.evidence(distances) if self.memory.exponent else None
+        return torch.cat(inputs, dim=1), evidence
 
 
 class FusedDecoder(nn.Module):

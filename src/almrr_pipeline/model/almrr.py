@@ -28,7 +28,7 @@ from almrr_pipeline.model.kernels.composed import resize_bilinear
 from almrr_pipeline.model.kernels.scan.reference import widen
 from almrr_pipeline.model.memory import FeatureMemory
 from almrr_pipeline.model.mfrm import MFRM
-from almrr_pipeline.model.posterior import to_probability
+from almrr_pipeline.model.posterior import to_probability, weigh_odds
 from almrr_pipeline.model.regional_features import RegionalFeatures
 
 MIN_STD = 0.01
@@ -99,9 +99,9 @@ class ALMRR(nn.Module):
             self.residual = ResidualMixture(channels, settings.residual_channels)
         self.memory: FeatureMemory | None = None
         if settings.memory_size:
-            self.memory = FeatureMemory(channels, settings.memory_size)
+            self.memory = FeatureMemory(channels, settings.memory_size, settings.memory_exponent)
         inputs = 2 * settings.refinement_channels + settings.residual_channels
-        inputs += self.memory is not None
+        inputs += self.memory is not None and settings.memory_input
         self.frm = FRM(
             inputs,
             width=settings.refinement_width,
@@ -124,9 +124,15 @@ class ALMRR(nn.Module):
         check_images(images, self.image_size)
         features = self.embed(images)  # stage 2: F (B, C, h, w), h = H / 4, w = W / 4
         reconstruction = self.reconstruct(features)  # stage 3, MFRM: F_hat (B, C, h, w)
-        logits = self.refine(reconstruction, features, images)  # stage 4, FRM: (B, 2, h, w)
+        distances = None if self.memory is None else self.memory(features)  # (B, 1, h, w)
+        # stage 4, FRM: (B, 2, h, w)
+        logits = self.refine(reconstruction, features, images, distances)
         confidence = self.upsample(logits.softmax(dim=1))[:, 1]  # (B, H, W)
-        return to_probability(confidence, self.settings.posterior_gamma)
+        probability = to_probability(confidence, self.settings.posterior_gamma)
+        if self.memory is None or distances is None or not self.memory.exponent:
+            return probability
+        evidence = self.upsample(self.memory.evidence(distances))[:, 0]  # (B, H, W)
+        return weigh_odds(probability, evidence, self.memory.exponent)
 
     def training_forward(
         self,
@@ -152,8 +158,11 @@ class ALMRR(nn.Module):
         # stage 2: phi, F (B, C, h, w)
         target, features = embedded or self.embed_both(normal, augmented)
         reconstruction = self.reconstruct(features)  # stage 3, MFRM: F_hat (B, C, h, w)
+        distances = None
+        if self.memory is not None and self.settings.memory_input:
+            distances = self.memory(features, owners)  # (B, 1, h, w)
         # stage 4, FRM: (B, 2, h, w)
-        logits = self.refine(reconstruction, features, augmented, owners)
+        logits = self.refine(reconstruction, features, augmented, distances)
         probabilities = self.upsample(logits.softmax(dim=1))  # (B, 2, H, W)
         # The smallest normal float keeps the logarithm finite where the softmax underflows; the
         # gradient is zero there.
@@ -187,17 +196,19 @@ class ALMRR(nn.Module):
         reconstruction: Tensor,
         features: Tensor,
         images: Tensor,
-        owners: Tensor | None = None,
+        distances: Tensor | None = None,
     ) -> Tensor:
         """Stage 4, FRM: F_hat and F, each summarized to k channels -> logits (B, 2, h, w).
 
-        With a fine path (B, 2, H / 2, W / 2).
+        With a fine path (B, 2, H / 2, W / 2). `distances` (B, 1, h, w) are the memory's, where they
+        are an input.
         """
         inputs = [self.summary(reconstruction), self.summary(features)]  # (B, k, h, w) each
         if self.residual is not None:
             inputs.append(self.residual(features, reconstruction))  # (B, r, h, w)
-        if self.memory is not None:
-            inputs.append(self.memory(features, owners))  # (B, 1, h, w)
+        if self.memory is not None and self.settings.memory_input:
+            assert distances is not None
+            inputs.append(self.memory.relative(distances).to(features.dtype))  # (B, 1, h, w)
         return self.frm(torch.cat(inputs, dim=1), images)  # type: ignore[no-any-return]
 
     def upsample(self, x: Tensor) -> Tensor:
@@ -268,6 +279,20 @@ class ALMRR(nn.Module):
         embedded = ((self._embed_checked(batch), owners) for batch, owners in batches)
         per_image = -(-MEMORY_CHOICE * self.settings.memory_size // images)
         self.memory.fill(embedded, per_image=per_image, seed=seed)
+
+    def fit_evidence(self, batches: Iterable[Tensor]) -> None:
+        """Measure which distance to the memory is no evidence of an anomaly, in place.
+
+        Args:
+            batches: RGB, float in [0, 1], (B, 3, H, W) each, normal and not remembered; none leave
+                what `fill_memory` has measured.
+
+        Raises:
+            AlmrrError: the memory is no evidence in this model, or the images do not fit.
+        """
+        if self.memory is None or not self.memory.exponent:
+            raise AlmrrError("This model weighs no distances; set model.memory_exponent.")
+        self.memory.fit_neutral(map(self._embed_checked, batches))
 
     def _embed_checked(self, images: Tensor) -> Tensor:
         check_images(images, self.image_size)

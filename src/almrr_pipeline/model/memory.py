@@ -1,7 +1,8 @@
 """Memory of normal features: how far a cell is from all that normal images have shown.
 
 One more input of the FRM, after MemSeg (Yang et al., Engineering Applications of AI 2023, arXiv
-2205.00908) and PatchCore (Roth et al., CVPR 2022, arXiv 2106.08265). In training the features of a
+2205.00908) and PatchCore (Roth et al., CVPR 2022, arXiv 2106.08265), and evidence beside its answer
+(`posterior.weigh_odds`), which no simulated anomaly has shaped. In training the features of a
 sample's own image are left out: with them every normal cell would be at distance 0, as none is
 when an image is new.
 """
@@ -25,32 +26,37 @@ PROJECTED = 64
 
 
 class FeatureMemory(nn.Module):
-    """Distance of each cell's features to the nearest remembered ones, in typical distances.
+    """Distance of each cell's features to the nearest remembered ones.
 
     Args:
         channels: C, of the features.
         size: features that are remembered, M.
+        exponent: the power of a distance that is its evidence.
 
     Attributes:
         core: (M, C), standardized as the features are.
         owner: int64 (M,), which image or specimen each was seen in.
         factor: (), 1 / mean distance on normal images, each one's own features left out; 0 where
             all features are of one specimen, so that no such distance is known.
+        neutral: (), the distance that is no evidence; 0 where it is not known.
     """
 
     core: Tensor
     owner: Tensor
     factor: Tensor
+    neutral: Tensor
 
-    def __init__(self, channels: int, size: int) -> None:
+    def __init__(self, channels: int, size: int, exponent: float = 0.0) -> None:
         super().__init__()
+        self.exponent = exponent
         self.register_buffer("core", torch.zeros(size, channels))
         self.register_buffer("owner", torch.full((size,), NOBODY))
         self.register_buffer("factor", torch.zeros(()))
+        self.register_buffer("neutral", torch.zeros(()))
 
     @torch.no_grad()
     def forward(self, features: Tensor, leave_out: Tensor | None = None) -> Tensor:
-        """F (B, C, h, w) -> distances as multiples of the mean one, (B, 1, h, w).
+        """F (B, C, h, w) -> distances, at least float32 (B, 1, h, w); inf where nothing is left.
 
         Args:
             features: standardized, h and w even.
@@ -58,10 +64,16 @@ class FeatureMemory(nn.Module):
         """
         with without_autocast(features):
             nearest = self._nearest(pool_cells(widen(features)), leave_out)
-            distances = nearest * self.factor
-            if leave_out is not None:  # where nothing is left: the mean
-                distances = distances.where(nearest.isfinite(), self.factor.sign())
-        return F.interpolate(distances, scale_factor=2.0, mode="nearest").to(features.dtype)
+            return F.interpolate(nearest, scale_factor=2.0, mode="nearest")
+
+    def relative(self, distances: Tensor) -> Tensor:
+        """Distances as multiples of the mean one, which takes the place of infinite ones."""
+        return (distances * self.factor).where(distances.isfinite(), self.factor.sign())
+
+    def evidence(self, distances: Tensor) -> Tensor:
+        """Distances as multiples of the neutral one; 1 where it is not known."""
+        known = self.neutral > 0
+        return torch.where(known, distances / self.neutral.where(known, 1.0), 1.0)
 
     def _nearest(self, cells: Tensor, leave_out: Tensor | None) -> Tensor:
         """Cells (B, C, n, m) -> distance to the nearest feature, (B, 1, n, m)."""
@@ -106,6 +118,25 @@ class FeatureMemory(nn.Module):
         distances = self._nearest(features[some, :, None, None], owners[some])
         known = distances[distances.isfinite()]  # not where one image owns all features
         self.factor.copy_(1 / known.mean().clamp_min(1e-3) if len(known) else torch.zeros(()))
+        if self.exponent:
+            self._set_neutral([known])
+
+    @torch.no_grad()
+    def fit_neutral(self, batches: Iterable[Tensor]) -> None:
+        """Measure the neutral distance on features (b, C, h, w) of normal images not remembered.
+
+        Crops of one image are more alike than new images are. Without batches it stays that of
+        `fill`, among the remembered images.
+        """
+        self._set_neutral([self._nearest(pool_cells(widen(each)), None) for each in batches])
+
+    def _set_neutral(self, distances: list[Tensor]) -> None:
+        """The power mean: with it the mean evidence over these distances is 1."""
+        values = torch.cat([torch.empty(0), *(each.flatten().cpu() for each in distances)]).double()
+        if len(values):
+            largest = values.max().clamp_min(1e-3)  # taken out before the power, which may overflow
+            mean = (values / largest).pow(self.exponent).mean()
+            self.neutral.copy_(largest * mean.pow(1.0 / self.exponent))
 
 
 def pool_cells(features: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""From the minimizer of the focal loss to the probability that it stands for."""
+"""From the minimizer of the focal loss to the probability that it stands for, and new evidence."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 from almrr_pipeline.model.kernels.scan.reference import widen
+
+_FARTHEST = 8.0
+"""A larger distance says no more; its 32nd power, the largest exponent, is still a float32."""
 
 
 def to_probability(confidence: Tensor, gamma: float) -> Tensor:
@@ -33,6 +36,28 @@ def undo_focal(confidence: Tensor, gamma: float) -> Tensor:
     v = widen(confidence)
     ours, theirs = v * _slope(1.0 - v, gamma), (1.0 - v) * _slope(v, gamma)
     return (ours / (ours + theirs)).to(confidence.dtype)
+
+
+def weigh_odds(probability: Tensor, distance: Tensor, exponent: float) -> Tensor:
+    """Multiply the odds of an anomaly by a power of the distance to what is normal.
+
+    Bayes' rule in odds: posterior = prior times likelihood ratio, which is taken to be
+    distance^exponent, with distance 1 where its mean over normal images is 1, as that of every
+    likelihood ratio is. The network knows defects like the simulated ones, the distance is large
+    for all that normal images have not shown.
+
+    Args:
+        probability: float in [0, 1], any shape.
+        distance: at least 0, of the same shape, see `FeatureMemory.evidence`; values outside of
+            [1/8, 8] count as these ends.
+        exponent: at least 0.
+
+    Returns:
+        Of the shape and type of `probability`, in [0, 1]; 0 and 1 stay.
+    """
+    p = widen(probability)
+    raised = p * widen(distance).clamp(1.0 / _FARTHEST, _FARTHEST).pow(exponent)
+    return (raised / (raised + (1.0 - p))).to(probability.dtype)
 
 
 def _slope(v: Tensor, gamma: float) -> Tensor:

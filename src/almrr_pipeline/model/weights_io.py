@@ -26,7 +26,10 @@ WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 _NOT_SAVED = {"backbone": {"weights", "sha256"}}
 """Where the backbone's weights came from: they are in the model's own file."""
-_ADDED = {"fine_channels", "memory_size", "posterior_gamma", "residual_channels", "prior"}
+_ADDED = {
+    *("fine_channels", "memory_exponent", "memory_input", "memory_size"),
+    *("posterior_gamma", "prior", "residual_channels"),
+}
 """Settings of `model` that version 0.2.0 did not have: off, by default, where a file lacks them."""
 _NETWORK_NAME = re.compile(r"[\w-]+(\.[\w-]+)?", re.ASCII)
 """Of a network that timm builds itself; hf-hub:NAME and local-dir:FOLDER lead elsewhere."""

@@ -21,7 +21,7 @@ from lightning.fabric import Fabric
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from almrr_pipeline.common.arrays import Indices
+from almrr_pipeline.common.arrays import ImageArray, Indices
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.config import TrainSettings
 from almrr_pipeline.synthesis.synthetic_set import SyntheticSet
@@ -229,12 +229,12 @@ def choose_workers(workers: int, *, device: torch.device, resident: bool) -> int
     return workers
 
 
-def sample_normals(synthetic_set: SyntheticSet, limit: int) -> Iterator[Tensor]:
-    """Up to `limit` normal images, evenly spread, by eight: float32 (b, 3, H, W) in [0, 1]."""
-    count = len(synthetic_set.normals)
+def sample_normals(normals: ImageArray, limit: int) -> Iterator[Tensor]:
+    """Up to `limit` of the images, evenly spread, by eight: float32 (b, 3, H, W) in [0, 1]."""
+    count = len(normals)
     chosen = np.unique(np.linspace(0, count - 1, min(limit, count)).round().astype(np.int64))
     for start in range(0, len(chosen), 8):
-        images = synthetic_set.normals[chosen[start : start + 8]]
+        images = normals[chosen[start : start + 8]]
         yield to_images(torch.from_numpy(np.ascontiguousarray(images)), channels_last=False)
 
 

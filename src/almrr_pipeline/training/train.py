@@ -111,13 +111,16 @@ def fit(
         newest = fabric.broadcast(folder.newest() if fabric.is_global_zero else None)
         first = folder.restore(newest, parts) if newest else 0
         if first == 0 and model.settings.standardize:
-            normals = sample_normals(synthetic_set, STANDARDIZATION_IMAGES)
+            normals = sample_normals(synthetic_set.normals, STANDARDIZATION_IMAGES)
             model.fit_standardization(images.to(fabric.device) for images in normals)
         if first == 0 and model.memory is not None:
             count = min(len(owners), MEMORY_IMAGES)
             drawn = draw_normals(synthetic_set, owners, settings, count=count, seed=seed)
             batches = (fabric.to_device(batch) for batch in drawn)
             model.fill_memory(batches, images=count, seed=seed)
+            if model.memory.exponent:
+                unseen = sample_normals(synthetic_set.validation_normals, MEMORY_IMAGES)
+                model.fit_evidence(images.to(fabric.device) for images in unseen)
         history.report_again()
         loader = build_loader(synthetic_set, settings, fabric, seed=seed, first=first)
         with history.show_progress(done=first) as advance:
