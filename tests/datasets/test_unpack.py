@@ -525,3 +525,35 @@ def test_backslashes_of_windows_do_not_lead_out_either(tmp_path: Path, name: str
     with pytest.raises(AlmrrError, match="leads out of its folder"):
         unpack(tmp_path / "old.zip", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["old.zip"]
+
+
+class _Unflagged(zipfile.ZipInfo):
+    """A member whose name is written as it is encoded, without the flag for UTF-8."""
+
+    encoding = "utf-8"
+
+    def _encodeFilenameFlags(self) -> tuple[bytes, int]:  # noqa: N802 - zipfile's
+        return self.filename.encode(self.encoding), self.flag_bits & ~0x800
+
+
+@pytest.mark.parametrize(
+    ("encoding", "found", "warns"),
+    [("utf-8", "Prüfling/0.png", False), ("cp437", "Prüfling/0.png", True), ("cp1252", None, True)],
+)
+def test_names_of_a_zip_without_their_encoding(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    encoding: str,
+    found: str | None,
+    warns: bool,
+) -> None:
+    info = _Unflagged("Prüfling/0.png")
+    info.encoding = encoding
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr(info, b"first")
+
+    unpack(tmp_path / "a.zip", tmp_path / "out")
+
+    if found:
+        assert (tmp_path / "out" / found).read_bytes() == b"first"
+    assert ("a.zip: the encoding of 1 names is not stated" in caplog.text) == warns

@@ -8,6 +8,9 @@ import pytest
 from PIL import Image
 from sklearn.metrics import average_precision_score
 
+from almrr_pipeline.common.masks import MaskReading
+from almrr_pipeline.config import EvaluateSettings
+from almrr_pipeline.evaluation.evaluate import evaluate
 from almrr_pipeline.evaluation.maps import (
     AnomalyMaps,
     GroundTruth,
@@ -46,6 +49,31 @@ def test_a_mask_is_read_at_the_size_of_its_map(truth: GroundTruth) -> None:
     expected = np.zeros((6, 8), bool)
     expected[1:3, 2:5] = True
     np.testing.assert_array_equal(mask, expected)
+
+
+@pytest.mark.parametrize(
+    ("reading", "said"),
+    [
+        (None, "they hold 0, 100, 127, and values above half of white are anomalous"),
+        (MaskReading(threshold=180), "by data.mask_threshold values above 180 are anomalous"),
+        (MaskReading(values=(1, 200)), "by data.mask_values 1, 200 is anomalous"),
+    ],
+)
+def test_masks_without_an_anomalous_pixel_say_why(
+    tmp_path: Path, maps: AnomalyMaps, reading: MaskReading | None, said: str
+) -> None:
+    for name, value in (("a", 100), ("b", 127)):
+        mask = np.zeros((12, 16), np.uint8)
+        mask[2:6, 4:10] = value
+        Image.fromarray(mask).save(tmp_path / f"{name}.png")
+    truth = GroundTruth([tmp_path / "a.png", None, tmp_path / "b.png"], maps, reading)
+    settings = EvaluateSettings(bootstrap=0)
+    none, labels = (None, None), [True, False, True]
+    found = evaluate(maps, truth, [0.5] * 3, labels, ["a", "", "b"], settings, thresholds=none)
+    reason = found.metrics["undefined"]["pixel_ap"]
+    assert reason.startswith("no anomalous pixel in any mask: they hold 0, 100, 127")
+    assert said in reason
+    assert "they hold 0, 127," in found.metrics["defect_types"]["b"]["undefined"]["pixel_ap"]
 
 
 def test_regions_of_few_pixels_are_counted_and_named(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,19 @@ def inspect_mask(
             "data.mask_values, such as [0]"
         )
     return MaskFacts(mask, tuple(map(float, values[: _FEW + 1])), problem, stored.turned)
+
+
+def explain_emptiness(masks: Iterable[MaskFacts], reading: MaskReading) -> str:
+    """Why none of these masks has an anomalous pixel: their values, and which ones would be."""
+    values = sorted({value for mask in masks for value in mask.values})
+    listed = ", ".join(f"{value:g}" for value in values[:_FEW])
+    more = " and others" if len(values) > _FEW else ""
+    wanted = "values above half of white are anomalous"
+    if reading.values:
+        wanted = f"by data.mask_values {', '.join(map(str, reading.values))} is anomalous"
+    elif reading.threshold is not None:
+        wanted = f"by data.mask_threshold values above {reading.threshold:g} are anomalous"
+    return f"no anomalous pixel in any mask: they hold {listed}{more}, and {wanted}"
 
 
 def explain_size(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import logging
 import lzma
 import shutil
 import stat
@@ -26,7 +27,10 @@ from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.common.files import remove_folder, report_disk_errors
 from almrr_pipeline.common.progress import format_amount, track
 
+logger = logging.getLogger(__name__)
+
 _BLOCK = 1 << 20
+_UTF8_FLAG = 0x800  # of a zip's member
 _COMPRESSIONS = {b"\x1f\x8b": gzip.GzipFile, b"BZh": bz2.BZ2File, b"\xfd7zXZ\x00": lzma.LZMAFile}
 """First bytes of a compressed file, and what reads it."""
 _DECODING = (zipfile.BadZipFile, tarfile.TarError, lzma.LZMAError, zlib.error, struct.error)
@@ -149,17 +153,40 @@ def _place_of(member: _Member, folder: Path, archive: Path) -> Path:
 
 
 def _zip_members(archive: Path, limits: Limits) -> Iterator[_Member]:
+    """Read a zip; names that are UTF-8 are taken so without the flag that says it, as of macOS.
+
+    Text of another code page is hardly ever UTF-8 by chance; what is not is taken for code page
+    437, as zipfile does, and logged.
+    """
+    uncertain = []
     with zipfile.ZipFile(archive) as opened:
         # zipfile reads no more of a member than its size in the directory, and checks its CRC.
         limits.check_size(sum(info.file_size for info in opened.infolist()), archive)
         for info in opened.infolist():
             mode = stat.S_IFMT(info.external_attr >> 16)  # 0 when it was not packed on Unix
-            name = info.filename
+            name, is_certain = _zip_name(info)
+            uncertain += [] if is_certain else [name]
             if info.create_system in _WINDOWS:  # older tools of Windows separate by backslashes
                 name = name.replace("\\", "/")
             is_folder = name.endswith("/") or mode == stat.S_IFDIR
             is_file = not is_folder and mode in {0, stat.S_IFREG}
             yield _Member(name, is_folder, is_file, partial(opened.open, info))
+    if uncertain:
+        logger.warning(
+            "%s: the encoding of %d names is not stated; they are taken for code page 437, such as "
+            "%s. Pack it again where that is wrong.",
+            *(archive.name, len(uncertain), uncertain[0]),
+        )
+
+
+def _zip_name(info: zipfile.ZipInfo) -> tuple[str, bool]:
+    """The name of a member, and whether it is certain; see `_zip_members`."""
+    if info.flag_bits & _UTF8_FLAG or info.filename.isascii():
+        return info.filename, True
+    try:
+        return info.filename.encode("cp437").decode("utf-8"), True
+    except UnicodeError:
+        return info.filename, False
 
 
 def _tar_members(archive: Path, limits: Limits) -> Iterator[_Member]:

@@ -17,6 +17,7 @@ from almrr_pipeline.config import EvaluateSettings
 from almrr_pipeline.evaluation import bootstrap, curves
 from almrr_pipeline.evaluation import pixels as px
 from almrr_pipeline.evaluation.curves import Curve
+from almrr_pipeline.evaluation.maps import GroundTruth
 from almrr_pipeline.evaluation.pixels import Indexed, LabeledMaps
 from almrr_pipeline.evaluation.reliability import Reliability
 from almrr_pipeline.evaluation.thresholds import Threshold, proportion, rates_at
@@ -228,7 +229,7 @@ def _measure_pixels(
         curve = px.trace_pixels(anomalous.of_images(defective), thresholds, normal)
         functions = {f"pixel_{name}": _RANKING[name] for name in _RANKING}
         functions |= {curves.name_aupro(end): partial(curves.aupro, limit=end) for end in limits}
-        reason = _explain_absence(curve, defective, known)
+        reason = _explain_absence(curve, defective, known, images.masks)
         return _CurveMetrics(functions, None if reason else curve, reason)
 
     normal_images = ~images.labels
@@ -248,7 +249,7 @@ def _divide(part: float, whole: float) -> float | None:
     return float(part / whole) if whole else None
 
 
-def _explain_absence(curve: Curve, defective: Bools, known: Bools) -> str:
+def _explain_absence(curve: Curve, defective: Bools, known: Bools, masks: object) -> str:
     """Why the metrics of pixels are undefined; empty if they are not."""
     if curve.positives:
         return "" if curve.negatives else "no normal pixel in any test image"
@@ -256,6 +257,8 @@ def _explain_absence(curve: Curve, defective: Bools, known: Bools) -> str:
         return "no defective test image"
     if not (defective & known).any():
         return "no ground truth mask for any defective test image"
+    if isinstance(masks, GroundTruth):
+        return masks.explain_emptiness(map(int, np.flatnonzero(defective & known)))
     return "no anomalous pixel in any mask"
 
 

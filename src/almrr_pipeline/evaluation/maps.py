@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,13 @@ import pandas as pd
 from scipy.ndimage import label
 
 from almrr_pipeline.common.arrays import AnomalyMap, MaskArray
-from almrr_pipeline.common.masks import MaskReading, read_mask, resize_mask
+from almrr_pipeline.common.masks import (
+    MaskReading,
+    explain_emptiness,
+    inspect_mask,
+    read_mask,
+    resize_mask,
+)
 from almrr_pipeline.evaluation.curves import average_precision, trace_curve
 
 logger = logging.getLogger(__name__)
@@ -68,6 +74,12 @@ class GroundTruth:
         if path is None:
             return None
         return resize_mask(read_mask(path, reading=self.reading), self.maps.size(index))
+
+    def explain_emptiness(self, chosen: Iterable[int]) -> str:
+        """Why no mask of the chosen images has an anomalous pixel; resizing loses no region."""
+        reading = self.reading or MaskReading()
+        paths = [path for path in (self.masks[index] for index in chosen) if path is not None]
+        return explain_emptiness((inspect_mask(path, reading=reading) for path in paths), reading)
 
 
 def report_small_regions(truth: GroundTruth) -> tuple[int, int]:
