@@ -1,6 +1,7 @@
 # make run    from a bare clone to data/08_reporting/report.html
 # make test   the whole test suite
-# Both make their own .venv; they need Python 3.11 or newer, make, and the package registry.
+# make drill  faults around the stages, for hours; the table of docs/faults.md
+# All make their own .venv; they need Python 3.11 or newer, make, and the package registry.
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +12,7 @@ export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: run test check clean
+.PHONY: run test check drill clean
 
 run: $(VENV)/installed
 	dvc repro
@@ -26,6 +27,9 @@ check: $(VENV)/installed
 	ruff format --check .
 	mypy
 	lint-imports
+
+drill: $(VENV)/installed
+	python tests/drills/drill.py --tries 50 --table docs/faults.md
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@command -v git >/dev/null || { echo "git is needed; install it first."; exit 1; }

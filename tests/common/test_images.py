@@ -322,10 +322,11 @@ def test_a_large_image_is_mapped_from_a_file_and_equal(
     pixels = np.random.default_rng(0).integers(0, 256, size=(70, 50, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     Image.fromarray(pixels[..., 0]).save(tmp_path / "gray.png")
-    monkeypatch.setattr("almrr_pipeline.common.images._LARGE", 100)
+    monkeypatch.setattr("almrr_pipeline.common.arrays._LARGE", 100)
     monkeypatch.setattr("almrr_pipeline.common.images._STRIP", 16)
     found = read_image(tmp_path / "a.png")
     assert isinstance(found.base, np.memmap)
+    assert found.flags.writeable
     np.testing.assert_array_equal(found, pixels)
     gray = pixels[..., :1].repeat(3, axis=2)
     np.testing.assert_array_equal(read_image(tmp_path / "gray.png"), gray)

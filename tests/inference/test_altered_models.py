@@ -8,12 +8,15 @@ import resource
 import shutil
 import struct
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from almrr_pipeline.common.errors import AlmrrError
@@ -21,6 +24,7 @@ from almrr_pipeline.inference.inference_config import InferenceConfig
 from almrr_pipeline.inference.predictor import Predictor
 from almrr_pipeline.model.almrr import ALMRR
 from almrr_pipeline.model.checksums import MANIFEST_FILE
+from almrr_pipeline.model.weights_io import read_config
 
 GIGABYTE = 2**30
 Change = Callable[[Path], None]
@@ -162,6 +166,38 @@ def test_an_altered_model_is_refused_in_one_sentence_within_a_gigabyte(
     assert str(folder) in said, said
     assert said.endswith(".")
     assert "\n" not in said
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(["config.json", "inference.json", MANIFEST_FILE]), st.data())
+def test_any_settings_are_taken_or_refused_in_a_sentence(
+    model_folder: Path, file: str, data: st.DataObject
+) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = shutil.copytree(model_folder, Path(name) / "model")
+        if file == MANIFEST_FILE or data.draw(st.booleans()):
+            (folder / file).write_bytes(data.draw(st.binary(max_size=200)))
+        else:
+            content = json.loads((folder / file).read_text())
+            inner = content
+            while isinstance(inner, dict | list) and inner:
+                keys = sorted(inner) if isinstance(inner, dict) else [*range(len(inner))]
+                outer, key = inner, data.draw(st.sampled_from(keys))
+                inner = outer[key]
+            outer[key] = data.draw(JSON)
+            (folder / file).write_text(json.dumps(content))
+        try:
+            read_config(folder)
+            InferenceConfig.load(folder)
+        except AlmrrError as error:
+            assert str(folder) in str(error)  # noqa: PT017 (both ends are allowed)
 
 
 def test_a_model_without_checksums_loads_with_one_warning(

@@ -209,6 +209,15 @@ def test_overlay_outlines_and_warms_the_defect(image: np.ndarray, square: np.nda
     assert np.abs(drawn[105:145, 65:135] - expected).max() <= 0.5
 
 
+def test_overlay_is_the_same_in_bands(
+    image: np.ndarray, square: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = {"threshold": 0.5, "score": 0.9, "is_anomalous": True}
+    whole = draw_overlay(image, square.astype(np.float32), **drawn)
+    monkeypatch.setattr("almrr_pipeline.reporting.overlays._BAND", 7)
+    np.testing.assert_array_equal(draw_overlay(image, square.astype(np.float32), **drawn), whole)
+
+
 def test_overlay_states_its_three_verdicts_differently(image: np.ndarray) -> None:
     heat = np.zeros((8, 8), np.float32)
     strips = [

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import logging
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -111,10 +115,16 @@ def test_a_checkpoint_restores_its_step_and_all_parts(folder: CheckpointFolder) 
 
 def test_saving_removes_what_a_killed_process_left(folder: CheckpointFolder) -> None:
     save(folder, 2)
-    leftover = folder.path / ".step_000000003.partial.ckpt"
-    leftover.write_bytes(b"half")
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    host = socket.gethostname()
+    killed = folder.path / f".step_000000003.partial@{host}@{ended.pid}.ckpt"
+    running = folder.path / f".step_000000003.partial@{host}@{os.getppid()}.ckpt"
+    killed.write_bytes(b"half")
+    running.write_bytes(b"half")
     save(folder, 4)
-    assert not leftover.exists()
+    assert not killed.exists()
+    assert running.exists()
 
 
 def test_a_failed_write_leaves_what_was_there(folder: CheckpointFolder) -> None:

@@ -25,6 +25,8 @@ _BLOCK = 1 << 20
 _TRIED = 4096  # bytes; a block of most file systems
 STAGING_PREFIX = ".staging@"
 """How the names of staging folders begin, those of killed processes included."""
+_PARTIAL = ".partial@"
+"""In the names of unfinished files, before their writer's machine and process."""
 _HASHED_WITHOUT_PROGRESS = 100_000_000  # bytes that are hashed in less than a second
 
 
@@ -96,10 +98,16 @@ def write_atomically(path: Path) -> Iterator[Path]:
 
     Yields:
         A temporary path in the same folder, with the same suffix, to write to. It replaces `path`
-        when the block ends, and is removed when the block raises.
+        when the block ends, and is removed when the block raises. What killed processes of this
+        machine have left in that folder is removed too.
     """
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    mine = f"{_PARTIAL}{socket.gethostname()}@"
+    partial = path.with_name(f".{path.stem}{mine}{os.getpid()}{path.suffix}")
     with report_disk_errors(path):
+        for leftover in path.parent.glob(f".*{mine}*"):
+            writer = leftover.name.rpartition("@")[2].partition(".")[0]
+            if writer.isdigit() and not is_running(int(writer)):
+                leftover.unlink(missing_ok=True)
         try:
             yield partial
             with partial.open("rb+") as file:

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import io
 import logging
-import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +17,7 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
-from almrr_pipeline.common.arrays import AnomalyMap, ImageArray
+from almrr_pipeline.common.arrays import AnomalyMap, ImageArray, allocate, release_pages
 from almrr_pipeline.common.decoding import Stored, decode
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.common.files import escape_name, escape_text, walk
@@ -34,7 +32,6 @@ ValueRange = tuple[float, float]
 EIGHT_BITS: ValueRange = (0.0, 255.0)
 _DEPTHS = (8, 10, 12, 14, 16, 20, 24, 28, 32)  # of cameras and of number types, in bits
 _STRIP = 512  # rows that are converted at a time
-_LARGE = 100_000_000  # pixels: 300 MB
 _TOLERANCE = 0.05  # of a range, by which interpolation and single pixels leave it
 _BEYOND = 0.01  # fraction of values beyond a range that is no longer a few reflections
 _LITTLE = 1 / 16  # of a range: what 8 bits keep of it is fewer than 16 values
@@ -122,7 +119,7 @@ def read_image(path: Path, reading: Reading | None = None) -> ImageArray:
     for their type; without one, from the range that the image alone makes certain.
 
     Returns:
-        uint8 in [0, 255], shape (H, W, 3), upright; writable, but for images of 100 megapixels.
+        uint8 in [0, 255], shape (H, W, 3), upright, writable.
 
     Raises:
         AlmrrError: the file is missing, empty, not an image that can be decoded, of several pages,
@@ -283,26 +280,13 @@ def _as_rgb(stored: Stored, path: Path, reading: Reading) -> ImageArray:
 
 
 def _to_array(image: Image.Image) -> ImageArray:
-    """8-bit RGB (H, W, 3), strip by strip: Pillow would copy the image twice or thrice.
-
-    A large one is mapped from a temporary file, without a name, if the disk has room for it.
-    """
-    shape = (image.height, image.width, 3)
-    if image.height * image.width > _LARGE:
-        with suppress(OSError), tempfile.TemporaryFile() as file:
-            file.writelines(strip.tobytes() for strip in _strips(image))
-            file.flush()
-            return np.asarray(np.memmap(file, dtype=np.uint8, mode="r", shape=shape))
-    pixels = np.empty(shape, dtype=np.uint8)
-    for number, strip in enumerate(_strips(image)):
-        pixels[number * _STRIP : (number + 1) * _STRIP] = strip
-    return pixels
-
-
-def _strips(image: Image.Image) -> Iterator[ImageArray]:
+    """8-bit RGB (H, W, 3), strip by strip: Pillow would copy the image twice or thrice."""
+    pixels: ImageArray = allocate((image.height, image.width, 3), np.uint8)
     for top in range(0, image.height, _STRIP):
         strip = image.crop((0, top, image.width, min(top + _STRIP, image.height)))
-        yield np.asarray(strip if strip.mode == "RGB" else strip.convert("RGB"))
+        pixels[top : top + _STRIP] = np.asarray(strip.convert("RGB"))
+        release_pages(pixels)
+    return pixels
 
 
 def _scale(stored: Stored, ends: ValueRange) -> ImageArray:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from scipy.ndimage import uniform_filter
 
-from almrr_pipeline.common.arrays import AnomalyMap
+from almrr_pipeline.common.arrays import AnomalyMap, release_pages
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.config import InferenceSettings
 from almrr_pipeline.inference.inference_config import InferenceConfig
@@ -161,4 +161,5 @@ def image_score(anomaly_map: AnomalyMap, smoothing: int) -> float:
         around = anomaly_map[first : top + height + smoothing].astype(np.float64)
         band = smooth(around)[top - first :][:height]
         largest = max(largest, (band / np.outer(rows[top : top + height], columns)).max())
+        release_pages(anomaly_map)
     return float(largest)

@@ -13,16 +13,14 @@ what they agree on, and a tile's edge, where the network sees least around a pix
 from __future__ import annotations
 
 import math
-import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
-from almrr_pipeline.common.arrays import AnomalyMap, Floats, ImageArray
+from almrr_pipeline.common.arrays import AnomalyMap, Floats, ImageArray, allocate, release_pages
 
 
 @dataclass(frozen=True)
@@ -110,21 +108,12 @@ class TileGrid:
             yield padded[place]
 
 
-def release_pages(image: ImageArray) -> None:
-    """Take an image that is mapped from a file out of memory; it is read again where needed."""
-    base: Any = None if image.flags.writeable else image  # a private copy would lose its changes
-    while base is not None and not isinstance(base, mmap.mmap):
-        base = getattr(base, "base", None)
-    if base is not None and hasattr(mmap, "MADV_DONTNEED"):
-        base.madvise(mmap.MADV_DONTNEED)
-
-
 class Blend:
     """The map of a whole image, summed from the maps of its tiles in the order of `TileGrid.cut`.
 
     It holds one map of the image's size and no tile. It sums in float64, so that rounding to
     float32 at the end makes agreement of the tiles exact, and nothing leaves [0, 1]. Only the rows
-    of the tiles that still come are kept as sums: a large image takes 4 bytes a pixel, not 12.
+    of the tiles that still come are kept as sums.
     """
 
     def __init__(self, grid: TileGrid) -> None:
@@ -132,7 +121,7 @@ class Blend:
         self._places = grid.places()
         self._missing = len(grid)
         rows, columns = (max(axis.length, axis.tile) for axis in grid.axes)
-        self._map = np.empty((rows, columns), dtype=np.float32)
+        self._map: AnomalyMap = allocate((rows, columns), np.float32)
         self._sum = np.zeros((grid.tile[0], columns), dtype=np.float64)
         self._top = 0  # row of the map that the sums begin with
 
@@ -146,6 +135,7 @@ class Blend:
         (rows, columns), weights = next(self._places)
         if done := rows.start - self._top:  # no further tile reaches these rows
             self._map[self._top : rows.start] = self._sum[:done]
+            release_pages(self._map)
             kept = self._sum[done:].copy()
             self._sum[:] = 0.0
             self._sum[: len(kept)] = kept

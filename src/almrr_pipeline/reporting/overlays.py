@@ -14,7 +14,13 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-from almrr_pipeline.common.arrays import AnomalyMap, ImageArray, MaskArray
+from almrr_pipeline.common.arrays import (
+    AnomalyMap,
+    ImageArray,
+    MaskArray,
+    allocate,
+    release_pages,
+)
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.common.images import resize_image
 from almrr_pipeline.common.masks import resize_mask
@@ -40,6 +46,8 @@ _FOOT = 26
 PANEL_TILES = tuple((_GAP + column * (_TILE + _GAP), _GAP, _TILE) for column in range(4))
 """Left, top and width of a panel's four tiles, in pixels; they end `PANEL_FOOT` above its end."""
 PANEL_FOOT = _GAP + _FOOT
+_OUTLINE = 3  # pixels that the widest outline takes around a region, dark edge included
+_BAND = 512  # rows of an overlay that are drawn at a time
 _FONT_SIZE = 13
 _SMALLEST_OVERLAY = 360  # narrower images are enlarged in draw_overlay: the caption needs the width
 _font = cache(ImageFont.load_default)  # by size
@@ -126,11 +134,25 @@ def draw_overlay(
     factor = -(-_SMALLEST_OVERLAY // columns)
     size = (rows * factor, columns * factor)
     image, heat = resize_image(image, size), _resize_map(anomaly_map, size)
+    verdict = _write_verdict(size[1], score, is_anomalous)
+    overlay: ImageArray = allocate((size[0] + len(verdict), size[1], 3), np.uint8)
+    overlay[size[0] :] = verdict
+    for top in range(0, size[0], _BAND):
+        first, end = max(0, top - _OUTLINE), min(top + _BAND, size[0])
+        rows_around = slice(first, end + _OUTLINE)
+        drawn = _warm(image[rows_around], heat[rows_around], threshold)
+        overlay[top:end] = drawn[top - first : end - first]
+        for array in (image, heat, overlay):
+            release_pages(array)
+    return overlay
+
+
+def _warm(image: ImageArray, heat: AnomalyMap, threshold: float | None) -> ImageArray:
+    """Draw heat and outline over an image."""
     end = heat_end(threshold)
     opacity = _HEAT_OPACITY * np.clip(heat / end, 0.0, 1.0)[..., None]
     warm = np.rint((1.0 - opacity) * image + opacity * color_map(heat, end)).astype(np.uint8)
-    outlined = _draw_outlines(warm, None, heat, threshold)
-    return np.concatenate([outlined, _write_verdict(size[1], score, is_anomalous)])
+    return _draw_outlines(warm, None, heat, threshold)
 
 
 def encode_image(image: ImageArray) -> bytes:
@@ -160,6 +182,10 @@ def _checked_size(
 
 
 def _resize_map(anomaly_map: AnomalyMap, size: tuple[int, int]) -> AnomalyMap:
+    if anomaly_map.shape == size and anomaly_map.dtype == np.float32:
+        return (
+            anomaly_map if np.isfinite(anomaly_map.max()) else np.nan_to_num(anomaly_map, nan=0.0)
+        )
     values = np.ascontiguousarray(np.nan_to_num(anomaly_map, nan=0.0), dtype=np.float32)
     return np.asarray(Image.fromarray(values).resize(size[::-1], Image.Resampling.BILINEAR))
 
@@ -170,7 +196,7 @@ def _draw_outlines(
     """Draw both outlines on a copy, each with a dark edge that parts it from bright textures."""
     drawn = image.copy()
     found = None if threshold is None else np.asarray(heat > threshold)
-    for region, color, width in ((truth, TRUTH_COLOR, 1), (found, FOUND_COLOR, 2)):
+    for region, color, width in ((truth, TRUTH_COLOR, 1), (found, FOUND_COLOR, _OUTLINE - 1)):
         if region is not None:
             drawn[outline(region, width=width + 1)] = _SHADE
             drawn[outline(region, width=width)] = color

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import numpy as np
 from PIL import Image
 
-from almrr_pipeline.common.arrays import AnomalyMap
+from almrr_pipeline.common.arrays import AnomalyMap, release_pages
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.common.files import (
     STAGING_PREFIX,
@@ -51,6 +51,7 @@ MapFormat: TypeAlias = Literal["npy", "png", "none"]
 
 SCORES_FILE = "scores.csv"
 _RESULTS = frozenset({SCORES_FILE, "overlays", "maps"})
+_STRIP = 512  # rows of an overlay that are copied at a time
 _WRITTEN_AHEAD = 4
 """Results that may be on their way to the disk while the network goes on."""
 
@@ -242,7 +243,11 @@ def _write_overlay(predictor: Predictor, image: Path, prediction: Prediction, ta
         is_anomalous=prediction.is_anomalous,
     )
     target.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(overlay).save(target)
+    canvas = Image.new("RGB", overlay.shape[1::-1])
+    for top in range(0, len(overlay), _STRIP):  # as a whole it would be copied twice
+        canvas.paste(Image.fromarray(overlay[top : top + _STRIP]), (0, top))
+        release_pages(overlay)
+    canvas.save(target)
 
 
 def _write_map(anomaly_map: AnomalyMap, target: Path) -> None:

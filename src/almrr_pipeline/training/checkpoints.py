@@ -97,8 +97,8 @@ class CheckpointFolder:
         path.parent.mkdir(parents=True, exist_ok=True)
         with write_atomically(path) as partial:
             torch.save(content, partial)
-        for old in set(self.path.iterdir()) - set(self._all()[:KEPT]):
-            old.unlink(missing_ok=True)  # also what a killed process left half-written
+        for old in self._all()[KEPT:]:
+            old.unlink(missing_ok=True)
 
     def restore(self, path: Path, parts: Mapping[str, Any]) -> int:
         """Load the parts' states from a checkpoint that `newest` chose; returns its step."""

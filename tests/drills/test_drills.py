@@ -1,0 +1,76 @@
+"""The short form of `make drill`: faults that need no run of the project."""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from almrr_pipeline.common.errors import DiskError
+from almrr_pipeline.common.files import staging_folder, write_atomically
+from almrr_pipeline.kedro_support.outbox import Outbox, metrics_event
+
+_spec = importlib.util.spec_from_file_location("drill", Path(__file__).with_name("drill.py"))
+assert _spec is not None
+assert _spec.loader is not None
+drill = importlib.util.module_from_spec(_spec)
+sys.modules["drill"] = drill  # dataclasses look their module up
+_spec.loader.exec_module(drill)
+
+
+@pytest.fixture
+def full(tmp_path: Path) -> Path:
+    """A disk of 16 KiB with a file on it."""
+    folder = tmp_path / "disk"
+    try:
+        disk = drill.small_disk(folder, kilobytes=16)
+        disk.__enter__()
+    except PermissionError as error:
+        pytest.skip(str(error))
+    (folder / "file").write_text("old")
+    yield folder
+    disk.__exit__(None, None, None)
+
+
+def test_a_full_disk_leaves_the_file_that_was_there(full: Path) -> None:
+    with (
+        pytest.raises(DiskError, match="The disk is full"),
+        write_atomically(full / "file") as partial,
+    ):
+        partial.write_bytes(bytes(1 << 20))
+    assert [path.name for path in full.iterdir()] == ["file"]
+    assert (full / "file").read_text() == "old"
+
+
+def test_a_full_disk_does_not_stop_what_logs(full: Path) -> None:
+    (full / "more").write_bytes(bytes(12_000))
+    box = Outbox(full / "box.jsonl")
+    for step in range(300):
+        box.put(metrics_event("run", {"loss": 0.5}, step))
+    assert len(box) == 300
+
+
+def test_what_a_killed_writer_has_left_is_swept_at_the_next_start(tmp_path: Path) -> None:
+    def fill_and_die() -> None:
+        with staging_folder(tmp_path) as folder:
+            (folder / "half").write_text("")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    process = multiprocessing.get_context("fork").Process(target=fill_and_die)
+    process.start()
+    process.join()
+    assert len([*tmp_path.iterdir()]) == 1
+    with staging_folder(tmp_path) as folder:
+        assert [*tmp_path.iterdir()] == [folder]
+
+
+def test_the_drills_read_the_sentence_that_a_user_reads() -> None:
+    assert drill.sentence_of("INFO  x\nError: /a b/c is damaged; copy\nit again.\n") != ""
+    assert drill.sentence_of("all is well") == ""
+    row = drill.Row("fault", 1, 0, 0, "A sentence.")
+    assert str(row) == "| fault | 1 | 0 | 0 | A sentence. |"
