@@ -137,6 +137,19 @@ def test_defect_types_come_with_their_number(full: tuple[Any, Any]) -> None:
     )
 
 
+def test_the_memory_bank_stands_below_each_defect_type(full: tuple[Any, Any]) -> None:
+    metrics = full[0].metrics
+    own = metrics["defect_types"]["hole"]["pixel_ap"]
+    for rival, best in ((own - 0.01, True), (own + 0.01, False)):
+        bank = {"memory_bank": {"defect_types": {"hole": {"pixel_ap": rival}}}}
+        table = tabulate_defect_types(metrics, bank)
+        hole, thread = column(table, "AP", "pixels")
+        assert (hole.text, hole.small, hole.best) == (f"{own:.3f}", f"bank {rival:.3f}", best)
+        assert (thread.small, thread.best) == ("", False)
+        assert table.caption.endswith("; below, the memory bank")
+    assert "bank" not in tabulate_defect_types(metrics).caption
+
+
 def test_thresholds_state_guarantee_and_what_happened(full: tuple[Any, Any]) -> None:
     metrics = full[0].metrics
     image = metrics["thresholds"]["image"]

@@ -213,7 +213,7 @@ def _show_run(label: str, run: CategoryReport, *, has_gallery: bool) -> dict[str
         "steps": int(run.history["step"].max()) if len(run.history) else 0,
         "losses": Markup(losses),
         "scores": Markup(scores),
-        "defect_types": tables.tabulate_defect_types(run.metrics),
+        "defect_types": tables.tabulate_defect_types(run.metrics, run.baselines),
         "examples": [_embed(overlay) for overlay in run.overlays],
         "gallery": gallery and show_gallery(gallery, run.scores, threshold),
         "images": len(run.scores),

@@ -158,15 +158,25 @@ def average_metric(summary: Metrics, name: str) -> tuple[str, str]:
     return format_metric(summary.get("mean", {}).get(name)), f"{defined} of {len(categories)}" * few
 
 
-def tabulate_defect_types(metrics: Metrics) -> Table:
-    """Tabulate the metrics of each defect type against all normal test images."""
+def tabulate_defect_types(metrics: Metrics, baselines: Metrics | None = None) -> Table:
+    """Tabulate the metrics of each defect type against all normal test images.
+
+    With the content of baselines.json the memory bank's are below them; bold is the higher one.
+    """
     types: Mapping[str, Metrics] = metrics.get("defect_types", {})
+    bank = (baselines or {}).get("memory_bank", {}).get("defect_types", {})
     names = list_metrics(types.values())
     caption = "By defect type, against all normal test images"
+    caption += "; below, the memory bank" * bool(bank)
     table = Table(caption, [Head("images"), *map(describe_metric, names)])
     for defect_type, values in types.items():
         count = Cell(format_count(values.get("counts", {}).get("defective_images")))
         cells = [_metric_cell(table, values, name) for name in names]
+        for place, name in enumerate(names):
+            rival = bank.get(defect_type, {}).get(name)
+            if values.get(name) is not None and rival is not None:
+                best = cells[place].text >= format_metric(rival)
+                cells[place] = replace(cells[place], small=f"bank {rival:.3f}", best=best)
         table.rows.append(Row(defect_type, [count, *cells]))
     return table
 
