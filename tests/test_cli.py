@@ -432,6 +432,7 @@ _BAD_NUMBERS = ("nan", "inf", "-inf", "-1", "1.5", "1e400", "x", "")
         ("calibrate", "model", "images", "--false-alarm-rate"),
         ("calibrate", "model", "images", "--batch-size"),
         ("check", ".", "--image-size"),
+        ("predict", "model", "images", "-o", "out", "--actor-cpus"),
         ("check", ".", "--mask-value"),
         ("check", ".", "--max-megapixels"),
         ("predict", "model", "images", "-o", "out", "--value-range", "0"),
@@ -442,7 +443,7 @@ _BAD_NUMBERS = ("nan", "inf", "-inf", "-1", "1.5", "1e400", "x", "")
 def test_a_number_that_is_none_or_out_of_range_is_exit_code_2(
     arguments: tuple[str, ...], number: str
 ) -> None:
-    if number == "1.5" and arguments[-1] in ("--max-megapixels", "0"):
+    if number == "1.5" and arguments[-1] in ("--max-megapixels", "0", "--actor-cpus"):
         number = "-0.5"  # 1.5 is none of their bad numbers
     result = _run(*arguments, number)
     assert result.exit_code == 2

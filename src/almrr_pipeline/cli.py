@@ -312,7 +312,7 @@ def report() -> None:
 @click.option("--only-anomalous", is_flag=True, help="ray: overlays and maps of anomalous images.")
 @click.option(
     "--actor-cpus",
-    type=click.FloatRange(0.1, 1024),
+    type=_Number(0.1, 1024),
     default=2.0,
     help="ray: cores of each process that holds the model; GPUs are one each.",
 )
@@ -396,6 +396,8 @@ def predict(
     _print_summary(summary, predictor, output, chosen=threshold is not None)
     if options["value_range"]:
         click.echo(_state_range(options["value_range"]))
+    if drift := summary.describe_drift():
+        click.echo(f"WARNING: {drift}", err=True)
     _report_unreadable(summary)
 
 

@@ -95,7 +95,9 @@ def test_images_for_prediction_are_listed_through_links(tmp_path: Path) -> None:
     assert found == [tmp_path / "near/0.png", tmp_path / "near/far/1.png"]
 
 
-@pytest.mark.parametrize("name", ["Good", "OK", "ok", "Pass", "NORMAL", "defect-free", "No Defect"])
+@pytest.mark.parametrize(
+    "name", ["Good", "OK", "\uff2f\uff2b", "ok", "Pass", "NORMAL", "defect-free", "No Defect"]
+)
 def test_the_usual_names_of_normal_folders_are_compared_without_case(
     tmp_path: Path, name: str
 ) -> None:
@@ -103,12 +105,18 @@ def test_the_usual_names_of_normal_folders_are_compared_without_case(
     assert set(used(tmp_path).values()) == {"train/good", "test/good", "test/crack"}
 
 
-@pytest.mark.parametrize("name", ["bad", "NG", "not_ok", "not good", "no_good", "nok", "abnormal"])
+@pytest.mark.parametrize(
+    "name",
+    ["bad", "NG", "not_ok", "NotOK", "not good", "no_good", "nok", "abnormal", "broken2", "hole"],
+)
 def test_the_opposite_of_normal_is_a_defect(name: str) -> None:
     assert judge(name, None) == "defect"
 
 
-@pytest.mark.parametrize("name", ["ok_parts", "good 2", "iO", "Gutteile", "clean", "0"])
+@pytest.mark.parametrize(
+    "name",
+    ["ok_parts", "good 2", "good1", "GoodParts", "OK品", "良品", "iO", "Gutteile", "clean", "0"],
+)
 def test_an_unclear_name_is_asked_for_and_a_parameter_answers(tmp_path: Path, name: str) -> None:
     touch(tmp_path, "train/good/0.png", f"test/{name}/1.png")
     with pytest.raises(AlmrrError, match=r"a defect type\? .*data\.normal_names"):
@@ -154,6 +162,9 @@ def test_nested_folders_are_taken(tmp_path: Path) -> None:
     [
         ("train/good/bad/9.png", "images are normal ones alone"),
         ("train/good/scratch/9.png", "images are normal ones alone"),
+        ("train/good/NG_2/9.png", "images are normal ones alone"),
+        ("test/scratch/seg/9.png", "masks among the images"),
+        ("test/scratch/3.label.png", "named like the mask of an image next to it"),
         ("train/2024-05-02/9.png", r"data\.normal_names"),
         ("train/normal/9.png", "in one folder"),
         ("test/product/good/9.png", "inside of the defect type product"),

@@ -20,7 +20,7 @@ import requests
 from PIL import Image
 
 from almrr_pipeline.inference.predictor import Prediction, Predictor
-from almrr_pipeline.serving.server import model_version
+from almrr_pipeline.serving.server import Service, model_version
 
 pytestmark = pytest.mark.xdist_group("server")  # one process
 
@@ -63,6 +63,14 @@ def _post(url: str, query: str = "", **values: Any) -> dict[str, Any]:
     assert answer.status_code == 200, answer.text
     parsed: dict[str, Any] = answer.json()
     return parsed
+
+
+def test_an_image_unlike_those_of_the_calibration_is_named_in_its_answer() -> None:
+    image, anomaly_map = np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4), np.float32)
+    for unlike in ((), ("darker", "less sharp")):
+        prediction = Prediction(anomaly_map, 0.1, False, 0, unlike)
+        row = Service._describe(None, image, prediction, frozenset())  # type: ignore[arg-type]
+        assert row.get("unlike_calibration", ()) == unlike
 
 
 def test_400_requests_of_8_clients_are_answered_as_locally(

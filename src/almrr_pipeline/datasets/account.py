@@ -34,7 +34,11 @@ _OTHER_SUFFIXES = (
     ".heic .heif .avif .jxl .jpf .jpx .j2k .dng .cr2 .nef .arw .raw .npy .npz .dcm .exr .hdr .svg"
 )
 """Of images that are not read, and that Pillow need not know by their content."""
-_MASK_ENDINGS = ("_mask", "-mask", "_gt", "-gt")
+_MASK_ENDINGS = tuple(
+    separator + word
+    for separator in "_-. "
+    for word in ("mask", "gt", "seg", "label", "labels", "annotation", "groundtruth")
+)
 _ONLY_NORMAL = "training and validation images are normal ones alone"
 _EXPECTED = (
     "expected is MVTec AD's layout (train/good, validation/good, test/good, test/DEFECT, "

@@ -27,7 +27,7 @@ _DEFECTIVE = _words(
 )
 _MAYBE_NORMAL = _words(
     "io gut gutteil gutteile fehlerfrei bon bueno buono clean free healthy intact fine flawless "
-    "accept accepted reference golden negative neg 0"
+    "accept accepted reference golden negative neg 0 良品 正常 合格 合格品 goed норма"
 )
 """Normal in many data sets and a defect type in others, so that the user is asked."""
 _NEGATIONS = frozenset({"no", "not", "non", "un"})
@@ -39,8 +39,15 @@ def normalize(name: str) -> str:
 
 
 def key(name: str) -> str:
-    """Return a name composed, without case, spaces, hyphens, underscores and dots."""
-    return re.sub(r"[\s._-]", "", normalize(name).casefold())
+    """Return a name composed, without case, width, spaces, hyphens, underscores and dots."""
+    return re.sub(r"[\s._-]", "", unicodedata.normalize("NFKC", name).casefold())
+
+
+def _words_of(name: str) -> set[str]:
+    """Words of a name, without digits: of `NG_2`, `GoodParts` and `not ok` too."""
+    plain = unicodedata.normalize("NFKC", name)
+    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", plain) + re.split(r"[\W\d_]+", plain)
+    return {key(word) for word in words}
 
 
 def judge(name: str, normal_names: Sequence[str] | None) -> Literal["normal", "defect", "unsure"]:
@@ -50,7 +57,7 @@ def judge(name: str, normal_names: Sequence[str] | None) -> Literal["normal", "d
     """
     if normal_names is not None:
         return "normal" if key(name) in {key(each) for each in normal_names} else "defect"
-    words = {key(word) for word in re.split(r"[\W_]+", normalize(name)) if word}
+    words = _words_of(name)
     if key(name) in _NORMAL:
         return "normal"
     if key(name) in _MAYBE_NORMAL or (words & _NORMAL and not words & _NEGATIONS):
@@ -60,10 +67,14 @@ def judge(name: str, normal_names: Sequence[str] | None) -> Literal["normal", "d
 
 def means_defects(name: str) -> bool:
     """Whether a folder's name is one that is usual for defective images."""
-    return key(name) in _DEFECTIVE
+    words = _words_of(name)
+    return (
+        bool(words & _DEFECTIVE) and not words & {*_NEGATIONS, "free"} and key(name) not in _NORMAL
+    )
 
 
 def looks_like_masks(name: str) -> bool:
     """Whether a folder may hold masks, whatever it is called."""
     hints = ("mask", "truth", "label", "annotation", "segment")
-    return key(name) in MASKS or any(hint in key(name) for hint in hints)
+    words = MASKS | {"seg", "segs", "anno"}
+    return not words.isdisjoint({key(name), *_words_of(name)}) or any(h in key(name) for h in hints)

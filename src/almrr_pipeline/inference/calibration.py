@@ -23,6 +23,7 @@ from almrr_pipeline.common.images import Reading, read_image
 from almrr_pipeline.common.progress import track
 from almrr_pipeline.evaluation.thresholds import conformal_threshold
 from almrr_pipeline.inference.inference_config import Thresholds
+from almrr_pipeline.inference.looks import find_usual
 from almrr_pipeline.inference.map_predictor import MapPredictor
 from almrr_pipeline.inference.predictor import image_score
 
@@ -49,17 +50,18 @@ def calibrate(
         AlmrrError: an image cannot be read, or the rate is out of range.
     """
     image_paths = _leave_out_copies(image_paths, predictor.reading)
-    scores, peaks = [], []
+    scores, peaks, looks = [], [], []
     with track(len(image_paths), unit="images", description="calibrate") as advance:
         for scaled in predictor.maps(image_paths):
             scores.append(image_score(scaled.anomaly_map, smoothing))
             peaks.append(float(scaled.anomaly_map.max()))
+            looks.append(scaled.look)
             advance(1)
     event = "shows an outline though it is normal"
     image = conformal_threshold(scores, false_alarm_rate)
     pixel = conformal_threshold(peaks, false_alarm_rate, event=event)
     logger.info("Thresholds: image %s, pixel %s.", image.value, pixel.value)
-    return Thresholds(image=image, pixel=pixel)
+    return Thresholds(image=image, pixel=pixel, usual=find_usual(looks))
 
 
 def _leave_out_copies(image_paths: Sequence[Path], reading: Reading | None) -> list[Path]:

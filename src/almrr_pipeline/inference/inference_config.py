@@ -13,6 +13,7 @@ from almrr_pipeline.common.files import write_atomically
 from almrr_pipeline.common.images import Reading, ValueRange
 from almrr_pipeline.config import Section, Side, Tiling, list_faults
 from almrr_pipeline.evaluation.thresholds import Threshold, find_fault, withdraw_guarantee
+from almrr_pipeline.inference.looks import UsualLook
 from almrr_pipeline.model.checksums import (
     check_files,
     has_checksums,
@@ -33,6 +34,7 @@ class Thresholds(Section):
 
     image: Threshold  # for the score of an image
     pixel: Threshold  # for the values of the anomaly map: the outline
+    usual: UsualLook | None = None  # of the images that they were chosen on
 
     @field_validator("image", "pixel")
     @classmethod
@@ -76,8 +78,9 @@ class InferenceConfig(Section):
         """Withdraw the thresholds' guarantee: weights were chosen on the validation images."""
         if self.thresholds is None:
             return self
-        image, pixel = self.thresholds.image, self.thresholds.pixel
-        withdrawn = Thresholds(image=withdraw_guarantee(image), pixel=withdraw_guarantee(pixel))
+        of = self.thresholds
+        image, pixel = withdraw_guarantee(of.image), withdraw_guarantee(of.pixel)
+        withdrawn = Thresholds(image=image, pixel=pixel, usual=of.usual)
         return self.model_copy(update={"thresholds": withdrawn})
 
     def save(self, folder: Path) -> None:

@@ -26,6 +26,7 @@ from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.common.images import Reading, read_image, resize_image
 from almrr_pipeline.config import InferenceSettings, Tiling
 from almrr_pipeline.inference.fuse import fuse
+from almrr_pipeline.inference.looks import Look, measure_look
 from almrr_pipeline.inference.streams import submit_ahead, take_batches
 from almrr_pipeline.inference.tiling import Blend, TileGrid
 from almrr_pipeline.inference.tta import average_flips
@@ -52,6 +53,7 @@ class ScaledMap:
     index: int  # position of its image among those given, from 0
     anomaly_map: AnomalyMap  # float32 in [0, 1], shape (h, w)
     size: tuple[int, int]  # rows and columns (H, W) of the image itself
+    look: Look  # of the image at the network's scale
 
     def at_image_size(self) -> AnomalyMap:
         """Resize to the image's own size, as images are: bilinear, antialiased, centers aligned."""
@@ -141,7 +143,8 @@ class MapPredictor:
             rows, columns = (max(1, round(length * self.tiling.scale)) for length in size)
             target = (rows, columns)
         grid = TileGrid(target, tile=self.image_size, overlap=self.tiling.overlap)
-        return _ScaledImage(resize_image(pixels, target), size, Blend(grid))
+        scaled = resize_image(pixels, target)
+        return _ScaledImage(scaled, size, Blend(grid), measure_look(scaled))
 
     @torch.inference_mode()
     def _map_batch(self, tiles: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
@@ -185,11 +188,12 @@ def resolve_device(name: str) -> torch.device:
 
 
 class _ScaledImage(NamedTuple):
-    """An image at the network's scale, its own size, and the map that its tiles add to."""
+    """An image at the network's scale, its own size, the map that its tiles add to, its look."""
 
     pixels: ImageArray
     size: tuple[int, int]
     blend: Blend
+    look: Look
 
 
 _Decoding: TypeAlias = tuple[tuple[int, ImageInput], Future[_ScaledImage]]
@@ -220,7 +224,7 @@ def _take_finished(pending: deque[_Decoding], on_unreadable: OnUnreadable) -> It
         except AlmrrError as error:
             on_unreadable(image, error)
         else:
-            yield ScaledMap(index, scaled.blend.result(), scaled.size)
+            yield ScaledMap(index, scaled.blend.result(), scaled.size, scaled.look)
 
 
 def _decode(index: int, image: ImageInput, reading: Reading | None) -> ImageArray:

@@ -36,6 +36,7 @@ class Prediction:
     score: float  # anomaly score of the image, in [0, 1]; see `image_score`
     is_anomalous: bool | None  # whether the score is above the threshold; None where there is none
     index: int = 0  # position of the image among those given, from 0
+    unlike: tuple[str, ...] = ()  # in what it is far from the calibration's images: "darker", ...
 
 
 class Predictor:
@@ -139,7 +140,10 @@ class Predictor:
         for scaled in self.map_predictor.maps(images, on_unreadable=on_unreadable):
             score = image_score(scaled.anomaly_map, self.config.smoothing)
             verdict = None if self.image_threshold is None else score > self.image_threshold
-            yield Prediction(scaled.at_image_size(), score, verdict, scaled.index)
+            stored = self.config.thresholds
+            usual = stored.usual if stored else None
+            unlike = usual.differences(scaled.look) if usual else ()
+            yield Prediction(scaled.at_image_size(), score, verdict, scaled.index, unlike)
 
 
 def image_score(anomaly_map: AnomalyMap, smoothing: int) -> float:

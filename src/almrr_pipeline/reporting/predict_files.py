@@ -64,6 +64,7 @@ class Verdict:
     score: float
     threshold: float | None
     is_anomalous: bool | None
+    unlike: tuple[str, ...] = ()  # see Prediction; not a column
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,19 @@ class Summary:
 
     verdicts: list[Verdict] = field(default_factory=list)
     unreadable: list[Path] = field(default_factory=list)
+
+    def describe_drift(self) -> str | None:
+        """How the images, if half of them are, are unlike those of the calibration, or None."""
+        count = len(self.verdicts)
+        unlike = Counter(how for verdict in self.verdicts for how in verdict.unlike)
+        most = [f"{n} are {how}" for how, n in unlike.most_common() if 2 * n >= count]
+        if not most:
+            return None
+        return (
+            f"Of {count} images {', '.join(most)} than the normal images that the model was "
+            "calibrated with, so that its thresholds may not hold; check exposure, focus and the "
+            "range of values, or calibrate it with images like these."
+        )
 
 
 def find_images(paths: Iterable[Path], *, recursive: bool = False) -> list[Path]:
@@ -149,7 +163,8 @@ def predict_files(
             if maps != "none":
                 _write_map(prediction.anomaly_map, folder / f"maps/{names[image]}.{maps}")
             threshold = predictor.image_threshold
-            return Verdict(image, prediction.score, threshold, prediction.is_anomalous)
+            found = prediction
+            return Verdict(image, found.score, threshold, found.is_anomalous, found.unlike)
 
         predictions = predictor.stream(images, on_unreadable=leave_out)
         for _, written in submit_ahead(write, predictions, ahead=_WRITTEN_AHEAD, threads=2):

@@ -125,6 +125,8 @@ class Service:
         self, image: ImageArray, prediction: Prediction, extras: frozenset[str]
     ) -> dict[str, Any]:
         row: dict[str, Any] = {"score": prediction.score, "is_anomalous": prediction.is_anomalous}
+        if prediction.unlike:
+            row["unlike_calibration"] = prediction.unlike
         if "overlay" in extras:
             overlay = draw_overlay(
                 image,
