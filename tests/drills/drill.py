@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.request import urlopen
 
 PROJECT = Path(__file__).resolve().parents[2]
 STAGES = {
@@ -95,6 +96,8 @@ class Copy:
         (self.folder / "conf/suite/tiny.yaml").write_text(TINY)
         config = self.folder / "conf/config.yaml"
         config.write_text(config.read_text().replace("suite: sample", "suite: tiny"))
+        # As at installation: no drill is to meet the compilation of the kernels.
+        self.run(sys.executable, "-m", "almrr_pipeline.model.kernels.warm_up")
         self.run("git", "init", "-q")
         compose = (
             "from dvc.utils.hydra import compose_and_dump; from pathlib import Path; "
@@ -167,11 +170,11 @@ class Row:
         return f"| {self.fault} | {self.tries} | {self.lost} | {self.wrong} | {self.sentence} |"
 
 
-def sentence_of(printed: str) -> str:
+def sentence_of(printed: str, folder: Path = PROJECT) -> str:
     """What a user reads: the error, else the warning, on one line, without this machine's paths."""
-    text = " ".join(re.sub(r"\s+\w+\.py:\d+", "", printed).split())
+    text = " ".join(re.sub(r"\s+\w+\.py:\d+", "", printed).split()).replace(f"{folder}/", "")
     found = re.findall(r"E(?:rror|RROR): (.+?\.)(?: |$)", text) or re.findall(
-        r"(MLflow at .+? it\.)", text
+        r"(MLflow at .+? it\.|Checkpoint .+? the previous one\.)", text
     )
     return re.sub(r"\S*/(?=[^/\s]+)", "", found[-1]) if found else ""
 
@@ -195,8 +198,8 @@ def end_by(sign: signal.Signals, stage: str) -> Fault:
 def kill_before_the_record(copy: Copy, rng: random.Random) -> None:
     """Kill when the last checkpoint is gone, and DVC has not yet recorded the model."""
     process = copy.begin(*copy.force("train"))
-    wait_for(copy, process, lambda: bool(checkpoints(copy)))
-    wait_for(copy, process, lambda: not checkpoints(copy))
+    wait_for(process, lambda: bool(checkpoints(copy)))
+    wait_for(process, lambda: not checkpoints(copy))
     time.sleep(rng.uniform(0.0, 1.0))
     copy.end(process, signal.SIGKILL)
 
@@ -206,11 +209,7 @@ def checkpoints(copy: Copy) -> list[Path]:
 
 
 def wait_for(
-    copy: Copy,
-    process: subprocess.Popen[str],
-    condition: Callable[[], bool],
-    *,
-    seconds: float = 60,
+    process: subprocess.Popen[str], condition: Callable[[], bool], *, seconds: float = 60
 ) -> None:
     """Wait while a process runs."""
     end = time.monotonic() + seconds
@@ -221,7 +220,7 @@ def wait_for(
 def damage_checkpoint(copy: Copy, rng: random.Random) -> None:
     """Kill a training as soon as it has a checkpoint, damage that, and train again."""
     process = copy.begin(*copy.force("train"))
-    wait_for(copy, process, lambda: bool(checkpoints(copy)))
+    wait_for(process, lambda: bool(checkpoints(copy)))
     copy.end(process, signal.SIGKILL)
     for path in checkpoints(copy):
         rng.choice([flip_bit, cut_short])(path)
@@ -298,6 +297,7 @@ def damage_cache(copy: Copy, rng: random.Random) -> None:
     cached = copy.folder / ".dvc/cache/files/md5" / digest[:2] / digest[2:]
     cached.chmod(0o644)
     flip_bit(cached)
+    cached.chmod(0o444)  # as DVC leaves it, and by which it takes it for unchanged
     (copy.folder / MODEL).unlink()
 
 
@@ -313,10 +313,11 @@ def server(copy: Copy, database: Path) -> Iterator[subprocess.Popen[str]]:
     )  # fmt: skip
 
     def answers() -> bool:
-        with socket.socket() as client:
-            return client.connect_ex(("127.0.0.1", port)) == 0
+        with suppress(OSError), urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+            return answer.status == 200
+        return False
 
-    wait_for(copy, process, answers)
+    wait_for(process, answers)
     copy.environment["MLFLOW_TRACKING_URI"] = f"http://127.0.0.1:{port}"
     try:
         yield process
@@ -342,11 +343,11 @@ def lose_the_server(moment: str) -> Fault:
                     os.killpg(tracker.pid, signal.SIGKILL)
                 process = copy.begin(*TRAIN)
                 if moment == "middle":
-                    wait_for(copy, process, lambda: bool(checkpoints(copy)))
+                    wait_for(process, lambda: bool(checkpoints(copy)))
                 if moment == "end":
                     there = copy.folder / MODEL
                     wait_for(
-                        copy, process,
+                        process,
                         lambda: there.is_file() and there.stat().st_mtime_ns != before,
                     )  # fmt: skip
                 if tracker.poll() is None:
@@ -524,8 +525,8 @@ def drill(copy: Copy, names: list[str], *, tries: int, seed: int) -> Iterator[Ro
             for _ in range(tries if REPEATED.match(name) else 1):
                 copy.printed = ""
                 faults()[name](copy, rng)
-                row.sentence = sentence_of(copy.printed) or row.sentence
                 copy.run("dvc", "repro")
+                row.sentence = sentence_of(copy.printed, copy.folder) or row.sentence
                 after = copy.results()
                 row.tries += 1
                 row.lost += len(before.keys() - after.keys())

@@ -10,10 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from almrr_pipeline.common.errors import DiskError
 from almrr_pipeline.common.files import staging_folder, write_atomically
+from almrr_pipeline.config import BackboneSettings, ModelSettings
 from almrr_pipeline.kedro_support.outbox import Outbox, metrics_event
+from almrr_pipeline.model.weights_io import ModelConfig, write_model
+from almrr_pipeline.training.checkpoints import CheckpointFolder
 
 _spec = importlib.util.spec_from_file_location("drill", Path(__file__).with_name("drill.py"))
 assert _spec is not None
@@ -45,6 +49,16 @@ def test_a_full_disk_leaves_the_file_that_was_there(full: Path) -> None:
         partial.write_bytes(bytes(1 << 20))
     assert [path.name for path in full.iterdir()] == ["file"]
     assert (full / "file").read_text() == "old"
+
+
+def test_a_full_disk_is_named_where_a_checkpoint_or_a_model_is_written(full: Path) -> None:
+    tensors = torch.nn.Linear(100, 100)
+    with pytest.raises(DiskError, match="The disk is full"):
+        CheckpointFolder(full, "key").save(1, {"model": tensors})
+    sizes = {"backbone": BackboneSettings(), "image_size": (128, 128), "model": ModelSettings()}
+    with pytest.raises(DiskError, match="The disk is full"):
+        write_model(full, ModelConfig(**sizes), tensors.state_dict())
+    assert sorted(path.name for path in full.iterdir()) == ["file", "key"]
 
 
 def test_a_full_disk_does_not_stop_what_logs(full: Path) -> None:

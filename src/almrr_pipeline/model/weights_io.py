@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from almrr_pipeline.common.errors import AlmrrError
@@ -56,7 +56,8 @@ class ModelConfig(Section):
 def write_model(folder: Path, config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
     """Write both files into an existing folder; each replaces an older one when it is complete."""
     with write_atomically(folder / WEIGHTS_FILE) as path:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
+        stored = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        path.write_bytes(save(stored))  # save_file does not tell that a disk is full
     with write_atomically(folder / CONFIG_FILE) as path:
         text = config.model_dump_json(indent=2, exclude=_NOT_SAVED)
         path.write_text(text + "\n", encoding="utf-8")

@@ -7,6 +7,7 @@ the stage.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import shutil
@@ -95,8 +96,10 @@ class CheckpointFolder:
 
     def _write(self, content: dict[str, Any], path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        buffer = io.BytesIO()  # torch's own writer hides from its error that the disk is full
+        torch.save(content, buffer)
         with write_atomically(path) as partial:
-            torch.save(content, partial)
+            partial.write_bytes(buffer.getbuffer())
         for old in self._all()[KEPT:]:
             old.unlink(missing_ok=True)
 
