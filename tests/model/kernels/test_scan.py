@@ -597,3 +597,34 @@ def test_shapes_that_do_not_fit_are_named(name: str, shape: tuple[int, ...]) -> 
     case.tensors[name] = torch.zeros(shape)
     with pytest.raises(ValueError, match=f"^(A|B|{name}) must have shape"):
         case.run(selective_scan)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="numba's kernels are tested without the interpreter")
+def test_a_kernel_from_the_cache_rounds_as_one_compiled_in_this_process(tmp_path: Path) -> None:
+    """Else a training in a fresh installation could not be repeated to the bit."""
+    program = """
+import hashlib, torch
+from almrr_pipeline.model.kernels.scan import selective_scan
+g = torch.Generator().manual_seed(1)
+tokens, states = (2, 40, 32), (2, 40, 16)
+shapes = [tokens, tokens, (32, 16), states, states, (32,), tokens, (32,)]
+u, delta, a, b, c, d, z, bias = (torch.randn(shape, generator=g) for shape in shapes)
+given = [x.requires_grad_() for x in (u, delta, -a.exp(), b, c, d, z, bias)]
+out = selective_scan(*given[:6], z=given[6], delta_bias=given[7], backend="numba")
+found = [out, *torch.autograd.grad(out.square().sum(), given)]
+bits = b"".join(x.detach().contiguous().numpy().tobytes() for x in found)
+print(hashlib.sha256(bits).hexdigest())
+"""
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for _ in range(2)
+    ]
+    assert list(tmp_path.rglob("*.nbc"))
+    assert runs[0] == runs[1]

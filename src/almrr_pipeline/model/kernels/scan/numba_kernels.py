@@ -98,8 +98,13 @@ _L3, _L4 = np.float32(0.27960603), np.float32(0.28178335)
 
 
 def _part(fastmath: frozenset[str]) -> Callable[[_Function], _Function]:
-    """Compile a function that only kernels call: without entry points for Python and C."""
+    """Compile a function that only kernels call: without entry points for Python and C.
+
+    Inlined without exception: a call would reach one of two copies, which round differently, by
+    whether the kernel was compiled in this process or comes from the cache.
+    """
     options: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    options["forceinline"] = True
     inner: Callable[[_Function], _Function] = njit(
         nogil=True, error_model="numpy", fastmath=set(fastmath), **options
     )
