@@ -277,7 +277,7 @@ OVERRIDABLE = frozenset({"data", "synthesis", "model", "train", "inference", "ev
 _OVERRIDABLE_VALUES = {
     "data": frozenset(
         {"image_size", "tiling", "validation_fraction"}
-        | {"normal_names", "mask_values", "mask_threshold"}
+        | {"normal_names", "mask_values", "mask_threshold", "value_range"}
     ),
     "report": frozenset({"examples"}),
 }

@@ -95,6 +95,21 @@ def test_what_is_doubtful_is_named(tmp_path: Path, levels: np.ndarray, problem: 
     assert problem in inspect_mask(tmp_path / "mask.png").problem
 
 
+def test_a_picture_in_place_of_a_mask_is_named(tmp_path: Path) -> None:
+    gray = np.random.default_rng(0).integers(20, 236, LEVELS.shape).astype(np.uint8)
+    Image.fromarray(np.dstack([np.maximum(gray, LEVELS), gray, gray])).save(tmp_path / "over.png")
+    assert "an image in place of its mask?" in inspect_mask(tmp_path / "over.png").problem
+    reading = MaskReading(threshold=240)
+    assert inspect_mask(tmp_path / "over.png", reading=reading).problem == ""
+
+
+def test_a_small_class_next_to_one_to_be_ignored_is_named(tmp_path: Path) -> None:
+    labels = BLACK.copy()
+    labels[0], labels[8, 8:10] = 255, 1
+    Image.fromarray(labels).save(tmp_path / "classes.png")
+    assert "values from 1 to 1 would be dropped" in inspect_mask(tmp_path / "classes.png").problem
+
+
 def test_noise_of_compression_and_smoothed_outlines_are_no_doubt(tmp_path: Path) -> None:
     Image.fromarray(LEVELS).save(tmp_path / "mask.jpg", quality=80)
     smooth = Image.fromarray(LEVELS).resize((320, 240), Image.Resampling.BICUBIC)

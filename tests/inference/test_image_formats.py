@@ -54,6 +54,11 @@ def _planar(values: np.ndarray) -> Callable[[Path], None]:
     return _tiff(np.moveaxis(values, -1, 0), photometric="rgb", planarconfig="separate")
 
 
+def _write(head: str, values: np.ndarray) -> Callable[[Path], object]:
+    """Netpbm's formats: a line of text and the values."""
+    return lambda path: path.write_bytes(f"{head}\n".encode() + values.tobytes())
+
+
 def _over(values: np.ndarray) -> np.ndarray:
     values = values.copy()
     values[5, 5] = 1.004
@@ -83,6 +88,19 @@ WAYS: dict[str, Callable[[Path], object]] = {
     "float16.tif": _tiff(FLOAT.astype(np.float16)),
     "float64.tif": _tiff(FLOAT.astype(np.float64)),
     "float_color.tif": _tiff(np.dstack([FLOAT] * 3), photometric="rgb"),
+    "8_bits_planar.tif": _planar(RGB),
+    "16_bits_big_endian.tif": _tiff(DEEP, byteorder=">"),
+    "16_bits_and_alpha.tif": _tiff(
+        np.dstack([DEEP] * 4), photometric="rgb", extrasamples=["unassalpha"]
+    ),
+    "16_bits.pgm": _write("P5 120 96 65535", DEEP.astype(">u2")),
+    "12_bits_declared.pgm": _write("P5 120 96 4095", TWELVE.astype(">u2")),
+    "float_from_below.pfm": _write("Pf\n120 96\n-1.0", FLOAT[::-1].astype("<f4")),
+    "cmyk.jpg": _pillow(RGB, "CMYK", quality=95),
+    "lab.tif": _pillow(RGB, "LAB"),
+    "16_bits.jp2": _pillow(DEEP),
+    "color.tga": _pillow(RGB),
+    "jpeg_named.png": _pillow(RGB, format="JPEG", quality=95),
     "12_bits_declared.tif": _tiff(TWELVE, extratags=[(281, 3, 1, 4095, True)]),
 }
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {

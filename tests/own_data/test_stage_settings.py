@@ -49,11 +49,12 @@ def test_a_further_category_changes_the_files_of_no_other(
     }
 
 
+@pytest.mark.parametrize("own", [{"normal_names": ["gut"]}, {"value_range": [0, 4095]}])
 def test_what_decides_how_a_folder_is_read_is_part_of_its_source(
-    values: dict[str, Any], tmp_path: Path
+    values: dict[str, Any], tmp_path: Path, own: dict[str, Any]
 ) -> None:
     before = _write(tmp_path, values)
-    values["overrides"]["folder_parts"]["data"] = {"normal_names": ["gut"]}
+    values["overrides"]["folder_parts"]["data"] = own
     after = _write(tmp_path, values)
     assert after["folder_parts/source.json"] != before["folder_parts/source.json"]
     assert after["shared/source.json"] == before["shared/source.json"]

@@ -92,7 +92,8 @@ def _decode(data: bytes, max_megapixels: float) -> Stored:
         ImageOps.exif_transpose(image, in_place=True)  # which else copies an upright image too
         upright: Image.Image = image
         if upright.mode in {"I", "F"} or upright.mode.startswith("I;16"):
-            white = 65535.0 if image.format == "PPM" else None  # Pillow stretches it to that
+            stretched = image.format == "PPM" and upright.mode != "F"  # by Pillow, to 16 bits
+            white = 65535.0 if stretched else None
             return _deep(np.asarray(upright), white=white, turned=turned)
         return Stored(upright, None, image.mode, is_lossy=lossy, turned=turned)
 

@@ -22,6 +22,7 @@ _ANOMALOUS_ABOVE = 127
 """Half of white: lossy compression and resizing leave values between 0 and 255."""
 _FEW = 8  # different values above 0 that are classes; smoothed outlines have more,
 _CLASS_PIXELS = 16  # or, around the smallest defects, fewer pixels of each
+_GRAY = 0.02  # of an image, that outlines of any defect leave between black and white
 _MOST = 0.9  # of an image; no defect covers it, an inverted mask does
 _EIGHT_CONNECTED = np.ones((3, 3))
 
@@ -216,7 +217,15 @@ def _doubt(
     above_0 = [float(value) for value in values if value > least]
     is_dropped = (values > least) & (values <= _ANOMALOUS_ABOVE / 255 * white)
     dropped = values[is_dropped]
-    is_class = len(above_0) <= _FEW and counts[is_dropped].max(initial=0) >= _CLASS_PIXELS
+    is_large = counts[is_dropped].max(initial=0) >= _CLASS_PIXELS
+    is_number = 0 < dropped.max(initial=0) <= _FEW and not is_lossy  # 1, next to 255 to ignore
+    is_class = len(above_0) <= _FEW and bool(is_large or is_number)
+    between = counts[(values > 0.1 * white) & (values < 0.9 * white)].sum()
+    if len(values) > _FEW and between > max(_GRAY * counts.sum(), counts[values > least].sum() / 2):
+        return (
+            f"is gray for {between / counts.sum():.0%} of its pixels: an image in place of its "
+            "mask? Save the mask as white on black, or state data.mask_threshold"
+        )
     if not len(dropped) or (len(dropped) < len(above_0) and not is_class):
         return ""
     listed = ", ".join(f"{value:g}" for value in above_0[:_FEW])

@@ -22,6 +22,7 @@ from typing import Literal
 import numpy as np
 
 from almrr_pipeline.common.errors import AlmrrError
+from almrr_pipeline.common.files import escape_name, escape_text
 from almrr_pipeline.common.images import ImageFacts, Reading, decide_ranges, find_narrow_range
 from almrr_pipeline.common.progress import track
 from almrr_pipeline.config import DataSettings
@@ -67,12 +68,13 @@ class Diagnosis:
 
     def lines(self) -> Iterator[str]:
         """Lines of text about what would be used as what."""
-        yield f"{self.account.root}"
+        yield escape_name(self.account.root)
         groups: dict[tuple[str, str], list[Opened]] = defaultdict(list)
         for each in self.images:
             groups[each.item.split, each.item.defect_type].append(each)
         for (split, defect_type), group in groups.items():
-            yield f"  {split:<11}{defect_type:<18}{len(group):>6} images{_describe_masks(group)}"
+            name = escape_text(defect_type)
+            yield f"  {split:<11}{name:<18}{len(group):>6} images{_describe_masks(group)}"
         for title, values in (
             ("sizes", [f"{e.facts.size[1]} x {e.facts.size[0]}" for e in self.images]),
             ("modes", [e.facts.mode for e in self.images]),

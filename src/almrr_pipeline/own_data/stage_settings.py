@@ -47,7 +47,10 @@ def write_settings(project: Path) -> None:
             written.for_category(category)  # AlmrrError if an override is out of its range
             own = written.overrides.get(category, {})
             names = (category, dataset_for(category, written.data).name)
-            reading = {key: own.get("data", {}).get(key) for key in sorted(READ_AT_FETCHING)}
+            of_data = own.get("data", {})
+            reading = {key: of_data.get(key) for key in sorted(READ_AT_FETCHING)}
+            if "value_range" in of_data:  # no key for others: their files stay as they were
+                reading["value_range"] = of_data["value_range"]
             _write(folder / category, "source", {**_source(written, names), "data": reading})
             _write(folder / category, "overrides", own)
     move_folder_into_place(folder, project / FOLDER)

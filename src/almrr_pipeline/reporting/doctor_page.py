@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from almrr_pipeline.common.arrays import ImageArray
-from almrr_pipeline.common.files import escape_name
+from almrr_pipeline.common.files import escape_name, escape_text
 from almrr_pipeline.common.images import Reading, inspect_bytes, read_bytes, resize_image
 from almrr_pipeline.common.masks import read_mask
 from almrr_pipeline.datasets.account import show
@@ -36,7 +36,7 @@ def render_diagnosis(diagnosis: Diagnosis) -> str:
         lstrip_blocks=True,
     )
     style = resources.files("almrr_pipeline.reporting") / "templates" / "report.css"
-    return environment.get_template("doctor.html.j2").render(
+    page = environment.get_template("doctor.html.j2").render(
         folder=escape_name(diagnosis.account.folder),
         style=style.read_text(encoding="utf-8"),
         lines=list(diagnosis.lines()),
@@ -47,6 +47,7 @@ def render_diagnosis(diagnosis: Diagnosis) -> str:
         ],
         thumbnails=list(_draw_thumbnails(diagnosis)),
     )
+    return escape_text(page)  # names of folders, too, may be no text
 
 
 def _draw_thumbnails(diagnosis: Diagnosis) -> Iterator[tuple[str, str, str]]:
