@@ -66,9 +66,9 @@ def wheel_folder(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def _run_installed(wheel_folder: Path, cwd: Path, *arguments: str) -> str:
     """Run `almrr` from the unpacked wheel, in a folder that is no checkout."""
     code = (
-        "import almrr_pipeline, pathlib, sys; "
+        "import almrr_pipeline, pathlib, runpy, sys; "
         "assert pathlib.Path(almrr_pipeline.__file__).is_relative_to(sys.argv.pop(1)); "
-        "from almrr_pipeline.cli import main; main()"
+        "runpy.run_module('almrr_pipeline', run_name='__main__')"  # as `python -m` does
     )
     command = [sys.executable, "-c", code, str(wheel_folder), *arguments]
     environment = {**os.environ, "PYTHONPATH": str(wheel_folder)}

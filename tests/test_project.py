@@ -75,6 +75,7 @@ class Project:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.ran: set[str] = set()
+        self.log = ""  # of the first `dvc repro`
         binaries = Path(sys.executable).parent
         self.environment = {
             **os.environ,
@@ -148,7 +149,7 @@ def fresh(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
 @pytest.fixture(scope="module")
 def built(fresh: Project) -> Project:
     """The same after `dvc repro`, with its outcome committed."""
-    fresh.run("dvc", "repro")
+    fresh.log = fresh.run("dvc", "repro")
     fresh.run("git", "add", "-A")
     fresh.run("git", "commit", "-qm", "what came of it")
     return fresh
@@ -223,6 +224,22 @@ def test_repro_ends_in_tables_images_and_runs(built: Project) -> None:
     assert "<html" in (reporting / "report.html").read_text()
     assert list((reporting / "categories/sample_brick/seed_0/overlays").glob("*.webp"))
     assert (built.folder / "mlflow.db").is_file()
+
+
+def test_a_repro_prints_a_few_plain_lines_for_a_stage(built: Project) -> None:
+    """The sample suite, of 18 stages and minutes instead of seconds, may print 150 lines."""
+    printed = built.log
+    lines = [line for line in printed.splitlines() if line]
+    stages = printed.count("Running stage")
+    assert stages == 13
+    assert len(lines) <= 8 * stages
+    assert "\x1b" not in printed
+    for noise in ("Loading data", "UserWarning", "Lightning", "mlflow.store"):
+        assert noise not in printed
+    assert "Trained 4 steps: loss" in printed
+    assert "WARNING sample_brick: the memory bank is ahead" in printed  # so warnings are seen
+    pages = [line for line in lines if "?workflowType=machine_learning" in line]
+    assert len(pages) == 7  # of train, evaluate, baseline and report
 
 
 def test_a_second_repro_runs_nothing(built: Project) -> None:
@@ -564,23 +581,19 @@ def test_every_documented_command_is_run(surfaces: Project) -> None:
 
 
 def _compare_in_mlflow(built: Project) -> None:
-    """Both reports are parent runs with parameters and metrics, and a child per category."""
+    """Both are runs at the top with parameters, metrics, and a child per category."""
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(f"sqlite:///{built.folder / 'mlflow.db'}")
     runs = client.search_runs(
         [client.get_experiment_by_name("almrr").experiment_id], max_results=1000
     )
-    reports = [
-        run
-        for run in runs
-        if run.data.tags.get("stage") == "report" and "category" in run.data.tags
-    ]
-    parents = [run for run in reports if "mlflow.parentRunId" not in run.data.tags]
-    children = [run for run in reports if "mlflow.parentRunId" in run.data.tags]
-    assert {"0.001", "0.002"} <= {run.data.params["train.learning_rate"] for run in parents}
-    assert any(run.data.tags.get("dvc_experiment") == "faster" for run in parents)
-    assert all("pixel_auroc" in run.data.metrics for run in parents)
+    parents = [run for run in runs if run.data.tags.get("stage") == "experiment"]
+    children = [run for run in runs if run.data.tags.get("stage") == "category"]
+    assert all("mlflow.parentRunId" not in run.data.tags for run in parents)
+    reported = [run for run in parents if "pixel_auroc" in run.data.metrics]
+    assert {"0.001", "0.002"} <= {run.data.params["train.learning_rate"] for run in reported}
+    assert any(run.data.tags.get("dvc_experiment") == "faster" for run in reported)
     assert {run.data.tags["category"] for run in children} == {"sample_brick", "sample_grass"}
     training = [run for run in runs if run.data.tags.get("stage") == "train"]
     curve = client.get_metric_history(training[-1].info.run_id, "loss")

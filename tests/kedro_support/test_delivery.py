@@ -35,6 +35,8 @@ STEPS, DIES_AT = 8, 5
 RUN: dict[str, Any] = dict.fromkeys(
     ["tags", "node_names", "from_nodes", "to_nodes", "from_inputs", "load_versions"]
 ) | {"pipeline_names": ["train"], "namespaces": ["sample_brick.seed_0"]}
+OWN_RUNS = "SELECT status FROM runs WHERE name = 'train sample_brick.seed_0'"
+"""Without those of the experiment and of the category, in which they are."""
 NODE = Node(
     lambda seed: seed, "params:seed", "model", name="train", namespace="sample_brick.seed_0"
 )
@@ -152,9 +154,7 @@ def test_a_tracker_that_dies_in_a_training_gets_its_curves_later_and_changes_no_
     )
     assert history is not None
     assert curve == [*zip(history["step"].tolist(), history["loss"].tolist(), strict=True)]
-    assert read(copy / "server.db", "SELECT name, status FROM runs") == [
-        ("train sample_brick.seed_0", "FINISHED")
-    ]
+    assert read(copy / "server.db", OWN_RUNS) == [("FINISHED",)]
 
 
 def own_warnings(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
@@ -190,7 +190,7 @@ def test_a_locked_database_is_one_warning_and_gets_all_in_a_later_run(
     kept.rename(kept.with_name(f"{socket.gethostname()}@{dead_process()}@0.jsonl"))
     end(begin(copy))
     assert read(database, "SELECT key, value FROM metrics") == [("auroc", 0.5)]
-    assert read(database, "SELECT status FROM runs") == [("FINISHED",)] * 3
+    assert read(database, OWN_RUNS) == [("FINISHED",)] * 3
 
 
 def test_a_damaged_database_is_named_and_costs_no_run(
@@ -212,7 +212,7 @@ def test_a_run_whose_process_was_killed_ends_as_killed(copy: Path, database: Pat
         os.kill(os.getpid(), 9)
     os.waitpid(process, 0)
     end(begin(copy))
-    assert sorted(read(database, "SELECT status FROM runs")) == [("FINISHED",), ("KILLED",)]
+    assert sorted(read(database, OWN_RUNS)) == [("FINISHED",), ("KILLED",)]
     assert read(database, "SELECT key, value, step FROM metrics") == [("loss", 0.25, 3)]
 
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 logger = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_LINES = 10.0
+_LONGEST_BETWEEN_LINES = 320.0  # to which it doubles: a training of minutes has few lines
 _SECONDS_BETWEEN_SIGNS = 5.0
 
 
@@ -57,15 +58,17 @@ def track(total: int | None, *, unit: str, description: str, done: int = 0) -> I
 
 def _log_lines(total: int | None, *, unit: str, description: str, done: int) -> Advance:
     begun, first = time.monotonic(), done
-    next_line = begun + _SECONDS_BETWEEN_LINES
+    pause = _SECONDS_BETWEEN_LINES
+    next_line = begun + pause
 
     def advance(amount: int, **shown: float | str) -> None:
-        nonlocal done, next_line
+        nonlocal done, pause, next_line
         done += amount
         now = time.monotonic()
         if now < next_line:
             return
-        next_line = now + _SECONDS_BETWEEN_LINES
+        pause = min(2 * pause, _LONGEST_BETWEEN_LINES)
+        next_line = now + pause
         line = f"{description}: {format_amount(done, unit)}"
         if total:
             left = (now - begun) / max(1, done - first) * (total - done)

@@ -20,13 +20,17 @@ from collections.abc import Iterator
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 import mlflow
 import numpy as np
 import pandas as pd
+from mlflow.entities import LoggedModelOutput
 from mlflow.exceptions import MlflowException
-from mlflow.models import ModelSignature, set_model
+from mlflow.models import Model, ModelSignature, set_model
 from mlflow.models.model import ModelInfo
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
@@ -130,24 +134,94 @@ def log_model(
         raise AlmrrError(
             f"The alias {alias!r} belongs to a registered model; give registered_name too."
         )
-    config = InferenceConfig.load(folder)
-    gray = np.full(config.image_size, 0.5, dtype=np.float32)
+    tags = _describe(InferenceConfig.load(folder))
     logged: ModelInfo = mlflow.pyfunc.log_model(
-        name=name,
-        python_model=str(Path(__file__)),
-        artifacts={_ARTIFACT: str(folder)},
-        model_config=MODEL_CONFIG,
-        code_paths=[str(Path(almrr_pipeline.__file__).parent)],
-        signature=SIGNATURE,
-        input_example=pd.DataFrame({"image": [base64.b64encode(encode_map(gray)).decode()]}),
-        pip_requirements=_pinned_requirements(),
-        registered_model_name=registered_name,
-        metadata={"category": config.category},
+        name=name, registered_model_name=registered_name, tags=tags, **_contents(folder)
     )
     if registered_name and alias:
         version = str(logged.registered_model_version)
         mlflow.MlflowClient().set_registered_model_alias(registered_name, alias, version)
     return logged
+
+
+def register(
+    client: mlflow.MlflowClient,
+    folder: Path,
+    experiment_id: str,
+    run_id: str,
+    *,
+    name: str,
+    alias: str,
+) -> None:
+    """Log a model folder to a run and register it, without MLflow's trial of the example.
+
+    The trial loads the network, several seconds of processor time. On a local disk the files are
+    copied once, to where they stay.
+
+    Args:
+        client: of the tracker.
+        folder: holds model.safetensors, config.json and inference.json.
+        experiment_id: of the run.
+        run_id: of the training.
+        name: of the registered model and of the logged one.
+        alias: of the new version.
+    """
+    known = client.search_model_versions(f"run_id = '{run_id}'")
+    if any(version.name == name for version in known):  # by a request without an answer
+        return
+    tags = _describe(InferenceConfig.load(folder))
+    logged = client.create_logged_model(experiment_id, name, source_run_id=run_id, tags=tags)
+    contents = _contents(folder)
+    described = Model(
+        artifact_path=logged.artifact_location,
+        run_id=run_id,
+        model_uuid=logged.model_id,
+        model_id=logged.model_id,
+        metadata=contents["metadata"],
+    )
+    address = urlparse(logged.artifact_location)
+    if address.scheme in ("", "file"):
+        place = Path(url2pathname(address.path))
+        mlflow.pyfunc.save_model(place, mlflow_model=described, **contents)
+    else:
+        with TemporaryDirectory() as scratch:
+            copied = Path(scratch, "model")
+            mlflow.pyfunc.save_model(copied, mlflow_model=described, **contents)
+            client.log_model_artifacts(logged.model_id, str(copied))
+    client.finalize_logged_model(logged.model_id, "READY")
+    client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+    with suppress(MlflowException):  # it exists
+        client.create_registered_model(name)
+    version = client.create_model_version(
+        name, logged.model_uri, run_id, tags, model_id=logged.model_id
+    )
+    client.set_registered_model_alias(name, alias, version.version)
+
+
+def _describe(config: InferenceConfig) -> dict[str, str]:
+    """Category and thresholds, as tags."""
+    tags = {"category": config.category}
+    if config.thresholds:
+        tags["image_threshold"] = repr(config.thresholds.image.value)
+        tags["pixel_threshold"] = repr(config.thresholds.pixel.value)
+        tags["false_alarm_rate"] = repr(config.thresholds.image.rate)
+    return tags
+
+
+def _contents(folder: Path) -> dict[str, Any]:
+    """What MLflow is to save of a model folder."""
+    config = InferenceConfig.load(folder)
+    gray = np.full(config.image_size, 0.5, dtype=np.float32)
+    return {
+        "python_model": str(Path(__file__)),
+        "artifacts": {_ARTIFACT: str(folder)},
+        "model_config": MODEL_CONFIG,
+        "code_paths": [str(Path(almrr_pipeline.__file__).parent)],
+        "signature": SIGNATURE,
+        "input_example": pd.DataFrame({"image": [base64.b64encode(encode_map(gray)).decode()]}),
+        "pip_requirements": _pinned_requirements(),
+        "metadata": {"category": config.category},
+    }
 
 
 def _decode_rows(model_input: pd.DataFrame, reading: Reading) -> Iterator[ImageArray]:

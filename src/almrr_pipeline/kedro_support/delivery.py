@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 import requests
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
+from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.common.redaction import redact_address
 from almrr_pipeline.kedro_support.outbox import Event, Outbox, leftovers
 
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 MARK = "almrr.outbox"
 """Tag with our own id of a run: a request whose answer was lost is not repeated."""
 _PATIENCE = 20.0  # seconds without progress that the end of a run waits for
+_PATIENCE_WITH_FILES = 15.0  # times as long
+_FILES = frozenset({"artifacts", "model"})
 _RETRY = 15.0  # seconds between attempts, at most
 _PROBE = 3.0  # seconds for an answer
 _SQLITE = "sqlite:///"
@@ -87,7 +90,9 @@ class Delivery:
             box.changed.notify_all()
             while not self._stopped.is_set() and len(box) != waited_for:
                 waited_for = len(box)
-                box.changed.wait_for(partial(self._has_moved, waited_for), patience)
+                with_files = _FILES & {key for event in box.head()[:1] for key in event}
+                seconds = patience * _PATIENCE_WITH_FILES if with_files else patience
+                box.changed.wait_for(partial(self._has_moved, waited_for), seconds)
         if not self._stopped.is_set():
             self._warn(TrackerAwayError(f"it has not answered for {patience:g} seconds"))
         return not len(box)
@@ -103,6 +108,16 @@ class Delivery:
             return self._sweep()
         except Exception as error:  # a tracker's client may raise anything
             raise TrackerAwayError(self._explain(error)) from error
+
+    def find_page(self) -> str | None:
+        """A sentence with the address of the runs in MLflow's pages; None if it knows none."""
+        if self._connection is None:
+            return None
+        page = f"#/experiments/{self._connection.experiment_id}/runs?workflowType=machine_learning"
+        if self.address.startswith(("http://", "https://")):
+            return f"In MLflow: {redact_address(self.address).rstrip('/')}/{page}"
+        command = f"mlflow ui --backend-store-uri {redact_address(shorten(self.address))}"
+        return f"In MLflow: http://127.0.0.1:5000/{page} after `{command}`"
 
     def _has_moved(self, waited_for: int) -> bool:
         return self._stopped.is_set() or len(self.outbox) < waited_for
@@ -193,6 +208,17 @@ class Delivery:
         elif "metrics" in event:
             rows = [Metric(n, v, at, step) for each in events for n, v, step, at in each["metrics"]]
             client.log_batch(remote, metrics=rows)
+        elif "dataset" in event:
+            dataset = Dataset(source_type="local", **event["dataset"])
+            context = InputTag("mlflow.data.context", event["context"])
+            client.log_inputs(remote, [DatasetInput(dataset, [context])])
+        elif _FILES & event.keys():
+            try:
+                self._send_files(remote, event)
+            except requests.RequestException:
+                raise
+            except (AlmrrError, OSError) as error:  # of a disk: the rest of the run can go on
+                logger.warning("MLflow gets a part of a run's files alone: %s", error)
         elif "tags" in event:
             client.log_batch(remote, tags=[RunTag(*item) for item in event["tags"].items()])
         else:
@@ -200,11 +226,34 @@ class Delivery:
             for first in range(0, len(params), _PARAMS):
                 client.log_batch(remote, params=params[first : first + _PARAMS])
 
+    def _send_files(self, remote: str, event: Event) -> None:
+        """Copy files to a run, or register a model; what is gone by now is left out."""
+        assert self._connection is not None
+        client, experiment = self._connection
+        path = Path(event.get("artifacts") or event["model"])
+        if not path.exists():
+            logger.warning("MLflow gets no %s: it was removed before it could be sent.", path)
+        elif "model" in event:
+            from almrr_pipeline.inference.mlflow_model import register  # brings torch
+
+            register(client, path, experiment, remote, name=event["name"], alias=event["alias"])
+        elif path.is_dir():
+            client.log_artifacts(remote, str(path), event["to"] or None)
+        else:
+            client.log_artifact(remote, str(path), event["to"] or None)
+
     def _create(self, box: Outbox, event: Event) -> str:
         """Create a run, or find the one that a request without an answer has created."""
+        if not event.get("shared"):
+            return self._find(box, event["run"]) or self._create_new(box, event)
         assert self._connection is not None
-        if found := self._find(box, event["run"]):
-            return found
+        with _lock(self.outbox.path.parent, "lock of shared runs"):  # of several processes
+            if found := self._find(box, event["run"]):
+                self._connection.client.update_run(found, status="RUNNING")
+            return found or self._create_new(box, event)
+
+    def _create_new(self, box: Outbox, event: Event) -> str:
+        assert self._connection is not None
         client, experiment = self._connection
         tags = {**event["tags"], MARK: event["run"]}
         if parent := event.get("parent"):
@@ -275,6 +324,13 @@ def _find_fault_of_database(path: Path) -> str | None:
     return None
 
 
+def shorten(address: str) -> str:
+    """A database's address, relative to the working directory if it is below that."""
+    path = Path(address.removeprefix(_SQLITE))
+    below = address.startswith(_SQLITE) and path.is_relative_to(Path.cwd())
+    return f"{_SQLITE}{path.relative_to(Path.cwd())}" if below else address
+
+
 def _identify(address: str) -> tuple[int, int] | None:
     if not address.startswith(_SQLITE):
         return None
@@ -289,13 +345,13 @@ def _first_line(error: Exception) -> str:
 
 
 @contextmanager
-def _lock(folder: Path) -> Iterator[None]:
+def _lock(folder: Path, name: str = "lock") -> Iterator[None]:
     """Let one process of this machine at a time go on; where files cannot be locked, all."""
     try:
         import fcntl
 
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / "lock").open("w")
+        file = (folder / name).open("w")
     except (ImportError, OSError):
         yield
         return

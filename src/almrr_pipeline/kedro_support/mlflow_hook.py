@@ -27,13 +27,25 @@ from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.common.redaction import redact_address
 from almrr_pipeline.kedro_support.config_loader import ParamsYamlLoader
 from almrr_pipeline.kedro_support.delivery import Connection, Delivery
+from almrr_pipeline.kedro_support.mlflow_files import ARTIFACTS, bring_home
 from almrr_pipeline.kedro_support.outbox import Outbox, metrics_event, now
-from almrr_pipeline.kedro_support.tracking import flatten, live_run, numbers, run_tags
+from almrr_pipeline.kedro_support.tracking import (
+    Experiment,
+    describe_dataset,
+    flatten,
+    live_run,
+    numbers,
+    run_tags,
+)
 
 OUTBOXES = Path(".almrr", "tracking")
 """Below the project."""
 _COMMAND = ("tags", "node_names", "from_nodes", "to_nodes", "from_inputs", "load_versions")
+KIND, MACHINE_LEARNING = "mlflow.experimentKind", "custom_model_development"
+"""Tag by which MLflow's pages tell runs and metrics from traces and prompts."""
 _INTERRUPTED = "TrainingInterrupted"
+_ARTIFACTS = {"report_page": "", "overlays@partitions": "panels", "curves": "curves"}
+"""Datasets whose files a run gets, and the folder for them among its artifacts."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +61,9 @@ class SharedRun:
 class TrackingHook(MlflowHook):  # type: ignore[misc]  # kedro-mlflow is not typed
     """kedro-mlflow's settings; what a run logs goes to an outbox, which is delivered meanwhile.
 
-    kedro-mlflow itself asks the tracker at a start, and ends the run if it does not answer. One
-    category and seed make one run; several make a parent run, and a child for each.
+    kedro-mlflow itself asks the tracker at a start, and ends the run if it does not answer. A stage
+    of one category (and seed) makes one run, below that of the category and seed, below that of the
+    experiment, which the report's own is. Several make a parent run, and a child for each.
     """
 
     @hook_impl
@@ -61,10 +74,14 @@ class TrackingHook(MlflowHook):  # type: ignore[misc]  # kedro-mlflow is not typ
         if self.mlflow_config.tracking.experiment.name is None:
             self.mlflow_config.tracking.experiment.name = "almrr"
         context.__setattr__("mlflow", self.mlflow_config)
-        self._required = bool(_load(loader, "tracking").get("required"))
+        settings = _load(loader, "tracking")
+        self._required = bool(settings.get("required"))
+        self._registers = bool(settings.get("register_models", True))
         self._parameters = loader.parameters
         self._project = Path(context.project_path)
         self._children: dict[str, str] = {}
+        self._group: Experiment | None = None  # of a run that stands in that of an experiment
+        self._datasets: set[tuple[str, str]] = set()  # runs and categories
         self._running: set[str] = set()  # children whose node has not ended
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # the delivery tries again
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
@@ -93,12 +110,22 @@ class TrackingHook(MlflowHook):  # type: ignore[misc]  # kedro-mlflow is not typ
         self._stage = "+".join(run_params.get("pipeline_names") or ["all"])
         categories = list(dict.fromkeys(name.partition(".")[0] for name in named))
         name = f"{self._stage} {named[0]}" if len(named) == 1 else "+".join(names)
-        self.run_id = self._begin(self.mlflow_config.tracking.run.name or name)
+        name = self.mlflow_config.tracking.run.name or name
+        is_report = self._stage == "report"
+        if not self._existing() and (is_report or not self._has_children):
+            self._group = Experiment.of(self._parameters.redacted(), self._project)
+            of_category = "" if is_report else runs[0] if runs else ""
+            group = self._begin_experiment(self._group)
+            within = self._start_child(of_category, parent=group) if of_category else group
+            self.run_id = group if is_report else self._begin(name, parent=within)
+        else:
+            self.run_id = self._begin(name)
         command = {key: run_params[key] for key in _COMMAND}
         given = {key: str(value) for key, value in run_params.items() if value}
         given["kedro_command"] = _generate_kedro_command(**command, pipeline_names=names)
         self._put({"run": self.run_id, "tags": given})
-        self._describe_run(self.run_id, categories or self._parameters.categories, runs)
+        if not (self._group and is_report):
+            self._describe_run(self.run_id, categories or self._parameters.categories, runs)
         atexit.register(self._end_at_exit, os.getpid())
 
     @hook_impl
@@ -106,6 +133,7 @@ class TrackingHook(MlflowHook):  # type: ignore[misc]  # kedro-mlflow is not typ
         self, node: Node, catalog: DataCatalog, inputs: dict[str, Any], is_async: bool
     ) -> None:
         """In a run with children, let what a node logs go to the child of its category and seed."""
+        self._catalog = catalog
         if self._is_mlflow_enabled:
             run = self.run_id
             if self._has_children and _is_run(node):
@@ -121,11 +149,26 @@ class TrackingHook(MlflowHook):  # type: ignore[misc]  # kedro-mlflow is not typ
             self._running.discard(self._children[str(node.namespace)])
 
     @hook_impl
+    def after_dataset_loaded(self, dataset_name: str, data: Any, node: Node) -> None:  # noqa: ANN401
+        """Log a manifest as the data set that its images are."""
+        category, _, name = dataset_name.rpartition(".")
+        if name != "manifest" or not self._is_mlflow_enabled:
+            return
+        run = self.run_id
+        if self._has_children and _is_run(node):
+            run = self._start_child(str(node.namespace))
+        if (run, category) not in self._datasets:
+            self._datasets.add((run, category))
+            described = describe_dataset(category, data)
+            self._put({"run": run, "dataset": described, "context": self._stage})
+
+    @hook_impl
     def after_dataset_saved(self, dataset_name: str, data: Any) -> None:  # noqa: ANN401
-        """Log metrics as they are found; those of a report also with a child for each run."""
+        """Log metrics and files as they are found; a report's metrics also with the children."""
         if not self._is_mlflow_enabled:
             return
         namespace, _, name = dataset_name.rpartition(".")
+        self._log_files(dataset_name, namespace, name)
         if name == "metrics" and self._has_children:
             self._log_child(namespace, data)
         elif name == "metrics" or (name == "baselines" and not self._has_children):
@@ -193,29 +236,72 @@ class TrackingHook(MlflowHook):  # type: ignore[misc]  # kedro-mlflow is not typ
 
     def _connect(self, context: KedroContext) -> Connection:
         """Let kedro-mlflow set the tracker up: credentials, address, experiment."""
-        self.mlflow_config.setup(context)
         server, experiment = self.mlflow_config.server, self.mlflow_config.tracking.experiment
-        return Connection(server._mlflow_client, experiment._experiment.experiment_id)
+        if (
+            is_own := server.mlflow_tracking_uri
+            == f"sqlite:///{self._project.as_posix()}/mlflow.db"
+        ):
+            bring_home(self._project, experiment.name)
+            experiment.create_experiment_kwargs.artifact_location = str(self._project / ARTIFACTS)
+        self.mlflow_config.setup(context)
+        found = experiment._experiment
+        if is_own and KIND not in found.tags:
+            server._mlflow_client.set_experiment_tag(found.experiment_id, KIND, MACHINE_LEARNING)
+        return Connection(server._mlflow_client, found.experiment_id)
 
     def _put(self, event: dict[str, Any]) -> None:
         self._outbox.put(event)
 
-    def _begin(self, name: str, *, parent: str | None = None) -> str:
-        """Start a run, or go on with the one that kedro-mlflow's settings or MLflow name."""
-        run, active = secrets.token_hex(16), mlflow.active_run()
-        existing = active.info.run_id if active else self.mlflow_config.tracking.run.id
+    def _existing(self) -> str | None:
+        """The run that kedro-mlflow's settings or MLflow name, to go on with."""
+        active = mlflow.active_run()
+        found: str | None = active.info.run_id if active else self.mlflow_config.tracking.run.id
+        return found
+
+    def _begin(self, name: str, *, parent: str | None = None, shared: str | None = None) -> str:
+        """Start a run, or go on with an existing one or with one that processes share."""
+        run = shared or secrets.token_hex(16)
         event = {"run": run, "start": now(), "name": name, "tags": resolve_tags()}
+        if shared:
+            event["shared"] = True
         if parent:
             event["parent"] = parent
-        elif existing:
+        elif not shared and (existing := self._existing()):
             event["existing"] = existing
         self._put(event)
         return run
 
+    def _begin_experiment(self, group: Experiment) -> str:
+        """The run of an experiment, with all parameters and params.yaml."""
+        run = self._begin(group.name, shared=group.run_id())
+        every = self._parameters
+        runs = [f"x.seed_{seed}" for seed in every.seeds]
+        self._describe_run(run, every.categories, runs, stage="experiment")
+        self._put({"run": run, "artifacts": str(self._project / "params.yaml"), "to": ""})
+        return run
+
+    def _log_files(self, dataset_name: str, namespace: str, name: str) -> None:
+        """Log what a dataset has written, to the run of its category and seed."""
+        if name != "model" and name not in _ARTIFACTS:
+            return
+        stored = self._catalog.get(dataset_name)
+        path = getattr(stored, "_path", None) or getattr(stored, "_filepath", None)
+        if path is None:  # in memory
+            return
+        run = self._start_child(namespace) if namespace and self._has_children else self.run_id
+        if name != "model" or not self._registers:
+            self._put({"run": run, "artifacts": str(path), "to": _ARTIFACTS.get(name, name)})
+            return
+        from almrr_pipeline.inference import mlflow_model  # noqa: F401  not first by the delivery
+
+        category, _, seed = namespace.partition(".")
+        self._put({"run": run, "model": str(path), "name": category, "alias": seed})
+
     def _finish(self, status: str) -> None:
         if self._is_mlflow_enabled:
             for run in self._outbox.unfinished():
-                done = run in self._children.values() and run not in self._running
+                is_child = self._has_children and run in self._children.values()
+                done = is_child and run not in self._running
                 self._put({"run": run, "end": "FINISHED" if done else status, "time": now()})
             self.delivery.finish()
             atexit.unregister(self._end_at_exit)
@@ -229,22 +315,27 @@ class TrackingHook(MlflowHook):  # type: ignore[misc]  # kedro-mlflow is not typ
         run = self._start_child(namespace)
         self._put(metrics_event(run, numbers(metrics)))
 
-    def _start_child(self, namespace: str) -> str:
+    def _start_child(self, namespace: str, *, parent: str | None = None) -> str:
         """The child run of a category and seed, begun if there is none."""
         if namespace not in self._children:
-            self._children[namespace] = self._begin(namespace, parent=self.run_id)
-            category = namespace.partition(".")[0]
-            self._describe_run(self._children[namespace], [category], [namespace])
+            shared = self._group.run_id(namespace) if self._group else None
+            run = self._begin(namespace, parent=parent or self.run_id, shared=shared)
+            self._children[namespace] = run
+            stage = "category" if shared else None
+            self._describe_run(run, [namespace.partition(".")[0]], [namespace], stage=stage)
         return self._children[namespace]
 
-    def _describe_run(self, run: str, categories: list[str], runs: list[str]) -> None:
+    def _describe_run(
+        self, run: str, categories: list[str], runs: list[str], *, stage: str | None = None
+    ) -> None:
         """Log the parameters (of one category its own) and the tags of a run."""
         every = self._parameters
         own = every.for_category(categories[0]) if len(categories) == 1 else every
         self._put({"run": run, "params": flatten(own.redacted())})
         seeds = dict.fromkeys(name.rpartition(".seed_")[2] for name in runs)
         names = {"category": "+".join(categories), "seed": "+".join(seeds)}
-        self._put({"run": run, "tags": run_tags(self._project, stage=self._stage, **names)})
+        tags = run_tags(self._project, stage=stage or self._stage, **names)
+        self._put({"run": run, "tags": tags})
 
 
 def _load(loader: ParamsYamlLoader, kind: str) -> dict[str, Any]:

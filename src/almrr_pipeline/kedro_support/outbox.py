@@ -24,8 +24,10 @@ from almrr_pipeline.common.files import is_running
 logger = logging.getLogger(__name__)
 
 Event: TypeAlias = dict[str, Any]
-"""`run`, an id of ours, and one of start (with name, parent and tags), params, tags, metrics (a
-list of name, value, step, time), end (a status of MLflow's). Times are in ms since 1970."""
+"""`run`, an id of ours, and one of start (with name, parent and tags; shared, if several processes
+may start it), params, tags, metrics (a list of name, value, step, time), dataset, artifacts (a path
+whose files are read at delivery, and where they go), model (the same, and its names in the
+registry), end (a status of MLflow's). Times are in ms since 1970."""
 _MARKS = frozenset({"remote", "delivered"})
 _LARGEST_BATCH = 1000
 """Metrics that MLflow takes in one request."""

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import subprocess
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 LONGEST_VALUE = 500
 """MLflow's limit for the text of a parameter, which it refuses to exceed."""
@@ -52,6 +57,41 @@ live_run: ContextVar[LogRow | None] = ContextVar("live_run", default=None)
 def live_logger() -> LogRow | None:
     """What logs a training step's losses to the run that is active now, if any."""
     return live_run.get()
+
+
+class Experiment(NamedTuple):
+    """What all stages with the same parameters, commit and name in DVC belong to.
+
+    Attributes:
+        name: DVC's, else the suite's with the beginning of the key.
+        key: digest that all processes find alike.
+    """
+
+    name: str
+    key: str
+
+    @classmethod
+    def of(cls, parameters: Mapping[str, Any], project: Path) -> Experiment:
+        """The experiment of these values, as they are shown, and of the commit checked out."""
+        named = os.environ.get("DVC_EXP_NAME")
+        commit = (git_commit(project) or "").partition(" ")[0]
+        text = json.dumps([named, commit, parameters], sort_keys=True)
+        key = hashlib.sha256(text.encode()).hexdigest()
+        return cls(named or f"{parameters['suite']} {key[:7]}", key)
+
+    def run_id(self, namespace: str = "") -> str:
+        """Our id of its run, or of that of a category and seed."""
+        return hashlib.sha256(f"{self.key} {namespace}".encode()).hexdigest()[:32]
+
+
+def describe_dataset(name: str, manifest: pd.DataFrame) -> dict[str, str]:
+    """A manifest as MLflow shows a data set: name, digest of all files, counts by split."""
+    rows = manifest[["image", "sha256", "split", "label", "mask"]].astype(str)
+    digest = hashlib.sha256(rows.to_csv(index=False).encode()).hexdigest()[:12]
+    counts = (manifest["split"] + "/" + manifest["label"]).value_counts().sort_index()
+    profile = json.dumps({"images": len(manifest), **counts.to_dict()})
+    source = json.dumps({"uri": f"data/01_raw/{name}"})
+    return {"name": name, "digest": digest, "profile": profile, "source": source}
 
 
 def run_tags(project: Path, *, stage: str, category: str, seed: str) -> dict[str, str]:
