@@ -6,6 +6,7 @@ import errno
 import hashlib
 import logging
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -101,13 +102,11 @@ def write_atomically(path: Path) -> Iterator[Path]:
         when the block ends, and is removed when the block raises. What killed processes of this
         machine have left in that folder is removed too.
     """
-    mine = f"{_PARTIAL}{socket.gethostname()}@"
+    mine = _own_mark(_PARTIAL)
     partial = path.with_name(f".{path.stem}{mine}{os.getpid()}{path.suffix}")
     with report_disk_errors(path):
-        for leftover in path.parent.glob(f".*{mine}*"):
-            writer = leftover.name.rpartition("@")[2].partition(".")[0]
-            if writer.isdigit() and not is_running(int(writer)):
-                leftover.unlink(missing_ok=True)
+        for leftover in _list_leftovers(path.parent, mine):
+            leftover.unlink(missing_ok=True)
         try:
             yield partial
             with partial.open("rb+") as file:
@@ -123,12 +122,11 @@ def staging_folder(parent: Path) -> Iterator[Path]:
 
     What killed processes of this machine have left there is removed first. May raise DiskError.
     """
-    mine = f"{STAGING_PREFIX}{socket.gethostname()}@"  # "@" is in no host name
+    mine = _own_mark(STAGING_PREFIX)
     with report_disk_errors(parent):
         parent.mkdir(parents=True, exist_ok=True)
-        for leftover in parent.glob(f"{mine}*"):
-            if not is_running(int(leftover.name.split("@")[2])):
-                remove_folder(leftover)
+        for leftover in _list_leftovers(parent, mine):
+            remove_folder(leftover)
         folder = Path(tempfile.mkdtemp(prefix=f"{mine}{os.getpid()}@", dir=parent))
         folder.chmod(0o755)  # mkdtemp's 0o700 would lock out others on a shared disk
     try:
@@ -137,6 +135,19 @@ def staging_folder(parent: Path) -> Iterator[Path]:
     except BaseException:
         remove_folder(folder)
         raise
+
+
+def _own_mark(kind: str) -> str:
+    """What names of this machine's unfinished work hold before the number of its process."""
+    return f"{kind}{socket.gethostname()}@"  # "@" is in no host name
+
+
+def _list_leftovers(folder: Path, mark: str) -> Iterator[Path]:
+    """What killed processes of this machine have left in a folder under names with this mark."""
+    for path in folder.glob(f"*{mark}*"):
+        writer = re.match(r"\d+", path.name.partition(mark)[2])
+        if writer and not is_running(int(writer[0])):
+            yield path
 
 
 def is_running(pid: int) -> bool:
