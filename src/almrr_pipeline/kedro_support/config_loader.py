@@ -13,6 +13,9 @@ from omegaconf import OmegaConf
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.config import Parameters, parse_parameters
 
+DATABASE = "mlflow.db"
+"""Of MLflow, in the project."""
+
 
 class ParamsYamlLoader(OmegaConfigLoader):
     """params.yaml < conf/base/parameters.yml < conf/ENV/parameters.yml < `--params`, all checked.
@@ -63,6 +66,10 @@ def requested_pipelines() -> list[str] | None:
 
 
 def tracking_uri(project: Path) -> str:
-    """MLflow's address: MLFLOW_TRACKING_URI, else a database in the project, absolute."""
-    database = (project / "mlflow.db").as_posix()
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{database}"
+    """MLflow's address: MLFLOW_TRACKING_URI, else the project's own database."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or own_database(project)
+
+
+def own_database(project: Path) -> str:
+    """The address of the database that a project has for MLflow, absolute."""
+    return f"sqlite:///{(project / DATABASE).as_posix()}"

@@ -7,6 +7,8 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
+from almrr_pipeline.kedro_support.config_loader import DATABASE
+
 ARTIFACTS = "mlartifacts"
 """Folder in the project, named as that of MLflow's server."""
 _FOLDERS = re.compile(r"/(mlartifacts|mlruns)(/\d+)?$")
@@ -28,9 +30,10 @@ def bring_home(project: Path, experiment: str) -> None:
     Raises:
         sqlite3.Error: the database is locked or damaged.
     """
-    if not (project / "mlflow.db").is_file():
+    database = project / DATABASE
+    if not database.is_file():
         return
-    with closing(sqlite3.connect(project / "mlflow.db")) as connection, connection:
+    with closing(sqlite3.connect(database)) as connection, connection:
         tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
         if "experiments" not in tables:
             return

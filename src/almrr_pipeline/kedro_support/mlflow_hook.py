@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from mlflow.tracking.context.registry import resolve_tags
 
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.common.redaction import redact_address
-from almrr_pipeline.kedro_support.config_loader import ParamsYamlLoader
+from almrr_pipeline.kedro_support.config_loader import ParamsYamlLoader, own_database
 from almrr_pipeline.kedro_support.delivery import Connection, Delivery
 from almrr_pipeline.kedro_support.mlflow_files import ARTIFACTS, bring_home
 from almrr_pipeline.kedro_support.outbox import Outbox, metrics_event, now
@@ -104,7 +104,7 @@ class TrackingHook(MlflowHook):  # type: ignore[misc]  # kedro-mlflow is not typ
             return
         self._check_required()
         self.delivery.start()
-        runs = sorted({str(node.namespace) for node in pipeline.nodes if _is_run(node)})
+        runs = sorted({str(n.namespace) for n in pipeline.nodes if _is_run(n.namespace)})
         named: list[str] = list(run_params.get("namespaces") or ())
         self._has_children = len(named) != 1 or len(runs) > 1
         self._stage = "+".join(run_params.get("pipeline_names") or ["all"])
@@ -114,10 +114,10 @@ class TrackingHook(MlflowHook):  # type: ignore[misc]  # kedro-mlflow is not typ
         is_report = self._stage == "report"
         if not self._existing() and (is_report or not self._has_children):
             self._group = Experiment.of(self._parameters.redacted(), self._project)
-            of_category = "" if is_report else runs[0] if runs else ""
-            group = self._begin_experiment(self._group)
-            within = self._start_child(of_category, parent=group) if of_category else group
-            self.run_id = group if is_report else self._begin(name, parent=within)
+            self.run_id = self._begin_experiment(self._group)
+            if not is_report:
+                parent = self._start_child(runs[0]) if runs else self.run_id
+                self.run_id = self._begin(name, parent=parent)
         else:
             self.run_id = self._begin(name)
         command = {key: run_params[key] for key in _COMMAND}
@@ -125,7 +125,8 @@ class TrackingHook(MlflowHook):  # type: ignore[misc]  # kedro-mlflow is not typ
         given["kedro_command"] = _generate_kedro_command(**command, pipeline_names=names)
         self._put({"run": self.run_id, "tags": given})
         if not (self._group and is_report):
-            self._describe_run(self.run_id, categories or self._parameters.categories, runs)
+            of = categories or self._parameters.categories
+            self._describe_run(self.run_id, of, map(_seed_of, runs))
         atexit.register(self._end_at_exit, os.getpid())
 
     @hook_impl
@@ -135,9 +136,8 @@ class TrackingHook(MlflowHook):  # type: ignore[misc]  # kedro-mlflow is not typ
         """In a run with children, let what a node logs go to the child of its category and seed."""
         self._catalog = catalog
         if self._is_mlflow_enabled:
-            run = self.run_id
-            if self._has_children and _is_run(node):
-                run = self._start_child(str(node.namespace))
+            run = self._run_of(node.namespace)
+            if run != self.run_id:
                 self._running.add(run)
             live_run.set(lambda step, values: self._put(metrics_event(run, values, step)))
 
@@ -145,8 +145,8 @@ class TrackingHook(MlflowHook):  # type: ignore[misc]  # kedro-mlflow is not typ
     def after_node_run(self, node: Node) -> None:
         """Return to the parent run."""
         live_run.set(None)
-        if self._is_mlflow_enabled and self._has_children and _is_run(node):
-            self._running.discard(self._children[str(node.namespace)])
+        if self._is_mlflow_enabled:
+            self._running.discard(self._run_of(node.namespace))
 
     @hook_impl
     def after_dataset_loaded(self, dataset_name: str, data: Any, node: Node) -> None:  # noqa: ANN401
@@ -154,9 +154,7 @@ class TrackingHook(MlflowHook):  # type: ignore[misc]  # kedro-mlflow is not typ
         category, _, name = dataset_name.rpartition(".")
         if name != "manifest" or not self._is_mlflow_enabled:
             return
-        run = self.run_id
-        if self._has_children and _is_run(node):
-            run = self._start_child(str(node.namespace))
+        run = self._run_of(node.namespace)
         if (run, category) not in self._datasets:
             self._datasets.add((run, category))
             described = describe_dataset(category, data)
@@ -237,10 +235,8 @@ class TrackingHook(MlflowHook):  # type: ignore[misc]  # kedro-mlflow is not typ
     def _connect(self, context: KedroContext) -> Connection:
         """Let kedro-mlflow set the tracker up: credentials, address, experiment."""
         server, experiment = self.mlflow_config.server, self.mlflow_config.tracking.experiment
-        if (
-            is_own := server.mlflow_tracking_uri
-            == f"sqlite:///{self._project.as_posix()}/mlflow.db"
-        ):
+        is_own = server.mlflow_tracking_uri == own_database(self._project)
+        if is_own:
             bring_home(self._project, experiment.name)
             experiment.create_experiment_kwargs.artifact_location = str(self._project / ARTIFACTS)
         self.mlflow_config.setup(context)
@@ -275,8 +271,7 @@ class TrackingHook(MlflowHook):  # type: ignore[misc]  # kedro-mlflow is not typ
         """The run of an experiment, with all parameters and params.yaml."""
         run = self._begin(group.name, shared=group.run_id())
         every = self._parameters
-        runs = [f"x.seed_{seed}" for seed in every.seeds]
-        self._describe_run(run, every.categories, runs, stage="experiment")
+        self._describe_run(run, every.categories, map(str, every.seeds), stage="experiment")
         self._put({"run": run, "artifacts": str(self._project / "params.yaml"), "to": ""})
         return run
 
@@ -288,7 +283,7 @@ class TrackingHook(MlflowHook):  # type: ignore[misc]  # kedro-mlflow is not typ
         path = getattr(stored, "_path", None) or getattr(stored, "_filepath", None)
         if path is None:  # in memory
             return
-        run = self._start_child(namespace) if namespace and self._has_children else self.run_id
+        run = self._run_of(namespace)
         if name != "model" or not self._registers:
             self._put({"run": run, "artifacts": str(path), "to": _ARTIFACTS.get(name, name)})
             return
@@ -315,25 +310,30 @@ class TrackingHook(MlflowHook):  # type: ignore[misc]  # kedro-mlflow is not typ
         run = self._start_child(namespace)
         self._put(metrics_event(run, numbers(metrics)))
 
-    def _start_child(self, namespace: str, *, parent: str | None = None) -> str:
+    def _run_of(self, namespace: str | None) -> str:
+        """The run that a node or dataset logs to: this one, or a child if it has any."""
+        is_child = self._has_children and _is_run(namespace)
+        return self._start_child(str(namespace)) if is_child else self.run_id
+
+    def _start_child(self, namespace: str) -> str:
         """The child run of a category and seed, begun if there is none."""
         if namespace not in self._children:
             shared = self._group.run_id(namespace) if self._group else None
-            run = self._begin(namespace, parent=parent or self.run_id, shared=shared)
+            run = self._begin(namespace, parent=self.run_id, shared=shared)
             self._children[namespace] = run
             stage = "category" if shared else None
-            self._describe_run(run, [namespace.partition(".")[0]], [namespace], stage=stage)
+            category = namespace.partition(".")[0]
+            self._describe_run(run, [category], [_seed_of(namespace)], stage=stage)
         return self._children[namespace]
 
     def _describe_run(
-        self, run: str, categories: list[str], runs: list[str], *, stage: str | None = None
+        self, run: str, categories: list[str], seeds: Iterable[str], *, stage: str | None = None
     ) -> None:
         """Log the parameters (of one category its own) and the tags of a run."""
         every = self._parameters
         own = every.for_category(categories[0]) if len(categories) == 1 else every
         self._put({"run": run, "params": flatten(own.redacted())})
-        seeds = dict.fromkeys(name.rpartition(".seed_")[2] for name in runs)
-        names = {"category": "+".join(categories), "seed": "+".join(seeds)}
+        names = {"category": "+".join(categories), "seed": "+".join(dict.fromkeys(seeds))}
         tags = run_tags(self._project, stage=stage or self._stage, **names)
         self._put({"run": run, "tags": tags})
 
@@ -347,6 +347,10 @@ def _load(loader: ParamsYamlLoader, kind: str) -> dict[str, Any]:
         return {}
 
 
-def _is_run(node: Node) -> bool:
-    """Whether a node is one of a category and seed: its namespace is CATEGORY.seed_N."""
-    return "." in (node.namespace or "")
+def _is_run(namespace: str | None) -> bool:
+    """Whether a namespace is that of a category and seed: CATEGORY.seed_N."""
+    return "." in (namespace or "")
+
+
+def _seed_of(namespace: str) -> str:
+    return namespace.rpartition(".seed_")[2]
