@@ -73,7 +73,6 @@ class FusedALMRR(nn.Module):
         super().__init__()
         self.image_size = model.image_size
         self.posterior_gamma = model.settings.posterior_gamma
-        self.memory_exponent = model.settings.memory_exponent
         scale, offset, summary = _standardized_summary(model)
         self.backbone = FusedBackbone(model.backbone, model.image_size)
         self.embedding = FusedEmbedding(model, scale, offset)
@@ -114,7 +113,7 @@ class FusedALMRR(nn.Module):
         if evidence is None:
             return probability
         evidence = resize_bilinear(evidence, self.image_size)[:, 0]  # (B, H, W)
-        return weigh_odds(probability, evidence, self.memory_exponent)
+        return weigh_odds(probability, evidence, self.inputs.memory_exponent)
 
 
 class FusedBackbone(nn.Module):
@@ -229,6 +228,7 @@ class FusedInputs(nn.Module):
         self.mixture = copy.deepcopy(model.residual)
         self.memory = copy.deepcopy(model.memory)
         self.memory_is_input = model.settings.memory_input
+        self.memory_exponent = model.settings.memory_exponent
         self.register_buffer("scale", scale[:, None, None].clone())
         self.register_buffer("offset", offset[:, None, None].clone())
         self.register_buffer("constant", (summary @ offset)[:, None, None])  # (k, 1, 1)
@@ -260,7 +260,7 @@ class FusedInputs(nn.Module):
             return torch.cat(inputs, dim=1), None
         if self.memory_is_input:
             inputs.append(self.memory.relative(distances))
-        evidence = self.memory.evidence(distances) if self.memory.exponent else None
+        evidence = self.memory.evidence(distances) if self.memory_exponent else None
         return torch.cat(inputs, dim=1), evidence
 
 

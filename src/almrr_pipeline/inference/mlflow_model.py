@@ -134,9 +134,12 @@ def log_model(
         raise AlmrrError(
             f"The alias {alias!r} belongs to a registered model; give registered_name too."
         )
-    tags = _describe(InferenceConfig.load(folder))
+    config = InferenceConfig.load(folder)
     logged: ModelInfo = mlflow.pyfunc.log_model(
-        name=name, registered_model_name=registered_name, tags=tags, **_contents(folder)
+        name=name,
+        registered_model_name=registered_name,
+        tags=_describe(config),
+        **_contents(folder, config),
     )
     if registered_name and alias:
         version = str(logged.registered_model_version)
@@ -169,9 +172,9 @@ def register(
     known = client.search_model_versions(f"run_id = '{run_id}'")
     if any(version.name == name for version in known):  # by a request without an answer
         return
-    tags = _describe(InferenceConfig.load(folder))
+    config = InferenceConfig.load(folder)
+    tags, contents = _describe(config), _contents(folder, config)
     logged = client.create_logged_model(experiment_id, name, source_run_id=run_id, tags=tags)
-    contents = _contents(folder)
     described = Model(
         artifact_path=logged.artifact_location,
         run_id=run_id,
@@ -208,9 +211,8 @@ def _describe(config: InferenceConfig) -> dict[str, str]:
     return tags
 
 
-def _contents(folder: Path) -> dict[str, Any]:
+def _contents(folder: Path, config: InferenceConfig) -> dict[str, Any]:
     """What MLflow is to save of a model folder."""
-    config = InferenceConfig.load(folder)
     gray = np.full(config.image_size, 0.5, dtype=np.float32)
     return {
         "python_model": str(Path(__file__)),

@@ -137,11 +137,11 @@ class Predictor:
         Raises:
             AlmrrError: an image cannot be read, or an array is no image; names which.
         """
+        stored = self.config.thresholds
+        usual = stored.usual if stored else None
         for scaled in self.map_predictor.maps(images, on_unreadable=on_unreadable):
             score = image_score(scaled.anomaly_map, self.config.smoothing)
             verdict = None if self.image_threshold is None else score > self.image_threshold
-            stored = self.config.thresholds
-            usual = stored.usual if stored else None
             unlike = usual.differences(scaled.look) if usual else ()
             yield Prediction(scaled.at_image_size(), score, verdict, scaled.index, unlike)
 

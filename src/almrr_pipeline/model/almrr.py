@@ -9,7 +9,6 @@ stage 4   feature refinement module, FRM            -> map    frm.py
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -321,11 +320,14 @@ class ALMRR(nn.Module):
         config = weights_io.read_config(folder)
         path = folder / weights_io.WEIGHTS_FILE
         header, size = weights_io.read_header(path), config.image_size
-        # Sizes are compared before memory is taken. A backbone that torch cannot build on the meta
-        # device is compared when the weights are loaded.
-        with suppress(NotImplementedError), torch.device("meta"):
-            backbone = build_backbone(config.backbone, weights=None)
-            empty = cls(backbone, config.model, image_size=size)
+        # Sizes are compared before memory is taken.
+        try:
+            with torch.device("meta"):
+                backbone = build_backbone(config.backbone, weights=None)
+                empty = cls(backbone, config.model, image_size=size)
+        except NotImplementedError:
+            pass  # torch cannot build this backbone on the meta device: compared when loaded
+        else:
             weights_io.check_header(empty, header, origin=str(folder))
         check_files(folder, weights_io.CONFIG_FILE, weights_io.WEIGHTS_FILE)
         backbone = build_backbone(config.backbone, weights=None)
