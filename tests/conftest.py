@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from almrr_pipeline.model.almrr import ALMRR
 
 PROJECT = Path(__file__).resolve().parents[1]
+sys.path.append(str(PROJECT / "tests"))  # for project_copy
 SIZE = (128, 160)
 SMALL: dict[str, Any] = {
     "latent": 24,

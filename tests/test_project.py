@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from project_copy import copy_project
 
 from almrr_pipeline.inference.inference_config import InferenceConfig
 from almrr_pipeline.inference.predictor import Predictor
@@ -123,14 +124,7 @@ class Project:
 def fresh(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A clone with uncommitted changes and a tiny suite, committed; nothing has run yet."""
     folder = tmp_path_factory.mktemp("clone") / "project"
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=project, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    for name in listed.stdout.splitlines():
-        if (project / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(project / name, folder / name)
+    copy_project(project, folder)
     (folder / "conf/suite/tiny.yaml").write_text(TINY)
     # The budget of `almrr train`: nothing that would take longer than the suite.
     laptop = "# @package _global_\nbudget: laptop\ndata:\n  image_size: [144, 144]\n"

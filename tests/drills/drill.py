@@ -28,6 +28,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.request import urlopen
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from project_copy import copy_project
+
 PROJECT = Path(__file__).resolve().parents[2]
 STAGES = {
     "fetch": "fetch@sample_brick",
@@ -85,14 +88,7 @@ class Copy:
             self._fill()
 
     def _fill(self) -> None:
-        names = subprocess.run(
-            ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-            cwd=PROJECT, capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        for name in names.stdout.splitlines():
-            if (PROJECT / name).is_file():
-                (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(PROJECT / name, self.folder / name)
+        copy_project(PROJECT, self.folder)
         (self.folder / "conf/suite/tiny.yaml").write_text(TINY)
         config = self.folder / "conf/config.yaml"
         config.write_text(config.read_text().replace("suite: sample", "suite: tiny"))

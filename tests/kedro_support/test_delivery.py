@@ -13,17 +13,15 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from kedro.framework.hooks.manager import _create_hook_manager
+from contexts import RUN, build_context
 from kedro.io import DataCatalog
 from kedro.pipeline import Node, Pipeline
 
 from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.kedro_support.config_loader import ParamsYamlLoader, tracking_uri
 from almrr_pipeline.kedro_support.mlflow_hook import OUTBOXES, TrackingHook
 from almrr_pipeline.kedro_support.outbox import Outbox, metrics_event
 from almrr_pipeline.kedro_support.tracking import live_logger
@@ -32,9 +30,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "training"))
 from tiny_training import build_model, build_synthetic_set, train
 
 STEPS, DIES_AT = 8, 5
-RUN: dict[str, Any] = dict.fromkeys(
-    ["tags", "node_names", "from_nodes", "to_nodes", "from_inputs", "load_versions"]
-) | {"pipeline_names": ["train"], "namespaces": ["sample_brick.seed_0"]}
+NAMED = RUN | {"pipeline_names": ["train"], "namespaces": ["sample_brick.seed_0"]}
 OWN_RUNS = "SELECT status FROM runs WHERE name = 'train sample_brick.seed_0'"
 """Without those of the experiment and of the category, in which they are."""
 NODE = Node(
@@ -86,33 +82,21 @@ def tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tracker
 
 
 def build_hook(project: Path) -> TrackingHook:
-    loader = ParamsYamlLoader(
-        str(project / "conf"),
-        base_env="base",
-        default_run_env="local",
-        custom_resolvers={"tracking_uri": lambda: tracking_uri(project)},
-    )
-    context: Any = SimpleNamespace(
-        config_loader=loader,
-        project_path=project,
-        _get_config_credentials=dict,
-        _hook_manager=_create_hook_manager(),
-    )
     hook = TrackingHook()
-    hook.after_context_created(context)
+    hook.after_context_created(build_context(project))
     return hook
 
 
 def begin(project: Path) -> TrackingHook:
     hook = build_hook(project)
-    hook.before_pipeline_run(RUN, Pipeline([NODE]), DataCatalog())
+    hook.before_pipeline_run(NAMED, Pipeline([NODE]), DataCatalog())
     hook.before_node_run(NODE, DataCatalog(), {}, False)
     return hook
 
 
 def end(hook: TrackingHook) -> None:
     hook.after_node_run(NODE)
-    hook.after_pipeline_run(RUN, Pipeline([NODE]), DataCatalog())
+    hook.after_pipeline_run(NAMED, Pipeline([NODE]), DataCatalog())
 
 
 def read(database: Path, query: str) -> list[tuple[Any, ...]]:

@@ -7,15 +7,12 @@ import os
 import shutil
 import sqlite3
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
-from kedro.framework.hooks.manager import _create_hook_manager
+from contexts import RUN, build_context
 from kedro.io import DataCatalog
 from kedro.pipeline import Node, Pipeline
 
-from almrr_pipeline.kedro_support.config_loader import ParamsYamlLoader, tracking_uri
 from almrr_pipeline.kedro_support.hooks import ProjectHook
 
 ONE_MACHINE = [
@@ -26,9 +23,6 @@ TWO_MACHINES = [
     {"RANK": "0", "GROUP_RANK": "0", "LOCAL_RANK": "0"},
     {"RANK": "1", "GROUP_RANK": "1", "LOCAL_RANK": "0"},
 ]
-RUN: dict[str, Any] = dict.fromkeys(
-    ["tags", "node_names", "from_nodes", "to_nodes", "from_inputs", "load_versions"]
-)
 
 
 def _train(seed: int) -> int:
@@ -38,18 +32,7 @@ def _train(seed: int) -> int:
 def track_a_run(project: Path, ranks: dict[str, str]) -> None:
     """What Kedro calls of the hook around a run, in a process with these ranks."""
     os.environ |= ranks
-    loader = ParamsYamlLoader(
-        str(project / "conf"),
-        base_env="base",
-        default_run_env="local",
-        custom_resolvers={"tracking_uri": lambda: tracking_uri(project)},
-    )
-    context: Any = SimpleNamespace(
-        config_loader=loader,
-        project_path=project,
-        _get_config_credentials=dict,
-        _hook_manager=_create_hook_manager(),
-    )
+    context = build_context(project)
     node = Node(_train, "params:seed", "model", name="train", namespace="sample_brick.seed_0")
     pipeline, catalog = Pipeline([node]), DataCatalog()
     named = {"pipeline_names": ["train"], "namespaces": ["sample_brick.seed_0"]}

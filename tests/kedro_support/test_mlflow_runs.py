@@ -6,29 +6,23 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import mlflow
 import pandas as pd
 import pytest
-from kedro.framework.hooks.manager import _create_hook_manager
+from contexts import RUN, build_context
 from kedro.io import DataCatalog
 from kedro.pipeline import Node, Pipeline
 from kedro_datasets.text import TextDataset
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from omegaconf import OmegaConf
 
-from almrr_pipeline.kedro_support.config_loader import ParamsYamlLoader, tracking_uri
 from almrr_pipeline.kedro_support.datasets import FolderDataset
 from almrr_pipeline.kedro_support.mlflow_files import bring_home
 from almrr_pipeline.kedro_support.mlflow_hook import TrackingHook
 
 pytestmark = pytest.mark.xdist_group("mlflow runs")  # one project, tracked once
-RUN: dict[str, Any] = dict.fromkeys(
-    ["tags", "node_names", "from_nodes", "to_nodes", "from_inputs", "load_versions"]
-)
 NAMESPACE = "sample_brick.seed_0"
 MANIFEST = pd.DataFrame(
     {
@@ -45,21 +39,8 @@ class Stage:
     """A stage's process, as far as the hook knows of it."""
 
     def __init__(self, project: Path, name: str, namespace: str | None = NAMESPACE) -> None:
-        OmegaConf.clear_resolver("tracking_uri")  # of another project: Kedro keeps the first
-        loader = ParamsYamlLoader(
-            str(project / "conf"),
-            base_env="base",
-            default_run_env="local",
-            custom_resolvers={"tracking_uri": lambda: tracking_uri(project)},
-        )
-        context: Any = SimpleNamespace(
-            config_loader=loader,
-            project_path=project,
-            _get_config_credentials=dict,
-            _hook_manager=_create_hook_manager(),
-        )
         self.hook = TrackingHook()
-        self.hook.after_context_created(context)
+        self.hook.after_context_created(build_context(project))
         named = {"pipeline_names": [name], "namespaces": [namespace] if namespace else []}
         self.named = RUN | named
         self.node = Node(lambda x: x, "params:seed", "out", name=name, namespace=namespace)
@@ -112,7 +93,6 @@ def tracked(
         )
         report.end()
         yield folder
-    OmegaConf.clear_resolver("tracking_uri")
     mlflow.set_tracking_uri(before[0])
     mlflow.set_registry_uri(before[1])
 
