@@ -53,6 +53,7 @@ from almrr_pipeline.model.almrr import ALMRR
 from almrr_pipeline.model.backbone import build_backbone
 from almrr_pipeline.synthesis.synthetic_set import SyntheticSet, synthesize
 from almrr_pipeline.synthesis.writer import ImagePaths
+from almrr_pipeline.training.checkpoints import Resuming
 from almrr_pipeline.training.train import fit
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -235,8 +236,7 @@ def train_variant(job: dict[str, Any]) -> None:
         model,
         SyntheticSet.load(Path(job["synthetic_set"])),
         parameters.train,
-        scratch=folder / "checkpoints",
-        fingerprint=json.dumps(job["parameters"], sort_keys=True),
+        resuming=Resuming(folder / "checkpoints", json.dumps(job["parameters"], sort_keys=True)),
         seed=seed,
         specimens=dict(zip(manifest["image"], manifest["specimen"], strict=True)),
     )

@@ -47,6 +47,7 @@ from almrr_pipeline.model.almrr import ALMRR
 from almrr_pipeline.model.backbone import build_backbone
 from almrr_pipeline.reporting.examples import Result, draw_examples, pack_examples
 from almrr_pipeline.synthesis.synthetic_set import SyntheticSet
+from almrr_pipeline.training.checkpoints import Resuming
 from almrr_pipeline.training.train import TrainingInterrupted, fit
 
 CATEGORIES = {"mt_defect": "mt_defect_tiles", "nanotwice": "nanotwice"}
@@ -175,8 +176,7 @@ def train_one(
                 model,
                 synthetic_set,
                 settings,
-                scratch=training.folder / "checkpoints",
-                fingerprint="benchmark",
+                resuming=Resuming(training.folder / "checkpoints", "benchmark"),
                 seed=arguments.seed,
                 on_metrics=lambda at, values: rows.append({"step": at, **values}),
             )
@@ -213,7 +213,7 @@ def probe(
     ends: list[float] = []
     begun = time.monotonic()
     fit(
-        model, synthetic_set, settings, scratch=training.folder / "probe", fingerprint="probe",
+        model, synthetic_set, settings, resuming=Resuming(training.folder / "probe", "probe"),
         seed=seed, on_metrics=lambda _, values: ends.append(time.monotonic()),
     )  # fmt: skip
     total = time.monotonic() - begun

@@ -54,6 +54,7 @@ from almrr_pipeline.model.almrr import ALMRR
 from almrr_pipeline.model.backbone import Backbone, build_backbone
 from almrr_pipeline.synthesis.simulate import simulate_sample
 from almrr_pipeline.synthesis.synthetic_set import ImagePaths, SyntheticSet, synthesize
+from almrr_pipeline.training.checkpoints import Resuming
 from almrr_pipeline.training.data import SampleOrder, SyntheticBatches, choose_residence, to_images
 from almrr_pipeline.training.losses import focal_loss, reconstruction_loss
 from almrr_pipeline.training.train import fit
@@ -206,8 +207,7 @@ def time_fit(synthetic_set: SyntheticSet, arguments: argparse.Namespace, scratch
             precision=arguments.precision,
             channels_last=arguments.channels_last,
         ),
-        scratch=scratch,
-        fingerprint="benchmark",
+        resuming=Resuming(scratch, "benchmark"),
         seed=0,
         on_metrics=lambda step, values: ends.append(time.perf_counter()),
     )

@@ -14,6 +14,7 @@ import torch
 from almrr_pipeline.config import BackboneSettings, ModelSettings, TrainSettings
 from almrr_pipeline.model.almrr import ALMRR
 from almrr_pipeline.model.backbone import build_backbone
+from almrr_pipeline.training.checkpoints import Resuming
 from almrr_pipeline.training.train import fit
 
 SIDE = 128
@@ -120,9 +121,7 @@ def train(
         model,
         synthetic_set,
         TrainSettings(**settings),
-        scratch=scratch,
-        fingerprint=fingerprint,
+        resuming=Resuming(scratch, fingerprint, keep=keep_checkpoints),
         seed=seed,
         on_metrics=on_metrics,
-        keep_checkpoints=keep_checkpoints,
     )

@@ -11,7 +11,7 @@ features drawn at random, in a random projection, and because scores are not rew
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,8 +25,20 @@ from almrr_pipeline.inference.map_predictor import MapPredictor, resolve_device
 from almrr_pipeline.model.backbone import Backbone
 from almrr_pipeline.model.memory import choose_core
 
-POOL, CORE = 20_000, 2_000
-"""Features drawn, and kept: in a second or ten of one core; docs/results.md has larger ones."""
+
+@dataclass(frozen=True)
+class BankSize:
+    """Features of a memory bank: in a second or ten of one core; docs/results.md has larger ones.
+
+    Attributes:
+        pool: drawn from all images, among which the core is chosen.
+        core: kept, at most.
+    """
+
+    pool: int = 20_000
+    core: int = 2_000
+
+
 SIGMA = 4.0  # pixels, the paper's
 
 
@@ -84,8 +96,7 @@ def build_memory_bank(
     image_size: tuple[int, int],
     tiling: Tiling,
     *,
-    pool: int = POOL,
-    core: int = CORE,
+    size: BankSize = BankSize(),
     seed: int = 0,
     device: str = "auto",
     reading: Reading | None = None,
@@ -97,8 +108,7 @@ def build_memory_bank(
         images: normal training images.
         image_size: rows and columns of the network's input.
         tiling: whether and how images are cut.
-        pool: features drawn from all images, among which the core is chosen.
-        core: features that are kept, at most.
+        size: how many features are drawn and kept.
         seed: of both choices.
         device: as for `resolve_device`, which may raise AlmrrError.
         reading: how image files become 8-bit RGB.
@@ -108,13 +118,13 @@ def build_memory_bank(
     """
     target = resolve_device(device)
     generator = torch.Generator().manual_seed(seed)
-    per_image = max(1, -(-pool // len(images)))
+    per_image = max(1, -(-size.pool // len(images)))
     collector = _FeatureCollector(backbone.to(target), per_image, generator).eval()
     predictor = MapPredictor(collector, image_size, tiling, 8, target, reading)
     for _ in predictor.maps(images):
         pass
     features = torch.cat(collector.drawn)
-    features = features[torch.randperm(len(features), generator=generator)[:pool].to(target)]
-    chosen = choose_core(features, core, generator).to(target)
+    features = features[torch.randperm(len(features), generator=generator)[: size.pool].to(target)]
+    chosen = choose_core(features, size.core, generator).to(target)
     bank = MemoryBank(backbone, features[chosen]).eval()
     return replace(predictor, model=bank)

@@ -26,7 +26,7 @@ from almrr_pipeline.model.backbone import build_backbone
 from almrr_pipeline.pipelines.per_category import step
 from almrr_pipeline.synthesis.synthetic_set import SyntheticSet
 from almrr_pipeline.training.callbacks import METRIC
-from almrr_pipeline.training.checkpoints import fingerprint, source_files
+from almrr_pipeline.training.checkpoints import Resuming, fingerprint, source_files
 from almrr_pipeline.training.runtime import isolated_randomness
 from almrr_pipeline.training.train import fit
 
@@ -71,10 +71,9 @@ def fit_model(
         train,
         seed=seed,
         specimens=dict(zip(manifest["image"], manifest["specimen"], strict=True)),
-        scratch=_checkpoint_folder(scratch, category, seed),
-        fingerprint=data_and_code,
+        # The last checkpoint stays until the model is in its place, see remove_checkpoints.
+        resuming=Resuming(_checkpoint_folder(scratch, category, seed), data_and_code, keep=True),
         on_metrics=live_logger(),
-        keep_checkpoints=True,  # until the model is in its place, see remove_checkpoints
     )
     if history is None:  # not the main process of a distributed training, which does the rest
         raise SystemExit(0)

@@ -14,6 +14,7 @@ import shutil
 import zipfile
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -48,6 +49,22 @@ def source_files() -> list[Path]:
     package = Path(almrr_pipeline.__file__).parent
     folders = (package / "model", package / "training")
     return sorted(path for folder in folders for path in folder.rglob("*.py"))
+
+
+@dataclass(frozen=True)
+class Resuming:
+    """Which interrupted training a training goes on from.
+
+    Attributes:
+        scratch: folder for checkpoints; no output of DVC, and shared by all nodes.
+        fingerprint: of data and code (see `fingerprint`); together with the model's and the
+            training's settings it selects the checkpoint.
+        keep: leave the last checkpoint for the caller to remove when the model is safe.
+    """
+
+    scratch: Path
+    fingerprint: str
+    keep: bool = False
 
 
 class CheckpointFolder:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import pandas as pd
 import torch
+from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from almrr_pipeline.config import TrainSettings
@@ -14,7 +14,7 @@ from almrr_pipeline.model.almrr import ALMRR
 from almrr_pipeline.synthesis.synthetic_set import SyntheticSet
 from almrr_pipeline.training import checkpoints
 from almrr_pipeline.training.callbacks import History, OnMetrics, ValidationSelection
-from almrr_pipeline.training.checkpoints import CheckpointFolder
+from almrr_pipeline.training.checkpoints import CheckpointFolder, Resuming
 from almrr_pipeline.training.data import (
     Batch,
     build_loader,
@@ -51,12 +51,10 @@ def fit(
     synthetic_set: SyntheticSet,
     settings: TrainSettings,
     *,
-    scratch: Path,
-    fingerprint: str,
+    resuming: Resuming,
     seed: int,
     specimens: Mapping[str, str] | None = None,
     on_metrics: OnMetrics | None = None,
-    keep_checkpoints: bool = False,
 ) -> pd.DataFrame | None:
     """Train a model in place; it ends in evaluation mode on the CPU.
 
@@ -70,16 +68,13 @@ def fit(
         synthetic_set: simulated anomalies at the model's image size. No test image can take part.
         settings: the `train` section; where `steps_per_image` is set, the steps follow the number
             of the set's normal images.
-        scratch: folder for checkpoints; no output of DVC, and shared by all nodes.
-        fingerprint: of data and code (see `checkpoints.fingerprint`); together with the model's and
-            the training's settings it selects the checkpoint to resume from.
+        resuming: where checkpoints are, and which of them are this training's.
         seed: of sample order, augmentation, drop path and what is remembered.
         specimens: which specimen a training image shows, by the images' names in the set's
             description, where several show one.
         on_metrics: called by the main process with the step and the values of each row as it is
             made; after resuming, first with the rows made before. On a GPU from another thread, in
             order, so that a slow one does not let the GPU wait; what it raises ends the training.
-        keep_checkpoints: leave the last checkpoint for the caller to remove when the model is safe.
 
     Returns:
         The history, a row for every `log_every` steps: step, loss, reconstruction and refinement
@@ -93,34 +88,22 @@ def fit(
     """
     check_synthetic_set(synthetic_set, image_size=model.image_size)
     settings = settings.for_images(len(synthetic_set.normals))
-    folder = CheckpointFolder(scratch, _describe(model, synthetic_set, settings, fingerprint, seed))
+    key = _describe(model, synthetic_set, settings, resuming.fingerprint, seed)
+    folder = CheckpointFolder(resuming.scratch, key)
+    owners = number_owners(synthetic_set, specimens or {})
     with training_environment(model, settings) as (fabric, stop), folder:
         history = History(settings, fabric, on_metrics)
         selection = ValidationSelection(synthetic_set, settings, fabric, history)
         optimizer = build_optimizer(model, settings)
-        recall = None
-        if settings.feature_cache_gb > 0 and fabric.device.type == "cpu":
-            limit = settings.feature_cache_gb * 1e9 / fabric.world_size
-            preferred = 8 * len(synthetic_set.normals)
-            recall = FeatureCache(model.backbone, scratch, limit=limit, preferred=preferred)
-        owners = number_owners(synthetic_set, specimens or {})
+        recall = _open_cache(model, synthetic_set, settings, resuming, fabric)
         training_step = TrainingStep(model, settings, recall, owners.to(fabric.device))
         forward, optimizer = fabric.setup(training_step, optimizer)
         parts = {"model": model, "optimizer": optimizer, "scaler": fabric.strategy.precision}
         parts |= {"history": history, "selection": selection}
         newest = fabric.broadcast(folder.newest() if fabric.is_global_zero else None)
         first = folder.restore(newest, parts) if newest else 0
-        if first == 0 and model.settings.standardize:
-            normals = sample_normals(synthetic_set.normals, STANDARDIZATION_IMAGES)
-            model.fit_standardization(images.to(fabric.device) for images in normals)
-        if first == 0 and model.memory is not None:
-            count = min(len(owners), MEMORY_IMAGES)
-            drawn = draw_normals(synthetic_set, owners, settings, count=count, seed=seed)
-            batches = (fabric.to_device(batch) for batch in drawn)
-            model.fill_memory(batches, images=count, seed=seed)
-            if model.memory.exponent:
-                unseen = sample_normals(synthetic_set.validation_normals, MEMORY_IMAGES)
-                model.fit_evidence(images.to(fabric.device) for images in unseen)
+        if first == 0:
+            _show_normals(model, synthetic_set, settings, owners, fabric, seed=seed)
         history.report_again()
         loader = build_loader(synthetic_set, settings, fabric, seed=seed, first=first)
         with history.show_progress(done=first) as advance:
@@ -151,7 +134,7 @@ def fit(
         selection.restore_best(model)
     if not fabric.is_global_zero:
         return None
-    if not keep_checkpoints:
+    if not resuming.keep:
         folder.remove()
     return history.frame()
 
@@ -190,6 +173,44 @@ class TrainingStep(nn.Module):
             owners = self._owners[batch["sources"]]
         output = self._forward(normal, augmented, embedded, owners)
         return compute_losses(output, batch["mask"], self._settings)
+
+
+def _open_cache(
+    model: ALMRR,
+    synthetic_set: SyntheticSet,
+    settings: TrainSettings,
+    resuming: Resuming,
+    fabric: Fabric,
+) -> FeatureCache | None:
+    """Where the frozen backbone's maps are kept; None on a GPU, and where none are to be kept."""
+    if settings.feature_cache_gb <= 0 or fabric.device.type != "cpu":
+        return None
+    limit = settings.feature_cache_gb * 1e9 / fabric.world_size
+    preferred = 8 * len(synthetic_set.normals)  # each in eight flips and turns
+    return FeatureCache(model.backbone, resuming.scratch, limit=limit, preferred=preferred)
+
+
+def _show_normals(
+    model: ALMRR,
+    synthetic_set: SyntheticSet,
+    settings: TrainSettings,
+    owners: Tensor,
+    fabric: Fabric,
+    *,
+    seed: int,
+) -> None:
+    """Give the model what it takes from normal images before the first step."""
+    if model.settings.standardize:
+        normals = sample_normals(synthetic_set.normals, STANDARDIZATION_IMAGES)
+        model.fit_standardization(images.to(fabric.device) for images in normals)
+    if model.memory is None:
+        return
+    count = min(len(owners), MEMORY_IMAGES)
+    drawn = draw_normals(synthetic_set, owners, settings, count=count, seed=seed)
+    model.fill_memory((fabric.to_device(batch) for batch in drawn), images=count, seed=seed)
+    if model.memory.exponent:
+        unseen = sample_normals(synthetic_set.validation_normals, MEMORY_IMAGES)
+        model.fit_evidence(images.to(fabric.device) for images in unseen)
 
 
 def _describe(
