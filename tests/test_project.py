@@ -81,7 +81,8 @@ class Project:
         self.environment = {
             **os.environ,
             "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
-            "PYTHONPATH": str(folder / "src"),
+            "PYTHONPATH": f"{folder / 'src'}{os.pathsep}{Path(__file__).with_name('sockets')}",
+            "SOCKET_LOG": str(folder.parent / "sockets.log"),
             "DVC_NO_ANALYTICS": "1",
             "MLFLOW_DISABLE_TELEMETRY": "true",
             "GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@b",
@@ -301,10 +302,27 @@ def test_a_colleague_pulls_model_and_metrics_without_training(
     built.ran |= clone.ran
 
 
-def test_kedro_runs_a_pipeline_by_either_name(built: Project) -> None:
+def test_no_stage_but_fetch_reaches_for_another_machine(built: Project) -> None:
+    """By what Python's own sockets do; libraries in C++ (gloo, CUDA) open theirs unseen."""
+    reach = "import socket; socket.socket(type=socket.SOCK_DGRAM).connect(('192.0.2.1', 9))"
+    stage = "-c", f"'kedro run --pipelines none'; {reach}"
+    built.run(sys.executable, *stage)
+    noted = (built.folder.parent / "sockets.log").read_text().splitlines()
+    stages = [line for line in noted if "kedro run" in line or "stage_settings" in line]
+    assert [line for line in stages if "--pipelines fetch" not in line] == stages[-1:]
+    assert "none" in stages[-1]  # so the others would be there too
+
+
+def test_kedro_runs_a_pipeline_by_either_name(
+    built: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = built.metrics()
     built.run("kedro", "run", "--pipelines", "evaluate", "--namespaces", "sample_brick.seed_0")
-    built.run("kedro", "run", "--pipelines", "evaluate")
+    monkeypatch.setitem(built.environment, "MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    printed = built.run("kedro", "run", "--pipelines", "evaluate")
+    assert "MLflow at http://127.0.0.1:9 takes nothing now" in " ".join(printed.split())
+    assert "Traceback" not in printed
+    monkeypatch.undo()
     built.run("kedro", "run", "--pipeline", "evaluate", "--namespaces", "sample_grass.seed_0")
     assert built.metrics() == before
 
