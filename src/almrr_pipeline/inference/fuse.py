@@ -318,7 +318,7 @@ class SubPixelConvolution(nn.Module):
                 self.register_buffer(f"weight{i}{j}", phase)
 
     def forward(self, x: Tensor) -> list[list[Tensor]]:
-        """(B, inputs, n, m) -> the output's rows 2 y + i and columns 2 x + j as [i][j].
+        """(B, inputs, n, m) -> the output's rows 2 y + i and columns 2 x + j as `phases[i][j]`.
 
         Each is (B, outputs, n - i, m - j); `interleave` makes one map of them.
         """
