@@ -68,24 +68,7 @@ def train_surface(
     if restore_after_kill(project):
         yield "params.yaml and conf/ are as before the run that was killed."
     known = own.find_surface(project, category)
-    if folder is None and known is None:
-        raise AlmrrError(f"{name} is not known yet; name the folder of its images too.")
-    overrides = own.parse_assignments(assignments)
-    backbone: dict[str, Any] | None = None
-    path = known.path if known is not None else ""
-    if folder is not None:
-        path = own.relative_path(project, folder)
-    if budget is None and known is None:
-        budget = budgets.DEFAULT
-    if budget is not None:
-        sections = budgets.read_budget(project, budget)
-        backbone = sections.pop("backbone", None)
-        if "image_size" not in overrides.get("data", {}):
-            budgets.suit_input(sections, project / path)
-        overrides = merge_values(sections, overrides)
-    if known is not None:
-        overrides = merge_values(dict(known.overrides), overrides)
-    surface = own.Surface(category.removeprefix(PREFIX), path, overrides)
+    surface, backbone = _compose(project, name, folder, assignments, budget, known)
     changes = own.list_changes(known, surface) if known is not None else []
     if changes and not change:
         raise AlmrrError(
@@ -113,6 +96,40 @@ def train_surface(
     yield from describe_result(project, parameters, category)
     yield from make_report(project)
     yield _to_commit(project)
+
+
+def _compose(
+    project: Path,
+    name: str,
+    folder: Path | None,
+    assignments: Sequence[str],
+    budget: str | None,
+    known: own.Surface | None,
+) -> tuple[own.Surface, dict[str, Any] | None]:
+    """The surface that is asked for, and its budget's backbone section, if it takes a budget.
+
+    Assignments win over the budget, and the budget over what is known.
+    """
+    if folder is not None:
+        path = own.relative_path(project, folder)
+    elif known is not None:
+        path = known.path
+    else:
+        raise AlmrrError(f"{name} is not known yet; name the folder of its images too.")
+    overrides = own.parse_assignments(assignments)
+    if budget is None and known is None:
+        budget = budgets.DEFAULT
+    backbone: dict[str, Any] | None = None
+    if budget is not None:
+        sections = budgets.read_budget(project, budget)
+        backbone = sections.pop("backbone", None)
+        if "image_size" not in overrides.get("data", {}):
+            budgets.suit_input(sections, project / path)
+        overrides = merge_values(sections, overrides)
+    if known is not None:
+        overrides = merge_values(dict(known.overrides), overrides)
+    plain = own.category_of(name).removeprefix(PREFIX)
+    return own.Surface(plain, path, overrides), backbone
 
 
 def evaluate_surface(project: Path, name: str) -> Iterator[str]:

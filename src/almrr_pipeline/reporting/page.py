@@ -81,18 +81,8 @@ def render_report(report: Report) -> str:
     first_metrics = {name: first.metrics for name, first in categories.items()}
     commit = re.fullmatch(r"([0-9a-f]{7,64})(.*)", report.commit or "", re.DOTALL)
     names = tables.list_metrics(metrics.values())
-    loaded = _environment().loader
-    assert loaded is not None
-    script, _, _ = loaded.get_source(_environment(), "report.js")
-    seeds = {
-        name: min(run.seed for run in runs.values() if run.category == name) for name in categories
-    }
-    galleries = {
-        label: run.gallery
-        for label, run in runs.items()
-        if run.gallery and run.seed == seeds[run.category]
-    }
-    shown = split_budget(galleries)
+    script = _read_script()
+    shown = split_budget(_first_galleries(runs))
     template = _environment().get_template("report.html.j2")
     return template.render(
         title=report.parameters.report.title or name_surfaces(list(categories)),
@@ -129,6 +119,24 @@ def render_report(report: Report) -> str:
         commit=commit and commit[1],
         is_changed=bool(commit and commit[2]),
     )
+
+
+def _read_script() -> str:
+    loader = _environment().loader
+    assert loader is not None
+    return loader.get_source(_environment(), "report.js")[0]
+
+
+def _first_galleries(runs: Mapping[str, CategoryReport]) -> dict[str, Gallery]:
+    """Of each category the gallery of its first seed, by label."""
+    seeds: dict[str, int] = {}
+    for run in runs.values():
+        seeds[run.category] = min(run.seed, seeds.get(run.category, run.seed))
+    return {
+        label: run.gallery
+        for label, run in runs.items()
+        if run.gallery and run.seed == seeds[run.category]
+    }
 
 
 def name_surfaces(categories: Sequence[str]) -> str:
