@@ -5,19 +5,22 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.config import ScaleSettings
+from almrr_pipeline.config import ScaleSettings, load_parameters
+from almrr_pipeline.kedro_support.engines import ray_engine
 from almrr_pipeline.scale.cluster import (
     Share,
     check_machines,
     check_share,
     connected,
     own_versions,
+    prepare,
     share_of,
 )
 
@@ -72,12 +75,42 @@ def test_another_version_of_a_package(cluster: Cluster, ray: Any, tmp_path: Path
         cluster.remove_node(node)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
-def test_a_folder_that_other_machines_do_not_see(ray: Any, tmp_path: Path) -> None:
+@pytest.fixture
+def own_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder by a name that only this process knows."""
+    (tmp_path / "disk").mkdir()
     opened = os.open(tmp_path, os.O_RDONLY)
-    own = Path(f"/proc/self/fd/{opened}")  # this process's own name of the folder
-    try:
-        with pytest.raises(AlmrrError, match=f"does not see {own} of this machine"):
-            check_machines(ray, own, packages={})
-    finally:
-        os.close(opened)
+    yield Path(f"/proc/self/fd/{opened}/disk")
+    os.close(opened)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_a_folder_that_other_machines_do_not_see(ray: Any, own_disk: Path) -> None:
+    with pytest.raises(AlmrrError, match=f"does not see {own_disk} of this machine"):
+        check_machines(ray, own_disk, packages={})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_data_or_scratch_on_a_disk_that_other_machines_do_not_see(
+    ray: Any, own_disk: Path, tmp_path: Path
+) -> None:
+    for name in ("data", ".almrr"):
+        folder = tmp_path / "project" / name
+        folder.parent.mkdir(exist_ok=True)
+        folder.symlink_to(own_disk)
+        with pytest.raises(AlmrrError, match=f"does not see {folder} of this machine"):
+            prepare(ray, folder.parent, ScaleSettings())
+        folder.unlink()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_only_a_fetch_needs_photographs_that_other_machines_do_not_see(
+    ray: Any, own_disk: Path, project: Path, tmp_path: Path
+) -> None:
+    paths = {"folder_a": str(own_disk), "folder_b": "https://localhost/b.zip"}
+    parameters = load_parameters(project / "params.yaml")
+    data = parameters.data.model_copy(update={"paths": paths})
+    with ray_engine(tmp_path, parameters.model_copy(update={"data": data})) as run_commands:
+        with pytest.raises(AlmrrError, match=f"does not see {own_disk} of this machine"):
+            run_commands("fetch@folder_a", ["true"])
+        run_commands("train@folder_a-0", ["true"]).result()

@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import TypeAlias
 
 from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.config import ScaleSettings
+from almrr_pipeline.config import Parameters
 from almrr_pipeline.kedro_support.worker import limit_threads, run_commands
 from almrr_pipeline.scale.cluster import (
     check_machines,
-    check_share,
     connected,
-    own_versions,
     passed_environment,
-    share_of,
+    prepare,
+    sources_of,
 )
 
 logger = logging.getLogger(__name__)
@@ -29,6 +28,8 @@ Engine: TypeAlias = Callable[[str, Sequence[str]], Future[None]]
 """Takes a stage's name and commands, and begins to run them."""
 _ON_GPU = ("train", "evaluate", "baseline")
 """Stages that use a GPU where there is one."""
+_FROM_SOURCES = ("settings", "fetch", "shared")
+"""Stages that look at what images are fetched from."""
 
 
 @contextmanager
@@ -51,7 +52,7 @@ def process_engine(project: Path, *, jobs: int) -> Iterator[Engine]:
 
 
 @contextmanager
-def ray_engine(project: Path, settings: ScaleSettings) -> Iterator[Engine]:
+def ray_engine(project: Path, parameters: Parameters) -> Iterator[Engine]:
     """Run as tasks of a Ray cluster, which see the project's folder.
 
     A task whose process or machine dies is run again; a training goes on from its checkpoint.
@@ -60,18 +61,19 @@ def ray_engine(project: Path, settings: ScaleSettings) -> Iterator[Engine]:
         AlmrrError: see `almrr_pipeline.scale.cluster`.
     """
     with connected() as ray:
-        share = share_of(settings, ray)
-        check_share(share, ray, wait=settings.wait)
-        check_machines(ray, project, packages=own_versions())
+        share = prepare(ray, project, parameters.scale)
+        sources = sources_of(parameters.anchored(project).data)
         task = ray.remote(run_commands)
 
         def submit(stage: str, commands: Sequence[str]) -> Future[None]:
+            if sources and stage.partition("@")[0] in _FROM_SOURCES:
+                check_machines(ray, None, packages={}, files=sources)
             uses_gpu = stage.partition("@")[0] in _ON_GPU
             asked = task.options(
                 name=stage,
                 num_cpus=share.cpus,
                 num_gpus=share.gpus if uses_gpu else 0,
-                max_retries=settings.retries,
+                max_retries=parameters.scale.retries,
             )
             future: Future[None] = asked.remote(
                 stage, commands, project, passed_environment()

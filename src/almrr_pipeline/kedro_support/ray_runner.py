@@ -25,11 +25,10 @@ from almrr_pipeline.kedro_support.hooks import ProjectHook
 from almrr_pipeline.kedro_support.worker import working_for
 from almrr_pipeline.scale.cluster import (
     check_machines,
-    check_share,
     connected,
-    own_versions,
     passed_environment,
-    share_of,
+    prepare,
+    sources_of,
 )
 from almrr_pipeline.scale.side_by_side import run_side_by_side
 
@@ -87,9 +86,10 @@ class RayRunner(AbstractRunner):
         settings, context = project.parameters.scale, project.context
         tracking = find_tracking(hook_manager)
         with connected() as ray:
-            share = share_of(settings, ray)
-            check_share(share, ray, wait=settings.wait)
-            check_machines(ray, Path(context.project_path), packages=own_versions())
+            share = prepare(ray, Path(context.project_path), settings)
+            if any("fetch" in node.tags for node in pipeline.nodes):
+                sources = sources_of(project.parameters.data)
+                check_machines(ray, None, packages={}, files=sources)
             task = ray.remote(run_work)
             asked = {"num_cpus": share.cpus, "num_gpus": share.gpus}
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.config import ScaleSettings
+from almrr_pipeline.config import DataSettings, ScaleSettings
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +106,21 @@ def _unreachable(address: str, reason: str) -> AlmrrError:
         f"There is no Ray cluster at RAY_ADDRESS {address} ({reason}); start one with `ray start "
         "--head`, correct the address, or unset RAY_ADDRESS to use this machine alone."
     )
+
+
+def prepare(ray: Any, project: Path, settings: ScaleSettings) -> Share:  # noqa: ANN401
+    """What a task asks for; AlmrrError unless all machines can do a project's tasks."""
+    share = share_of(settings, ray)
+    check_share(share, ray, wait=settings.wait)
+    linked = [folder for name in ("data", ".almrr") if (folder := project / name).exists()]
+    check_machines(ray, project, packages=own_versions(), files=linked)
+    return share
+
+
+def sources_of(data: DataSettings) -> list[Path]:
+    """Local folders and archives that images are fetched from, as far as they exist here."""
+    named = (Path(name).expanduser() for name in (*data.paths.values(), data.mirror) if name)
+    return [path for path in named if path.exists()]
 
 
 def share_of(settings: ScaleSettings, ray: Any) -> Share:  # noqa: ANN401
