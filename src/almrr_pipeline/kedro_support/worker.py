@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,15 @@ LOGS = Path(".almrr", "logs")
 def limit_threads(threads: int) -> None:
     """Let torch use so many threads in this process, which has not imported it yet."""
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+
+
+def import_libraries() -> None:
+    """Import what takes seconds, before a stage needs it; MLflow as `hooks` does."""
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    with warnings.catch_warnings(record=True):
+        import almrr_pipeline.kedro_support.command
+        import almrr_pipeline.kedro_support.mlflow_hook
+        import almrr_pipeline.training.train  # noqa: F401
 
 
 def run_commands(
