@@ -8,14 +8,17 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.kedro_support.engines import Engine, process_engine
-from almrr_pipeline.kedro_support.repro import Outcome, reproduce
+from almrr_pipeline.kedro_support.follow import LogFollower
+from almrr_pipeline.kedro_support.repro import MEMORY, Outcome, choose_jobs, reproduce
 
 STAGES = """\
 stages:
@@ -122,3 +125,43 @@ def test_a_target_that_does_not_exist_is_named(engine_and_project: tuple[Engine,
     engine, folder = engine_and_project
     with pytest.raises(AlmrrError, match="train@z"):
         run(engine, folder, "train@z")
+
+
+def test_log_lines_are_passed_on_with_the_stage_and_a_failure_is_noted(
+    engine_and_project: tuple[Engine, Path], tmp_path: Path
+) -> None:
+    engine, folder = engine_and_project
+    said: list[str] = []
+    with LogFollower(folder, said.append) as following:
+        log = folder / ".almrr/logs/train@a.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text("12:00:00 INFO    of an earlier run\n")
+        following.begin("train@a")
+        with log.open("a") as file:
+            file.write("12:00:01 INFO    step 1\nTraceback\n12:00:02 WARNING slow\n12:00:03 IN")
+        following.end("train@a")
+    assert [line[9:] for line in said] == ["train@a: step 1", "train@a: WARNING: slow"]
+    log.unlink()
+    said.clear()
+    (folder / "fail_b").touch()
+    run(engine, folder, "train@b", force=True, report=said.append)
+    (folder / "fail_b").unlink()
+    assert [line[9:] for line in said][-2:] == [
+        "train@b: started, see .almrr/logs/train@b.log",
+        "train@b: failed",
+    ]
+
+
+def test_jobs_follow_cores_memory_and_what_there_is_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    free = 100 * MEMORY
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    monkeypatch.setattr(Path, "glob", lambda _folder, _pattern: iter(()))  # no GPU
+    assert (choose_jobs(3), choose_jobs(9)) == (3, 4)
+    free = 2.5 * MEMORY
+    assert choose_jobs(9) == 2
+    free = 0
+    assert choose_jobs(9) == 1
+    monkeypatch.setattr(Path, "glob", lambda _folder, _pattern: iter([Path("/dev/nvidia0")]))
+    free = 100 * MEMORY
+    assert choose_jobs(9) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from typing import TypeAlias
 
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.config import Parameters
-from almrr_pipeline.kedro_support.worker import limit_threads, run_commands
+from almrr_pipeline.kedro_support.worker import import_libraries, limit_threads, run_commands
 from almrr_pipeline.scale.cluster import (
     check_machines,
     connected,
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 Engine: TypeAlias = Callable[[str, Sequence[str]], Future[None]]
 """Takes a stage's name and commands, and begins to run them."""
+_OURS = re.compile(r"kedro run|python -m almrr_pipeline")
+"""Commands for which a process imports torch, Kedro and MLflow."""
 _ON_GPU = ("train", "evaluate", "baseline")
 """Stages that use a GPU where there is one."""
 _FROM_SOURCES = ("settings", "fetch", "shared")
@@ -36,13 +39,22 @@ _FROM_SOURCES = ("settings", "fetch", "shared")
 def process_engine(project: Path, *, jobs: int) -> Iterator[Engine]:
     """Run in `jobs` processes that stay, and share this machine's cores.
 
+    All start at the first stage of this package, and import while it runs, on which others wait.
     If the block raises they get SIGTERM, at which a training writes a checkpoint.
     """
     threads = max(1, (os.cpu_count() or 1) // jobs)
     spawn = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
     pool = ProcessPoolExecutor(jobs, spawn, limit_threads, (threads,))
+
+    def submit(stage: str, commands: Sequence[str]) -> Future[None]:
+        future = pool.submit(run_commands, stage, commands, project, {})
+        if not begun and any(_OURS.match(command) for command in commands):
+            begun.extend(pool.submit(import_libraries) for _ in range(jobs))
+        return future
+
+    begun: list[Future[None]] = []
     try:
-        yield lambda stage, commands: pool.submit(run_commands, stage, commands, project, {})
+        yield submit
     except BaseException:
         for child in multiprocessing.active_children():
             child.terminate()

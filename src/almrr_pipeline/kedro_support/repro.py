@@ -8,12 +8,12 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack, chdir, contextmanager
+from contextlib import ExitStack, chdir, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import monotonic
 from typing import Any, Literal
 
+import psutil  # type: ignore[import-untyped]
 from dvc.exceptions import DvcException
 from dvc.repo import Repo, lock_repo
 from dvc.repo.reproduce import collect_stages, get_active_graph, plan_repro
@@ -24,10 +24,14 @@ from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.config import load_parameters
 from almrr_pipeline.kedro_support.config_loader import project_root
 from almrr_pipeline.kedro_support.engines import Engine, explain, process_engine, ray_engine
+from almrr_pipeline.kedro_support.follow import LogFollower
 from almrr_pipeline.kedro_support.worker import LOGS
 from almrr_pipeline.scale.side_by_side import run_side_by_side
 
 logger = logging.getLogger(__name__)
+
+MEMORY = 3e9
+"""Bytes of free memory for each process; the sample suite's trainings take half of them."""
 
 
 @dataclass
@@ -60,15 +64,17 @@ def reproduce(
         targets: stages, as for `dvc repro`, which bring those that they need; none for all.
         most: stages that may run at once; None leaves it to the engine.
         force: run all, stale or not.
-        report: takes a line at the beginning and the end of each stage.
+        report: takes lines: the beginning and the end of each stage, and what it logs.
 
     Raises:
         AlmrrError: there is no DVC project, or a target is none of its stages.
     """
     logging.getLogger("dvc").setLevel(logging.WARNING)  # one line for each write of dvc.lock
     try:
-        with chdir(project), Repo(str(project)) as repo:  # DVC takes targets from there
-            return _Reproduction(repo, engine, report, force=force).run(targets, most)
+        following = LogFollower(project, report)
+        # DVC takes targets from the working directory.
+        with chdir(project), Repo(str(project)) as repo, following:
+            return _Reproduction(repo, engine, following, force=force).run(targets, most)
     except DvcException as error:
         raise AlmrrError(f"DVC: {error}.") from error
 
@@ -85,7 +91,7 @@ def reproduce_project(
 
     Args:
         targets: stages; none for all.
-        jobs: processes; None for one a core, at most one a category and seed.
+        jobs: processes; None for `choose_jobs`.
         engine: where the stages run.
         force: run all, stale or not.
         report: takes lines of text.
@@ -96,9 +102,11 @@ def reproduce_project(
     project = project_root()
     parameters = load_parameters(project / "params.yaml")
     runs = len(parameters.categories) * len(parameters.seeds)
-    jobs = jobs or min(os.cpu_count() or 1, runs)
+    jobs = jobs or choose_jobs(runs)
     chosen = (
-        ray_engine(project, parameters) if engine == "ray" else process_engine(project, jobs=jobs)
+        ray_engine(project, parameters.scale)
+        if engine == "ray"
+        else process_engine(project, jobs=jobs)
     )
     most = None if engine == "ray" else jobs
     with _ending_at_sigterm(), chosen as run_commands:
@@ -113,6 +121,19 @@ def reproduce_project(
         raise AlmrrError("\n  ".join([heading, *lines]))
 
 
+def choose_jobs(runs: int) -> int:
+    """Processes for so many categories and seeds, by the cores, the free memory and the GPUs.
+
+    At most one on each GPU, whose memory they would share.
+    """
+    free = psutil.virtual_memory().available
+    with suppress(OSError, ValueError):  # no such file, or "max"
+        free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))  # of a container
+    fitting = int(free / MEMORY)
+    gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    return max(1, min(os.cpu_count() or 1, runs, fitting, gpus or runs))
+
+
 @contextmanager
 def _ending_at_sigterm() -> Iterator[None]:
     """Let SIGTERM end the block as an exception does, so that processes are ended too."""
@@ -124,13 +145,10 @@ def _ending_at_sigterm() -> Iterator[None]:
 
 
 class _Reproduction:
-    def __init__(
-        self, repo: Repo, engine: Engine, report: Callable[[str], None], *, force: bool
-    ) -> None:
-        self._repo, self._engine, self._report, self._force = repo, engine, report, force
+    def __init__(self, repo: Repo, engine: Engine, following: LogFollower, *, force: bool) -> None:
+        self._repo, self._engine, self._following, self._force = repo, engine, following, force
         self._stages: dict[str, Any] = {}
         self._locks: dict[str, ExitStack] = {}
-        self._begun: dict[str, float] = {}
         self._outcome = Outcome()
 
     def run(self, targets: Sequence[str], most: int | None) -> Outcome:
@@ -178,22 +196,30 @@ class _Reproduction:
             if not self._force and self._restore(stage):
                 self._record(stage)
                 self._outcome.restored.append(name)
-                self._report(f"{name}: restored from the run cache")
+                self._following.say(name, "restored from the run cache")
                 return None
             stage.save_deps()
         self._locks[name] = self._lock(stage)
-        self._begun[name] = monotonic()
-        self._report(f"{name}: started, see {LOGS / name}.log")
+        self._following.say(name, f"started, see {LOGS / name}.log")
+        self._following.begin(name)
         commands = [stage.cmd] if isinstance(stage.cmd, str) else list(stage.cmd)
-        return self._engine(name, commands)
+        future = self._engine(name, commands)
+        future.add_done_callback(lambda done: self._note_failure(name, done))
+        return future
+
+    def _note_failure(self, name: str, future: Future[None]) -> None:
+        if future.cancelled() or future.exception():
+            self._following.end(name)
+            self._following.say(name, "failed")
 
     def _finish(self, stage: Any) -> None:  # noqa: ANN401
         name = stage.addressing
+        seconds = self._following.end(name)
         self._locks.pop(name).close()
         with lock_repo(self._repo), self._repo.scm_context(quiet=True):
             self._record(stage)
         self._outcome.ran.append(name)
-        self._report(f"{name}: finished after {monotonic() - self._begun[name]:.0f} s")
+        self._following.say(name, f"finished after {seconds:.0f} s")
 
     def _restore(self, stage: Any) -> bool:  # noqa: ANN401
         """Take the outputs of an earlier run with equal inputs, if DVC has kept them."""
