@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -167,17 +170,19 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server.stop()
 
 
-def test_from_a_bucket_and_to_a_bucket(
-    ray: Any, model_folder: Path, images: Path, predictor: Predictor, bucket: str
+def test_from_a_bucket_and_to_a_bucket_with_a_model_that_dvc_pulled_from_it(
+    ray: Any, model_folder: Path, images: Path, predictor: Predictor, bucket: str, tmp_path: Path
 ) -> None:
     import fsspec
+
+    pulled = _push_and_pull(model_folder, bucket, tmp_path)
 
     storage = fsspec.filesystem("s3")
     chosen = sorted(images.iterdir())[:6]
     for path in chosen:
         storage.put_file(str(path), f"{bucket}/photographs/{path.name}")
     source, target = f"{bucket}/photographs", f"{bucket}/results"
-    command = f"predict {model_folder} {source} --output {target} --engine ray --actor-cpus 1"
+    command = f"predict {pulled} {source} --output {target} --engine ray --actor-cpus 1"
     done = CliRunner().invoke(almrr, [*command.split(), "--scan-backend", "torch"])
     assert done.exit_code == 0, done.output
     assert "6 images" in done.output
@@ -190,30 +195,23 @@ def test_from_a_bucket_and_to_a_bucket(
     overlays = storage.find(f"{bucket}/results/overlays")
     assert len(overlays) == len(readable)
     assert storage.cat_file(overlays[0]).startswith(b"\x89PNG")
-    _dvc_pushes_and_pulls(bucket)
 
 
-def _dvc_pushes_and_pulls(bucket: str) -> None:
-    """A file goes through DVC's remote in the bucket and comes back."""
-    import shutil
-    import subprocess
-    import sys
-    import tempfile
+def _push_and_pull(model: Path, bucket: str, folder: Path) -> Path:
+    """Push a model into DVC's remote in the bucket, lose it and DVC's cache, and pull it."""
+    pulled = folder / "model"
+    shutil.copytree(model, pulled)
 
-    with tempfile.TemporaryDirectory() as folder:
+    def dvc(*words: str) -> None:
+        command = [sys.executable, "-m", "dvc", *words, "-q"]
+        environment = {**os.environ, "DVC_NO_ANALYTICS": "1"}
+        subprocess.run(command, cwd=folder, env=environment, check=True)
 
-        def dvc(*words: str) -> None:
-            command = [sys.executable, "-m", "dvc", *words, "-q"]
-            environment = {**os.environ, "DVC_NO_ANALYTICS": "1"}
-            subprocess.run(command, cwd=folder, env=environment, check=True)
-
-        weights = Path(folder, "model.safetensors")
-        weights.write_bytes(bytes(range(256)) * 64)
-        dvc("init", "--no-scm")
-        dvc("add", weights.name)
-        dvc("remote", "add", "--default", "team", f"{bucket}/almrr")
-        dvc("push")
-        weights.unlink()
-        shutil.rmtree(Path(folder, ".dvc/cache"))
-        dvc("pull")
-        assert weights.read_bytes() == bytes(range(256)) * 64
+    dvc("init", "--no-scm")
+    dvc("add", pulled.name)
+    dvc("remote", "add", "--default", "team", f"{bucket}/almrr")
+    dvc("push")
+    shutil.rmtree(pulled)
+    shutil.rmtree(folder / ".dvc/cache")
+    dvc("pull")
+    return pulled
