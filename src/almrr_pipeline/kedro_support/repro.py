@@ -104,9 +104,7 @@ def reproduce_project(
     runs = len(parameters.categories) * len(parameters.seeds)
     jobs = jobs or choose_jobs(runs)
     chosen = (
-        ray_engine(project, parameters.scale)
-        if engine == "ray"
-        else process_engine(project, jobs=jobs)
+        ray_engine(project, parameters) if engine == "ray" else process_engine(project, jobs=jobs)
     )
     most = None if engine == "ray" else jobs
     with _ending_at_sigterm(), chosen as run_commands:
