@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -14,7 +16,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from almrr_pipeline.common.errors import AlmrrError
+from almrr_pipeline.common.errors import AlmrrError, quote
 from almrr_pipeline.common.redaction import redact_address
 
 
@@ -43,6 +45,7 @@ ScanBackend = Literal["auto", "mamba_ssm", "triton", "numba", "torch"]
 Width = Annotated[int, Field(ge=1, le=65_536)]  # of a layer; beyond it, it alone fills memory
 Side = Annotated[int, Field(ge=128, le=8192, multiple_of=16)]  # pixels; stride 4, patches of 4
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+_NAMED = 10  # faults of a file that a message names before it counts the rest
 
 
 class Section(BaseModel):
@@ -398,24 +401,32 @@ def parse_parameters(values: dict[str, Any]) -> Parameters:
     try:
         return Parameters.model_validate(values)
     except ValidationError as error:
-        wrong = "; ".join(map(_sentence, error.errors()))
-        raise AlmrrError(f"params.yaml: {wrong}.") from None
+        raise AlmrrError(f"params.yaml: {_join(map(_sentence, error.errors()))}.") from None
 
 
 def load_parameters(path: Path) -> Parameters:
     """Read and check a params.yaml; AlmrrError if the file is missing or a value is invalid."""
     try:
-        text = path.read_text(encoding="utf-8")
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except FileNotFoundError:
         raise AlmrrError(f"There is no {path}; run from the project's folder.") from None
-    return parse_parameters(yaml.safe_load(text) or {})
+    except Exception as error:  # PyYAML raises nearly anything, such as ValueError for a date
+        message = f"{path} cannot be read ({quote(error)}); correct it."
+        raise AlmrrError(message) from None
+    return parse_parameters(values)
 
 
 def list_faults(error: ValidationError) -> str:
     """The faults of a file that a section was read from, each as `name: reason`."""
-    return "; ".join(
+    return _join(
         f"{'.'.join(map(str, fault['loc'])) or 'file'}: {fault['msg']}" for fault in error.errors()
     )
+
+
+def _join(faults: Iterable[str]) -> str:
+    listed = [quote(fault) for fault in faults]
+    more = [f"and {len(listed) - _NAMED} more"] if len(listed) > _NAMED else []
+    return "; ".join(listed[:_NAMED] + more)
 
 
 def merge_values(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -433,7 +444,7 @@ def _sentence(item: ErrorDetails) -> str:
         return f"{where}: " + (_renamed(where) or "unknown parameter; check its spelling")
     if item["type"] == "value_error":  # raised by our own validators
         return f"{where}: {item['ctx']['error']}" if where else str(item["ctx"]["error"])
-    return f"{where}: {item['msg']} (got {item['input']!r})"
+    return f"{where}: {item['msg']} (got {reprlib.repr(item['input'])})"
 
 
 def _renamed(name: str) -> str | None:

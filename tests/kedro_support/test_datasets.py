@@ -5,14 +5,22 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import pytest
-from kedro.io import DataCatalog
+from kedro.io import DataCatalog, DatasetError
 from kedro.pipeline import Node, Pipeline
 from kedro.runner import SequentialRunner
+from PIL import Image
 
 from almrr_pipeline.common.files import staging_folder
+from almrr_pipeline.datasets.manifest import Item, build_manifest
 from almrr_pipeline.evaluation.maps import AnomalyMaps
-from almrr_pipeline.kedro_support.datasets import ArrayDataset, FolderDataset, StreamedPartitions
+from almrr_pipeline.kedro_support.datasets import (
+    ArrayDataset,
+    FolderDataset,
+    ManifestDataset,
+    StreamedPartitions,
+)
 
 
 def _fill(scratch: Path, text: str) -> Path:
@@ -29,6 +37,23 @@ def _partitions(folder: Path) -> StreamedPartitions:
 
 def _map(value: float) -> npt.NDArray[np.float32]:
     return np.full((2, 3), value, np.float32)
+
+
+def test_a_manifest_is_read_as_it_was_built_and_checked(tmp_path: Path) -> None:
+    path = tmp_path / "NA.png"
+    Image.fromarray(np.arange(96, dtype=np.uint8).reshape(8, 12)).save(path)
+    item = Item(path, None, "train", "normal", "NA")
+    built = build_manifest([item], root=tmp_path, expected=None, strict=False)
+    dataset = ManifestDataset(filepath=str(tmp_path / "manifest.csv"), save_args={"index": False})
+    dataset.save(built)
+    pd.testing.assert_frame_equal(dataset.load(), built, check_dtype=False)
+    dataset.save(built.assign(image="../../etc/passwd"))
+    with pytest.raises(DatasetError) as caught:
+        dataset.load()
+    assert str(caught.value.__cause__) == (
+        f"{tmp_path}/manifest.csv, line 2: image cannot be '../../etc/passwd'; "
+        "fetch the category again."
+    )
 
 
 def test_a_saved_folder_replaces_the_one_before(tmp_path: Path) -> None:

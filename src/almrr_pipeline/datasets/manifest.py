@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from scipy.ndimage import label
 
-from almrr_pipeline.common.errors import AlmrrError
+from almrr_pipeline.common.errors import AlmrrError, quote
 from almrr_pipeline.common.images import (
     ImageFacts,
     Reading,
@@ -39,6 +39,24 @@ logger = logging.getLogger(__name__)
 _OF_ITEM = ("image", "mask", "split", "label", "defect_type", "specimen")
 _OF_VALUES = ("mode", "dtype", "low", "high", "white")
 COLUMNS = (*_OF_ITEM, "width", "height", "sha256", *_OF_VALUES)
+_REQUIRED = (*_OF_ITEM, "width", "height", "sha256")  # older manifests have no `_OF_VALUES`
+_NUMBERS = {"width": "int64", "height": "int64", "low": "float64", "high": "float64"}
+_PLACE = r"(?!/)(?!(.*/)?\.\.(/|$))[^\x00\r\n]"  # below a folder
+_NUMBER = r"[+-]?\d{1,40}(\.\d{0,40})?([eE][+-]?\d{1,2})?"
+_PATTERNS = {
+    "image": rf"{_PLACE}+",
+    "mask": rf"({_PLACE}+)?",
+    "split": "train|validation|test",
+    "label": "normal|defective",
+    "width": r"[1-9]\d{0,8}",
+    "height": r"[1-9]\d{0,8}",
+    "sha256": "[0-9a-f]{64}",
+    "dtype": r"u?int(8|16|32|64)|float(16|32|64)",
+    "low": _NUMBER,
+    "high": _NUMBER,
+    "white": rf"({_NUMBER})?",
+}
+"""What a manifest's values can be."""
 _NAMED = 5  # files that a message names before it counts the rest
 Split = Literal["train", "validation", "test"]
 
@@ -154,6 +172,34 @@ def build_manifest(
     rows = [_row(opened, root) for opened in inspect_items(items, root=root, settings=settings)]
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     return table.sort_values(["split", "image"], ignore_index=True)
+
+
+def read_manifest(path: Path) -> pd.DataFrame:
+    """Read the manifest.csv of a category; "" stands for what a row does not have.
+
+    Raises:
+        AlmrrError: it is missing, no such table, or holds a value that no manifest has; names the
+            first row.
+    """
+    try:
+        table = pd.read_csv(path, keep_default_na=False, dtype=str).fillna("")
+    except FileNotFoundError:
+        raise AlmrrError(f"There is no manifest at {path}; run the stage fetch.") from None
+    except (ValueError, OverflowError, MemoryError, OSError, pd.errors.ParserError) as error:
+        message = f"{path} is no manifest ({quote(error)}); fetch the category again."
+        raise AlmrrError(message) from None
+    missing = [name for name in _REQUIRED if name not in table]
+    if missing or not isinstance(table.index, pd.RangeIndex):  # lines have more values than columns
+        found = f"has no column {missing[0]}" if missing else "has lines of other lengths"
+        raise AlmrrError(f"{path} {found}; fetch the category again.")
+    for name, pattern in _PATTERNS.items():
+        if name in table:
+            wrong = ~table[name].str.fullmatch(pattern)
+            if wrong.any():
+                value, row = table[name][wrong].iloc[0][:60], int(wrong.argmax()) + 2
+                found = f"{path}, line {row}: {name} cannot be {value!r}"
+                raise AlmrrError(f"{found}; fetch the category again.")
+    return table.astype({name: kind for name, kind in _NUMBERS.items() if name in table})
 
 
 def _row(opened: Opened, root: Path) -> tuple[object, ...]:

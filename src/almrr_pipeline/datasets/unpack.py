@@ -8,6 +8,7 @@ decompressor of a tar is opened here too, because tarfile takes a truncated stre
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
 import logging
 import lzma
@@ -23,7 +24,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, NamedTuple, cast
 
-from almrr_pipeline.common.errors import AlmrrError
+from almrr_pipeline.common.errors import AlmrrError, quote
 from almrr_pipeline.common.files import remove_folder, report_disk_errors
 from almrr_pipeline.common.progress import format_amount, track
 
@@ -36,6 +37,8 @@ _COMPRESSIONS = {b"\x1f\x8b": gzip.GzipFile, b"BZh": bz2.BZ2File, b"\xfd7zXZ\x00
 _DECODING = (zipfile.BadZipFile, tarfile.TarError, lzma.LZMAError, zlib.error, struct.error)
 _BROKEN = (*_DECODING, EOFError, RuntimeError, ValueError, OverflowError, MemoryError)
 """What broken archives raise; RuntimeError for encryption and for unknown compressions."""
+_OF_CONTENT = {None, errno.EINVAL, errno.ENAMETOOLONG}
+"""Of an OSError for what an archive holds; gzip and bz2 raise "invalid data" without a number."""
 _WINDOWS = {0, 10, 14}
 """Systems in a zip's headers, by APPNOTE 4.4.2: MS-DOS, NTFS and VFAT."""
 _ADVICE = "nothing was unpacked. Fetch it from a place that you trust"
@@ -106,9 +109,9 @@ def unpack(archive: Path, target: Path, *, limits: Limits | None = None) -> None
             _write_members(archive, partial_target, limits or Limits())
             partial_target.rename(target)
         except (*_BROKEN, OSError) as error:
-            if isinstance(error, OSError) and error.errno is not None:
-                raise  # the disk's; gzip and bz2 raise "invalid data" without a number
-            reason = str(error) or type(error).__name__
+            if isinstance(error, OSError) and error.errno not in _OF_CONTENT:
+                raise  # the disk's
+            reason = quote(error) or type(error).__name__
             message = f"{archive.name} is truncated or broken ({reason}); fetch it again."
             raise AlmrrError(message) from error
         finally:
@@ -129,7 +132,7 @@ def _write_members(archive: Path, folder: Path, limits: Limits) -> None:
                     with place.open("xb") as copy, cast(IO[bytes], member.open()) as content:
                         shutil.copyfileobj(content, copy, _BLOCK)
             except (FileExistsError, NotADirectoryError, IsADirectoryError):
-                found = f"holds {member.name!r} twice, or as a file and a folder"
+                found = f"holds {quote(repr(member.name))} twice, or as a file and a folder"
                 advice = "nothing was unpacked. Pack it again"
                 raise AlmrrError(f"{archive.name} {found}; {advice}.") from None
             advance(1)
@@ -137,17 +140,17 @@ def _write_members(archive: Path, folder: Path, limits: Limits) -> None:
 
 def _place_of(member: _Member, folder: Path, archive: Path) -> Path:
     """Return the path of a member in `folder`; refuses what is outside it on any system."""
-    windows = PureWindowsPath(member.name)
+    windows, named = PureWindowsPath(member.name), quote(repr(member.name))
     parts = PurePosixPath(member.name).parts
     outside = windows.anchor or "\\" in member.name or ".." in parts or parts[:1] == ("/",)
     if outside or (member.is_file and not parts):
-        found = f"holds the path {member.name!r}, which leads out of its folder"
+        found = f"holds the path {named}, which leads out of its folder"
         raise AlmrrError(f"{archive.name} {found}; {_ADVICE}.")
     if not (member.is_folder or member.is_file):
-        found = f"holds {member.name!r}, a link or a device or a sparse file"
+        found = f"holds {named}, a link or a device or a sparse file"
         raise AlmrrError(f"{archive.name} {found}; {_ADVICE}, or pack it again without.")
     if not member.name.isprintable():  # surrogates, for bytes that are not UTF-8, are not either
-        found = f"holds the name {member.name!r}, which is not UTF-8 text"
+        found = f"holds the name {named}, which is not UTF-8 text"
         raise AlmrrError(f"{archive.name} {found}; pack it again.")
     return folder.joinpath(*parts)
 

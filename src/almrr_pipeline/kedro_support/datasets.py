@@ -7,11 +7,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 from kedro.io import AbstractDataset
 from kedro.utils import load_obj
+from kedro_datasets.pandas import CSVDataset  # type: ignore[import-untyped]
 from kedro_datasets.partitions import PartitionedDataset  # type: ignore[import-untyped]
 
 from almrr_pipeline.common.files import move_folder_into_place, write_atomically
+from almrr_pipeline.datasets.manifest import read_manifest
 
 Array = npt.NDArray[Any]
 
@@ -47,6 +50,14 @@ class FolderDataset(AbstractDataset[Path, Any]):
 
     def _describe(self) -> dict[str, Any]:
         return {"filepath": self._path.as_posix(), "holds": self._holds}
+
+
+class ManifestDataset(CSVDataset):  # type: ignore[misc]  # kedro-datasets is not typed
+    """A category's manifest.csv, whose values are checked when it is loaded."""
+
+    def load(self) -> pd.DataFrame:
+        """Read the table; AlmrrError if it is no manifest."""
+        return read_manifest(Path(self._filepath))
 
 
 class ArrayDataset(AbstractDataset[Array, Array]):

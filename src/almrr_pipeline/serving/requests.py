@@ -12,7 +12,7 @@ from werkzeug.formparser import parse_form_data
 
 from almrr_pipeline.common.arrays import ImageArray
 from almrr_pipeline.common.encoded import to_bytes
-from almrr_pipeline.common.errors import AlmrrError
+from almrr_pipeline.common.errors import AlmrrError, quote
 from almrr_pipeline.common.images import Reading, decode_image
 
 EXAMPLE = '{"images": ["<base64 of an image file>"]}'
@@ -33,7 +33,9 @@ class RequestError(AlmrrError):
         return self.sentence
 
 
-def read_images(body: bytes, content_type: str, reading: Reading) -> list[ImageArray]:
+def read_images(
+    body: bytes, content_type: str, reading: Reading, *, most: int = 64, megapixels: float = 200.0
+) -> list[ImageArray]:
     """Decode all images of a body, as uint8 RGB of shape (H, W, 3).
 
     Args:
@@ -41,9 +43,12 @@ def read_images(body: bytes, content_type: str, reading: Reading) -> list[ImageA
             an image file.
         content_type: of the request, with its parameters.
         reading: of the model; with the largest number of megapixels.
+        most: images of a request.
+        megapixels: of all its images together, which a small body can unpack to.
 
     Raises:
-        RequestError: there is no image in it, or one cannot be read; says which.
+        RequestError: there is no image in it, there are too many, or one cannot be read; says
+            which.
     """
     kind = content_type.partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
@@ -53,16 +58,24 @@ def read_images(body: bytes, content_type: str, reading: Reading) -> list[ImageA
     elif kind in {"", "application/octet-stream"} or kind.startswith("image/"):
         files = [body]
     else:
-        raise RequestError(f"The content type {kind!r} is not known; {_ACCEPTED}.", 415)
+        raise RequestError(f"The content type {quote(repr(kind))} is not known; {_ACCEPTED}.", 415)
     if not files or files == [b""]:
         raise RequestError(f"The request holds no image; {_ACCEPTED}.")
-    return [_decode(file, f"Image {position}", reading) for position, file in enumerate(files)]
+    if len(files) > most:
+        raise RequestError(f"The request holds {len(files)} images; send at most {most}.", 413)
+    images: list[ImageArray] = []
+    for position, file in enumerate(files):
+        images.append(_decode(file, f"Image {position}", reading))
+        if sum(image.size for image in images) > 3e6 * megapixels:
+            found = f"The request's images have more than {megapixels:g} megapixels together"
+            raise RequestError(f"{found}; send fewer.", 413)
+    return images
 
 
 def _read_json(body: bytes) -> list[bytes]:
     try:
         values = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise RequestError(f"The body is not JSON; {_ACCEPTED}.") from None
     images = values.get("images") if isinstance(values, dict) else None
     if not isinstance(images, list) or set(values) != {"images"}:

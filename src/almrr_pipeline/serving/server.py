@@ -15,6 +15,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from almrr_pipeline.common.arrays import ImageArray
-from almrr_pipeline.common.errors import AlmrrError
+from almrr_pipeline.common.errors import AlmrrError, quote
 from almrr_pipeline.common.images import encode_map
 from almrr_pipeline.inference.predictor import Prediction, Predictor
 from almrr_pipeline.reporting.overlays import draw_overlay, encode_image
@@ -46,6 +47,7 @@ class Limits:
 
     megabytes: float = 32.0  # of the body
     megapixels: float = 50.0  # of an image, or fewer if the model says so
+    together: float = 200.0  # megapixels of a request's images
     images: int = 64  # of a request
     seconds: float = 30.0  # until the answer
 
@@ -78,11 +80,9 @@ class Service:
         extras = _read_extras(request)
         body = await self._read_body(request)
         content_type = request.headers.get("content-type", "")
-        images = await to_thread.run_sync(read_images, body, content_type, self._reading)
-        if len(images) > self.limits.images:
-            raise RequestError(
-                f"The request holds {len(images)} images; send at most {self.limits.images}.", 413
-            )
+        together = max(self.limits.together, self._reading.max_megapixels)
+        read = partial(read_images, most=self.limits.images, megapixels=together)
+        images = await to_thread.run_sync(read, body, content_type, self._reading)
         futures = [asyncio.wrap_future(self._batcher.submit(image)) for image in images]
         predictions = await asyncio.gather(*futures)
         for prediction in predictions:
@@ -219,9 +219,8 @@ def _read_extras(request: Request) -> frozenset[str]:
     wanted = set()
     for name, value in request.query_params.items():
         if name not in _EXTRAS or value.lower() not in _YES | _NO:
-            raise RequestError(
-                f"{f'{name}={value}'!r} is not known; the parameters are overlay=1 and map=1."
-            )
+            wrong = quote(repr(f"{name}={value}"))
+            raise RequestError(f"{wrong} is not known; the parameters are overlay=1 and map=1.")
         if value.lower() in _YES:
             wanted.add(name)
     return frozenset(wanted)
