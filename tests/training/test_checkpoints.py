@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import socket
 import subprocess
 import sys
@@ -104,6 +105,30 @@ def test_a_checkpoint_of_another_training_is_not_taken(
     other.key = "other parameters"
     save(other, 2)
     assert folder.newest() is None
+
+
+class _Command:
+    """What a pickle would run when it is loaded as code."""
+
+    def __init__(self, mark: Path) -> None:
+        self._mark = mark
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self._mark,)
+
+
+def test_a_checkpoint_that_holds_code_is_not_taken_and_runs_nothing(
+    folder: CheckpointFolder, tmp_path: Path
+) -> None:
+    before, mark = save(folder, 2), tmp_path / "run"
+    planted = folder.path / "step_000000004.ckpt"
+    torch.save({"fingerprint": folder.key, "step": 4, "model": _Command(mark)}, planted)
+    assert folder.newest() == before
+    with pytest.raises(pickle.UnpicklingError):
+        folder.restore(planted, {"model": Weights(0)})
+    assert not mark.exists()
+    torch.load(planted, weights_only=False)
+    assert mark.exists()  # so it would have been
 
 
 def test_a_checkpoint_restores_its_step_and_all_parts(folder: CheckpointFolder) -> None:
