@@ -17,6 +17,7 @@ from kedro.pipeline import Node, Pipeline
 from kedro_datasets.text import TextDataset
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from PIL import Image
 
 from almrr_pipeline.kedro_support.datasets import FolderDataset
 from almrr_pipeline.kedro_support.mlflow_files import bring_home
@@ -48,6 +49,7 @@ class Stage:
             {
                 f"{NAMESPACE}.model": FolderDataset(filepath=str(project / "model")),
                 f"{NAMESPACE}.curves": FolderDataset(filepath=str(project / "curves")),
+                f"{NAMESPACE}.overlays@partitions": FolderDataset(filepath=str(project / "panels")),
                 "report_page": TextDataset(filepath=str(project / "report.html")),
             }
         )
@@ -74,6 +76,9 @@ def tracked(
     shutil.copytree(model_folder, folder / "model")
     (folder / "curves").mkdir()
     (folder / "curves/roc.csv").write_text("fpr,tpr\n")
+    (folder / "panels").mkdir()
+    Image.new("RGB", (40, 20), (200, 0, 0)).save(folder / "panels/01_best.webp")
+    (folder / "panels/examples.csv").write_text("file,caption\n")
     (folder / "report.html").write_text("<html>")
     before = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
     with pytest.MonkeyPatch.context() as environment:
@@ -85,6 +90,7 @@ def tracked(
         evaluate = Stage(folder, "evaluate")
         metrics = {"pixel_auroc": 0.75}
         evaluate.save(sample_brick__seed_0__metrics=metrics, sample_brick__seed_0__curves=None)
+        evaluate.hook.after_dataset_saved(f"{NAMESPACE}.overlays@partitions", None)
         evaluate.end()
         report = Stage(folder, "report", namespace=None)
         report.save(
@@ -147,6 +153,8 @@ def test_page_parameters_and_curves_are_artifacts(client: MlflowClient) -> None:
     assert names == {"params.yaml", "report.html"}
     evaluate = client.list_artifacts(runs["evaluate"].info.run_id, "curves")
     assert [file.path for file in evaluate] == ["curves/roc.csv"]
+    panels = client.list_artifacts(runs["evaluate"].info.run_id, "panels")
+    assert {file.path for file in panels} == {"panels/01_best.png", "panels/examples.csv"}
 
 
 def test_the_model_is_registered_with_its_thresholds(client: MlflowClient, tracked: Path) -> None:
@@ -157,6 +165,9 @@ def test_the_model_is_registered_with_its_thresholds(client: MlflowClient, track
     info = mlflow.models.get_model_info("models:/sample_brick@seed_0")
     assert info.signature.inputs.input_names() == ["image"]
     assert info.saved_input_example_info is not None
+    (logged,) = client.search_logged_models([_runs(client)["train"].info.experiment_id])
+    (named,) = json.loads(logged.tags["mlflow.modelVersions"])  # what its page links to
+    assert (named["name"], str(named["version"])) == ("sample_brick", str(version.version))
     weights = list((tracked / "mlartifacts").rglob("model.safetensors"))
     assert len(weights) == 1  # no second copy
 

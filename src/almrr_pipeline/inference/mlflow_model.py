@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -35,6 +36,7 @@ from mlflow.models.model import ModelInfo
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 
 import almrr_pipeline
 from almrr_pipeline.common.arrays import ImageArray
@@ -198,6 +200,8 @@ def register(
     version = client.create_model_version(
         name, logged.model_uri, run_id, tags, model_id=logged.model_id
     )
+    known_as = json.dumps([{"name": name, "version": version.version}])
+    client.set_logged_model_tags(logged.model_id, {MLFLOW_MODEL_VERSIONS: known_as})  # for its page
     client.set_registered_model_alias(name, alias, version.version)
 
 

@@ -15,6 +15,7 @@ import requests
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
+from PIL import Image
 
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.common.redaction import redact_address
@@ -237,10 +238,13 @@ class Delivery:
             from almrr_pipeline.inference.mlflow_model import register  # brings torch
 
             register(client, path, experiment, remote, name=event["name"], alias=event["alias"])
-        elif path.is_dir():
-            client.log_artifacts(remote, str(path), event["to"] or None)
         else:
-            client.log_artifact(remote, str(path), event["to"] or None)
+            for file in path.iterdir() if path.is_dir() else [path]:
+                if file.suffix == ".webp":  # MLflow's pages do not show these
+                    name = f"{event['to']}/{file.stem}.png"
+                    client.log_image(remote, Image.open(file), artifact_file=name)
+                else:
+                    client.log_artifact(remote, str(file), event["to"] or None)
 
     def _create(self, box: Outbox, event: Event) -> str:
         """Create a run, or find the one that a request without an answer has created."""
