@@ -44,6 +44,13 @@ def test_rgb_is_read_as_it_was_saved(tmp_path: Path, suffix: str) -> None:
     np.testing.assert_array_equal(read_image(path), COLOR)
 
 
+def test_a_drawing_is_not_handed_to_another_program(tmp_path: Path) -> None:
+    path = save(Image.fromarray(COLOR), tmp_path / "a.eps")
+
+    with pytest.raises(AlmrrError, match=r"a\.eps is a drawing, .* save it as PNG\."):
+        read_image(path)
+
+
 def test_gray_is_repeated_three_times(tmp_path: Path) -> None:
     np.testing.assert_array_equal(
         read_image(save(Image.fromarray(GRAY), tmp_path / "a.png")), as_rgb(GRAY)
@@ -170,12 +177,16 @@ def test_exif_orientation_is_turned_upright(tmp_path: Path, suffix: str, orienta
     np.testing.assert_allclose(read_image(path), upright, atol=8)
 
 
-@pytest.mark.parametrize("suffix", ["png", "tif"])
-def test_a_sixteen_bit_image_is_turned_upright_too(tmp_path: Path, suffix: str) -> None:
+@pytest.mark.parametrize(
+    ("suffix", "options"), [("png", {}), ("tif", {}), ("tif", {"compression": "tiff_lzw"})]
+)
+def test_a_sixteen_bit_image_is_turned_upright_too(
+    tmp_path: Path, suffix: str, options: dict[str, str]
+) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     stored = np.ascontiguousarray(np.rot90(GRAY)).astype(np.uint16) * 257
-    path = save(Image.fromarray(stored), tmp_path / f"a.{suffix}", exif=exif)
+    path = save(Image.fromarray(stored), tmp_path / f"a.{suffix}", exif=exif, **options)
 
     np.testing.assert_array_equal(read_image(path), as_rgb(GRAY))
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,6 +41,8 @@ RGB = np.dstack([GRAY] * 3)
 DEEP = GRAY.astype(np.uint16) * 257
 TWELVE = np.rint(GRAY * (4095 / 255)).astype(np.uint16)
 FLOAT = (GRAY / 255).astype(np.float32)
+TURNED = Image.fromarray(RGB[::-1].copy())
+COLORS = np.tile(np.arange(256, dtype=np.uint16) * 257, (3, 1))
 
 
 def _tiff(values: np.ndarray, **options: object) -> Callable[[Path], None]:
@@ -57,6 +61,35 @@ def _planar(values: np.ndarray) -> Callable[[Path], None]:
 def _write(head: str, values: np.ndarray) -> Callable[[Path], object]:
     """Netpbm's formats: a line of text and the values."""
     return lambda path: path.write_bytes(f"{head}\n".encode() + values.tobytes())
+
+
+def _png(bits: int, color: int, values: np.ndarray) -> Callable[[Path], object]:
+    """PNG of 16 bits, which Pillow writes of gray alone; its chunks are few."""
+    rows = values.astype(">u2" if bits == 16 else np.uint8)
+    raw = b"".join(b"\0" + row.tobytes() for row in rows)
+    header = struct.pack(">IIBBBBB", *values.shape[1::-1], bits, color, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(raw)), (b"IEND", b"")]
+    data = b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in chunks
+    )
+    return lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + data)
+
+
+def _pages(path: Path, *pages: np.ndarray, preview: int) -> None:
+    with tifffile.TiffWriter(path) as file:
+        for number, values in enumerate(pages):
+            file.write(values, subfiletype=int(number == preview))
+
+
+def _packed_tiff(values: np.ndarray) -> bytes:
+    """12 bits without gaps, which tifffile does not write."""
+    bits = values[..., None] >> np.arange(11, -1, -1) & 1
+    data = b"".join(np.packbits(row.astype(np.uint8)).tobytes() for row in bits)
+    (rows, columns), place = values.shape, 8 + 2 + 12 * 8 + 4
+    tags = {256: columns, 257: rows, 258: 12, 259: 1, 262: 1, 273: place, 278: rows, 279: len(data)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + data
 
 
 def _over(values: np.ndarray) -> np.ndarray:
@@ -101,6 +134,21 @@ WAYS: dict[str, Callable[[Path], object]] = {
     "16_bits.jp2": _pillow(DEEP),
     "color.tga": _pillow(RGB),
     "jpeg_named.png": _pillow(RGB, format="JPEG", quality=95),
+    "phone.jpg": _pillow(RGB, format="MPO", save_all=True, append_images=[TURNED], quality=95),
+    "16_bits_and_2.png": _png(16, 4, np.dstack([DEEP, DEEP[::-1]])),
+    "thumbnail_first.tif": lambda path: _pages(path, DEEP[::4, ::4], DEEP, preview=0),
+    "8_bits_thumbnail_first.tif": lambda path: _pages(path, GRAY[::4, ::4], GRAY, preview=0),
+    "thumbnail_last.tif": lambda path: _pages(path, DEEP, DEEP[::4, ::4], preview=1),
+    "signed_8_bits.tif": _tiff((GRAY.astype(np.int16) - 128).astype(np.int8)),
+    "signed_16_bits.tif": _tiff(GRAY.astype(np.int16) * 128),
+    "signed_below_0.tif": _tiff((DEEP.astype(np.int32) - 32768).astype(np.int16)),
+    "palette_16_bits_each.tif": _tiff(GRAY, photometric="palette", colormap=COLORS),
+    "cmyk_16_bits.tif": _tiff(np.dstack([65535 - DEEP] * 3 + [DEEP * 0]), photometric="separated"),
+    "12_bits_packed.tif": lambda path: path.write_bytes(_packed_tiff(TWELVE)),
+    "tiles.tif": _tiff(DEEP, tile=(32, 32), bigtiff=True),
+    "opaque_16_bits.tif": _tiff(
+        np.dstack([DEEP] * 3 + [DEEP * 0 + 65535]), photometric="rgb", extrasamples=["assocalpha"]
+    ),
     "12_bits_declared.tif": _tiff(TWELVE, extratags=[(281, 3, 1, 4095, True)]),
 }
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -118,12 +166,30 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "pages.tif": (_tiff(np.stack([GRAY] * 3), photometric="minisblack"), "holds 3 images"),
     "stack.tif": (_tiff(np.stack([GRAY] * 3), imagej=True), "holds 3 images"),
     "animated.webp": (
-        _pillow(RGB, save_all=True, append_images=[Image.fromarray(RGB[::-1].copy())]),
+        _pillow(RGB, save_all=True, append_images=[TURNED]),
         "holds 2 images",
     ),
     "animated.gif": (
-        _pillow(RGB, save_all=True, append_images=[Image.fromarray(RGB[::-1].copy())]),
+        _pillow(RGB, save_all=True, append_images=[TURNED]),
         "holds 2 images",
+    ),
+    "animated.png": (
+        _pillow(RGB, save_all=True, append_images=[TURNED]),
+        "holds 2 images",
+    ),
+    "percent.tif": (_tiff(FLOAT * 100), "holds float32 values from 0 to 100"),
+    "10_bits.tif": (_tiff(GRAY.astype(np.uint16) * 4), "holds uint16 values from 0 to 1020"),
+    "14_bits.tif": (_tiff(GRAY.astype(np.uint16) * 64), "holds uint16 values from 0 to 16320"),
+    "8_in_16_bits.tif": (_tiff(GRAY.astype(np.uint16)), "holds uint16 values from 0 to 255"),
+    "uint64.tif": (_tiff(GRAY.astype(np.uint64) << 56), "holds uint64 values from 0 to 1.8"),
+    "palette_of_16_bits.tif": (
+        _tiff(DEEP, photometric="palette", colormap=np.zeros((3, 65536), np.uint16)),
+        "a palette of 16 bits",
+    ),
+    "preview_alone.tif": (_tiff(DEEP, subfiletype=1), "holds a preview alone"),
+    "multiplied.tif": (
+        _tiff(np.dstack([DEEP] * 4), photometric="rgb", extrasamples=["assocalpha"]),
+        "multiplied by their alpha",
     ),
     "complex.tif": (_tiff(GRAY.astype(np.complex64)), "complex64 values"),
     "not_finite.tif": (_tiff(np.where(GRAY > 250, np.nan, FLOAT)), "not finite"),
@@ -193,20 +259,7 @@ def test_the_models_range_reads_what_is_uncertain_otherwise(
 
 
 def test_16_bit_color_png_keeps_its_low_bits(tmp_path: Path) -> None:
-    # Pillow cannot write one; its chunks are few
-    import struct
-    import zlib
-
-    rows = np.dstack([TWELVE] * 3).astype(">u2")
-    raw = b"".join(b"\0" + row.tobytes() for row in rows)
-    header = struct.pack(">IIBBBBB", 120, 96, 16, 2, 0, 0, 0)
-    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(raw)), (b"IEND", b"")]
-    data = b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        for kind, body in chunks
-    )
-    (tmp_path / "a.png").write_bytes(data)
-
+    _png(16, 2, np.dstack([TWELVE] * 3))(tmp_path / "a.png")
     read = read_image(tmp_path / "a.png", Reading(value_ranges={"uint16": (0, 4095)}))
     np.testing.assert_array_equal(read, RGB)
 
@@ -221,6 +274,9 @@ def test_16_bit_color_png_keeps_its_low_bits(tmp_path: Path) -> None:
         ("uint16", 3, 65535, (0, 65535)),
         ("uint32", 0, 4e9, (0, 2**32 - 1)),
         ("int16", -1024, 3071, (-4096, 4095)),
+        ("int16", -32768, 9, (-32768, 32767)),
+        ("int16", 0, 20000, (0, 32767)),
+        ("int8", -128, 127, (-128, 127)),
         ("float32", 0, 1.004, (0, 1)),
         ("float32", -0.01, 1.0, (0, 1)),
         ("float32", -1.0, 1.0, (-1, 1)),

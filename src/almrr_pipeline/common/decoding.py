@@ -18,14 +18,17 @@ import numpy.typing as npt
 import tifffile
 from PIL import Image, ImageOps
 
-from almrr_pipeline.common.errors import AlmrrError
+from almrr_pipeline.common.errors import AlmrrError, quote
 
 _OPENING = threading.Lock()
 _ORIENTATION = 0x0112  # tag of EXIF and TIFF
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _PNG = b"\x89PNG\r\n\x1a\n"
-_ANIMATED = frozenset({"GIF", "PNG", "WEBP"})  # a JPEG's further frames are previews
+_SINGLE = frozenset({"MPO", "PSD", "TIFF"})
+"""Formats whose first image counts: a phone's JPEG has previews behind it, PSD its layers."""
+_DRAWINGS = frozenset({"EPS", "WMF"})  # Pillow hands them to Ghostscript, or to Windows
 _LOSSY = frozenset({"JPEG", "JPEG2000", "MPO", "WEBP"})
+_ASSOCIATED = 1  # TIFF's extra sample: alpha that colors are multiplied by
 _BLACK_IS_0, _WHITE_IS_0, _RGB, _SEPARATED = 1, 0, 2, 5  # TIFF's photometric interpretations
 _PHOTOMETRIC = {3: "a palette", 6: "YCbCr colors", 8: "CIELAB colors", 32803: "raw sensor values"}
 
@@ -65,7 +68,7 @@ def decode(data: bytes, path: Path, *, max_megapixels: float) -> Stored:
     except _UnreadableError as error:
         raise AlmrrError(f"{path} {error}.") from None
     except Exception as error:  # a damaged file makes decoders raise nearly anything
-        reason = str(error) or type(error).__name__
+        reason = quote(error) or type(error).__name__
         if "cannot identify" in reason:
             reason = "it is not an image"
         message = f"{path} cannot be read as an image ({reason}); replace or remove it."
@@ -77,12 +80,20 @@ class _UnreadableError(Exception):
 
 
 def _decode(data: bytes, max_megapixels: float) -> Stored:
-    if data[:4] in _TIFF and (deep := _decode_deep_tiff(data, max_megapixels)) is not None:
-        return deep
+    number = 0
+    if data[:4] in _TIFF:
+        found = _decode_deep_tiff(data, max_megapixels)
+        if isinstance(found, Stored):
+            return found
+        number = found
     with _open(data) as image:
+        if number:
+            image.seek(number)
         _check_size(image.height, image.width, max_megapixels)
-        if image.format in _ANIMATED:
+        if image.format not in _SINGLE:
             _check_pages(getattr(image, "n_frames", 1))
+        if image.format in _DRAWINGS:
+            raise _UnreadableError("is a drawing, which another program would draw; save it as PNG")
         orientation = image.getexif().get(_ORIENTATION, 1)
         turned, lossy = orientation in range(2, 9), image.format in _LOSSY
         if data.startswith(_PNG) and data[24] == 16 and data[25] != 0:  # depth and color of IHDR
@@ -134,11 +145,13 @@ def _decode_deep_png(data: bytes) -> npt.NDArray[Any]:
     return np.asarray(decoded.permute(1, 2, 0).numpy())
 
 
-def _decode_deep_tiff(data: bytes, max_megapixels: float) -> Stored | None:
-    """Decode a TIFF file of more than 8 bits; None leaves others to Pillow."""
+def _decode_deep_tiff(data: bytes, max_megapixels: float) -> Stored | int:
+    """Decode a TIFF file of more than 8 bits; of others give the number of the page for Pillow."""
     with tifffile.TiffFile(io.BytesIO(data)) as file:
-        pages = [page for page in file.pages if not _is_preview(page)]
-        page = file.pages.first
+        pages = [number for number, page in enumerate(file.pages) if not _is_preview(page)]
+        if not pages:
+            raise _UnreadableError("holds a preview alone; save the image itself as its first page")
+        page = file.pages[pages[0]].aspage()
         virtual = (file.imagej_metadata or {}).get("images", 1)  # pages without a header
         _check_size(page.imagelength, page.imagewidth, max_megapixels)
         _check_pages(max(len(pages), int(virtual)))
@@ -151,7 +164,7 @@ def _decode_deep_tiff(data: bytes, max_megapixels: float) -> Stored | None:
             )
         shallow = page.dtype is not None and page.dtype in (np.dtype(np.uint8), np.dtype(bool))
         if shallow or photometric == _SEPARATED:
-            return None
+            return pages[0]
         if photometric not in (_BLACK_IS_0, _WHITE_IS_0, _RGB):
             kind = _PHOTOMETRIC.get(photometric, f"photometric interpretation {photometric}")
             raise _UnreadableError(f"holds {kind} of {page.bitspersample} bits; save it as RGB")
@@ -159,7 +172,9 @@ def _decode_deep_tiff(data: bytes, max_megapixels: float) -> Stored | None:
             raise _UnreadableError(f"holds {page.dtype} values; save real numbers")
         tag = page.tags.get(_ORIENTATION)
         orientation = int(tag.value) if tag else 1
-        values = _turn(_read_page(page, data), orientation)
+        values = _read_page(page, data, pages[0], orientation)
+        if _ASSOCIATED in page.extrasamples and values[..., -1].min() < _full(values.dtype):
+            raise _UnreadableError("holds colors multiplied by their alpha; save it without alpha")
         return _deep(
             values,
             white_is_0=photometric == _WHITE_IS_0,
@@ -172,11 +187,18 @@ def _is_preview(page: tifffile.TiffPage | tifffile.TiffFrame) -> bool:
     return bool(getattr(page, "is_reduced", False) or getattr(page, "is_mask", False))
 
 
-def _read_page(page: tifffile.TiffPage, data: bytes) -> npt.NDArray[Any]:
-    """The values of a page, shape (H, W) or (H, W, C)."""
+def _full(dtype: np.dtype[Any]) -> float:
+    """What is opaque."""
+    return 1.0 if dtype.kind == "f" else float(np.iinfo(dtype).max)
+
+
+def _read_page(
+    page: tifffile.TiffPage, data: bytes, number: int, orientation: int
+) -> npt.NDArray[Any]:
+    """The values of a page, upright, shape (H, W) or (H, W, C)."""
     try:
         values = np.asarray(page.asarray())
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:
         if "imagecodecs" not in str(error):
             raise
         # libtiff, in Pillow, reads these compressions, but color of 8 bits alone
@@ -186,7 +208,9 @@ def _read_page(page: tifffile.TiffPage, data: bytes) -> npt.NDArray[Any]:
                 f"is deep color compressed by {compression}; save it uncompressed or with Deflate, "
                 "or install imagecodecs"
             ) from None
+        orientation = 1  # Pillow turns TIFF files upright
         with _open(data) as image:
+            image.seek(number)
             values = np.array(image)
         if page.dtype is not None and np.dtype(page.dtype).itemsize == values.dtype.itemsize:
             values = values.view(page.dtype)  # Pillow takes unsigned 32 bits for signed ones
@@ -194,7 +218,7 @@ def _read_page(page: tifffile.TiffPage, data: bytes) -> npt.NDArray[Any]:
         values = np.moveaxis(values, 0, -1)
     if values.ndim not in (2, 3):
         raise _UnreadableError(f"has {values.ndim} dimensions; save each slice as a file")
-    return values
+    return _turn(values, orientation)
 
 
 def _declared_white(page: tifffile.TiffPage, values: npt.NDArray[Any]) -> float | None:

@@ -34,6 +34,7 @@ _DEPTHS = (8, 10, 12, 14, 16, 20, 24, 28, 32)  # of cameras and of number types,
 _STRIP = 512  # rows that are converted at a time
 _TOLERANCE = 0.05  # of a range, by which interpolation and single pixels leave it
 _BEYOND = 0.01  # fraction of values beyond a range that is no longer a few reflections
+_PERCENT = 100 * (1 + _TOLERANCE)  # numbers with a fraction up to it are percent, or dark
 _LITTLE = 1 / 16  # of a range: what 8 bits keep of it is fewer than 16 values
 
 
@@ -307,16 +308,20 @@ def _smallest_range(images: Iterable[ImageFacts]) -> ValueRange | None:
     if len(declared) == len(images) and low >= 0:
         return 0.0, max(declared)
     is_float = images[0].dtype.startswith("float")
-    largest = max(high, -low)
+    largest = max(high, -low if is_float else -low - 1)
     slack = 1 + _TOLERANCE if is_float else 1.0
     negative = low < -_TOLERANCE * largest if is_float else low < 0
     if is_float and largest <= 2:  # 255 cannot be white: all would be black
         return (-1.0, 1.0) if negative else (0.0, 1.0)
     for bits in _DEPTHS:
-        white = 2.0**bits - 1
+        white = min(2.0**bits - 1, _largest(images[0].dtype))
         if largest <= white * slack:
             return (-white - 1, white) if negative else (0.0, white)
     return None
+
+
+def _largest(dtype: str) -> float:
+    return float(np.iinfo(dtype).max) if np.dtype(dtype).kind in "iu" else np.inf
 
 
 def _certain_range(facts: ImageFacts) -> ValueRange | None:
@@ -325,8 +330,10 @@ def _certain_range(facts: ImageFacts) -> ValueRange | None:
     if ends is None or facts.white is not None or facts.high == facts.low == 0:
         return ends
     if facts.dtype.startswith("float"):
+        if ends[1] == 255 and facts.high <= _PERCENT:
+            return None
         return ends if ends[1] in (1.0, 255.0, 65535.0) else None
-    whole = 2.0**facts.bits - 1 if facts.dtype.startswith("u") else 2.0 ** (facts.bits - 1) - 1
+    whole = _largest(facts.dtype)
     # cameras of 14 bits are common, between 14 bits and the 16 of files there are none; files of
     # 32-bit integers hold the values of 16-bit files
     return ends if ends[1] in (65535.0, whole) else None
