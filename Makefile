@@ -1,6 +1,7 @@
 # make run    from a bare clone to data/08_reporting/report.html
 # make test   the whole test suite
 # make drill  faults around the stages, for hours; the table of docs/faults.md
+# make fuzz   damaged files and requests, ten minutes for each kind
 # All make their own .venv; they need Python 3.11 or newer, make, and the package registry.
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: run test check drill clean
+.PHONY: run test check drill fuzz clean
 
 run: $(VENV)/installed
 	dvc repro
@@ -30,6 +31,9 @@ check: $(VENV)/installed
 
 drill: $(VENV)/installed
 	python tests/drills/drill.py --tries 50 --table docs/faults.md
+
+fuzz: $(VENV)/installed
+	FUZZ_SECONDS=$${FUZZ_SECONDS:-600} pytest tests/fuzz
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@command -v git >/dev/null || { echo "git is needed; install it first."; exit 1; }
