@@ -121,7 +121,8 @@ class TrackingHook(MlflowHook):  # type: ignore[misc]  # kedro-mlflow is not typ
         else:
             self.run_id = self._begin(name)
         command = {key: run_params[key] for key in _COMMAND}
-        given = {key: str(value) for key, value in run_params.items() if value}
+        # A runner is an object, whose address in memory would make all runs differ.
+        given = {k: str(value) for k, value in run_params.items() if value and k != "runner"}
         given["kedro_command"] = _generate_kedro_command(**command, pipeline_names=names)
         self._put({"run": self.run_id, "tags": given})
         if not (self._group and is_report):
