@@ -70,7 +70,8 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
         text, target, anchor = match.group(1), match.group(2), match.group(3) or ""
         path = Path(os.path.normpath(folder / target))
         if path.is_relative_to(ROOT / "docs"):
-            return f"[{text}]({path.relative_to(ROOT / 'docs').as_posix()}{anchor})"
+            page_or_file = path.relative_to(ROOT / "docs").as_posix().replace(".ipynb", ".md")
+            return f"[{text}]({page_or_file}{anchor})"
         name = path.relative_to(ROOT).as_posix()
         return f"[{text}]({PAGES[name]}{anchor})" if name in PAGES else f"`{name}`"
 

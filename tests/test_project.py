@@ -76,7 +76,7 @@ class Project:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.ran: set[str] = set()
-        self.log = ""  # of the first `dvc repro`
+        self.log = ""  # of the first run
         binaries = Path(sys.executable).parent
         self.environment = {
             **os.environ,
@@ -143,8 +143,8 @@ def fresh(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 @pytest.fixture(scope="module")
 def built(fresh: Project) -> Project:
-    """The same after `dvc repro`, with its outcome committed."""
-    fresh.log = fresh.run("dvc", "repro")
+    """The same after what `make run` runs, with its outcome committed."""
+    fresh.log = fresh.run("almrr", "repro")
     fresh.run("git", "add", "-A")
     fresh.run("git", "commit", "-qm", "what came of it")
     return fresh
@@ -221,11 +221,11 @@ def test_repro_ends_in_tables_images_and_runs(built: Project) -> None:
     assert (built.folder / "mlflow.db").is_file()
 
 
-def test_a_repro_prints_a_few_plain_lines_for_a_stage(built: Project) -> None:
+def test_a_run_prints_a_few_plain_lines_for_a_stage(built: Project) -> None:
     """The sample suite, of 18 stages and minutes instead of seconds, may print 150 lines."""
     printed = built.log
     lines = [line for line in printed.splitlines() if line]
-    stages = printed.count("Running stage")
+    stages = printed.count(": started, see .almrr/logs/")
     assert stages == 13
     assert len(lines) <= 8 * stages
     assert "\x1b" not in printed
@@ -237,7 +237,7 @@ def test_a_repro_prints_a_few_plain_lines_for_a_stage(built: Project) -> None:
     assert len(pages) == 7  # of train, evaluate, baseline and report
 
 
-def test_a_second_repro_runs_nothing(built: Project) -> None:
+def test_dvc_repro_runs_nothing_after_it(built: Project) -> None:
     printed = built.run("dvc", "repro")
     assert "Running stage" not in printed
     assert "up to date" in built.run("dvc", "status")
@@ -266,7 +266,7 @@ def test_one_stage_of_one_category_and_seed_runs_alone(built: Project) -> None:
 
 
 def test_the_same_commit_gives_the_same_numbers(built: Project) -> None:
-    """From the fetch to the metrics of one category; the other's stages are the same commands."""
+    """From the fetch to the metrics of one category, by DVC's own command and one process each."""
     names = ("06_models/{}/model.safetensors", "08_reporting/categories/{}/metrics.json")
     files = [built.folder / "data" / name.format("sample_brick/seed_0") for name in names]
     before = [file.read_bytes() for file in files]
@@ -365,9 +365,16 @@ def test_kedro_describes_its_catalog(built: Project) -> None:
     )
 
 
-def test_kedro_viz_builds_its_page(built: Project) -> None:
-    built.run("kedro", "viz", "build")
+def test_kedro_viz_shows_layers_and_previews(built: Project) -> None:
+    built.run("kedro", "viz", "build", "--include-previews")
     assert (built.folder / "build/index.html").is_file()
+    graph = json.loads((built.folder / "build/api/main").read_text())
+    assert graph["layers"] == [
+        "raw", "intermediate", "model_input", "models", "model_output", "reporting",
+    ]  # fmt: skip
+    (table,) = (node["id"] for node in graph["nodes"] if node["name"] == "summary_table")
+    preview = json.loads((built.folder / f"build/api/nodes/{table}").read_text())["preview"]
+    assert [row[0] for row in preview["data"]] == ["sample_brick", "sample_grass", "mean"]
     shutil.rmtree(built.folder / "build")
 
 
@@ -402,30 +409,6 @@ def test_images_of_ones_own_are_predicted(built: Project, photographs: Path) -> 
     assert built.run("dvc", "status") == before
 
 
-def test_mlflow_shows_the_runs(built: Project) -> None:
-    command = shlex.split("mlflow ui --backend-store-uri sqlite:///mlflow.db")
-    built.ran.add(shlex.join(command))
-    server = subprocess.Popen(
-        [*command, "--port", "51973", "--workers", "1"], cwd=built.folder, env=built.environment
-    )
-    try:
-        assert _answers("http://127.0.0.1:51973/health")
-    finally:
-        server.terminate()
-        server.wait()
-
-
-def _answers(address: str, seconds: float = 90.0) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        try:
-            with urllib.request.urlopen(address, timeout=5) as answer:
-                return answer.status == 200
-        except OSError:
-            time.sleep(0.5)
-    return False
-
-
 def test_another_seed_is_trained_and_the_first_is_not_trained_again(built: Project) -> None:
     printed = built.run(*shlex.split("dvc exp run -S 'seeds=[0,1]'"))
     assert "Running stage 'train@sample_brick-1'" in printed
@@ -448,8 +431,13 @@ def test_another_seed_is_trained_and_the_first_is_not_trained_again(built: Proje
     assert "sample_grass" not in printed
 
 
-def test_two_experiments_can_be_compared(built: Project) -> None:
-    built.run(*shlex.split("dvc exp run -S train.learning_rate=0.002 --name faster"))
+@pytest.fixture(scope="module")
+def faster(built: Project) -> str:
+    """A second experiment; what its run printed."""
+    return built.run(*shlex.split("dvc exp run -S train.learning_rate=0.002 --name faster"))
+
+
+def test_two_experiments_can_be_compared(built: Project, faster: str) -> None:
     assert (
         yaml.safe_load((built.folder / "params.yaml").read_text())["train"]["learning_rate"]
         == 0.002
@@ -461,6 +449,55 @@ def test_two_experiments_can_be_compared(built: Project) -> None:
     assert max(map(len, (shown + differences).splitlines())) <= 160
     assert "learning_rate" in built.run("dvc", "params", "diff")
     _compare_in_mlflow(built)
+
+
+def test_mlflows_page_opens_on_the_runs_and_compares_the_two(built: Project, faster: str) -> None:
+    (page,) = set(re.findall(r"http://127\.0\.0\.1:5000(/#\S+)", faster))
+    command = shlex.split("mlflow ui --backend-store-uri sqlite:///mlflow.db")
+    built.ran.add(shlex.join(command))
+    server = subprocess.Popen(
+        [*command, "--port", "51973", "--workers", "1"], cwd=built.folder, env=built.environment
+    )
+    try:
+        assert _answers("http://127.0.0.1:51973/health")
+        _compare_in_the_page(f"http://127.0.0.1:51973{page}")
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def _answers(address: str, seconds: float = 90.0) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            with urllib.request.urlopen(address, timeout=5) as answer:
+                return answer.status == 200
+        except OSError:
+            time.sleep(0.5)
+    return False
+
+
+def _compare_in_the_page(address: str) -> None:
+    """Tick the newest experiment and one of the first, press Compare, and read what differs."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="MLflow's page needs a browser")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("there is no chromium on this machine")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page()
+        page.set_default_timeout(60_000)
+        page.goto(address)
+        for name in ("faster", "tiny "):
+            row = page.locator(".ag-row", has=page.get_by_role("link", name=name))
+            row.first.locator("[type=checkbox]").first.click(force=True)
+        page.get_by_role("button", name="Compare", exact=True).click()
+        page.get_by_text("Comparing 2 Runs").wait_for()
+        table = page.locator("tr", has_text="train.learning_rate").last
+        table.wait_for()
+        assert table.inner_text().split() == ["train.learning_rate", "0.002", "0.001"]
+        assert "pixel_auroc" in page.inner_text("body")
+        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -610,6 +647,30 @@ def _compare_in_mlflow(built: Project) -> None:
     training = [run for run in runs if run.data.tags.get("stage") == "train"]
     curve = client.get_metric_history(training[-1].info.run_id, "loss")
     assert [point.step for point in curve] == [1, 2, 3, 4]
+
+
+def test_what_an_installation_needs_is_told_before_it_begins(project: Path, tmp_path: Path) -> None:
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(project / name, tmp_path)
+    (tmp_path / "tools").mkdir()
+
+    def install(*tools: str) -> str:
+        for tool in tools:
+            (tmp_path / "tools" / tool).symlink_to(str(shutil.which(tool)))
+        unset = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "user.useConfigOnly"}
+        unset |= {"GIT_CONFIG_VALUE_0": "true", "GIT_CONFIG_NOSYSTEM": "1", "HOME": str(tmp_path)}
+        command = [str(shutil.which("make")), "PYTHON=false", ".venv/installed"]
+        env = {"PATH": str(tmp_path / "tools"), **unset}
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode
+        assert not (tmp_path / ".venv").exists()
+        return done.stdout
+
+    assert install("sh") == "git is needed; install it first.\n"
+    said = install("git", "false")
+    assert "this is no git repository, which DVC needs; run: git init" in said
+    assert "git has no identity" in said
+    assert "Python 3.11 or newer is needed" in said
 
 
 @pytest.mark.parametrize(
