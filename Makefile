@@ -16,7 +16,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 .PHONY: run test check drill fuzz clean
 
 run: $(VENV)/installed
-	dvc repro
+	almrr repro
 	@echo "The report: data/08_reporting/report.html"
 	@echo "To keep these figures: git add dvc.lock data/08_reporting/headline.json && git commit"
 

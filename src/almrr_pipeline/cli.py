@@ -407,7 +407,7 @@ def predict(
     "-j",
     "--jobs",
     type=click.IntRange(1, 1024),
-    help="Stages at once with --engine processes; one per core, at most one a category and seed.",
+    help="Stages at once with --engine processes; by default by cores, memory and GPUs.",
 )
 @click.option(
     "--engine",
@@ -425,8 +425,8 @@ def repro(
     """Run what is stale, as `dvc repro` does, with several categories side by side.
 
     TARGETS are stages such as train@sample_brick-0; without any, all. Outputs, dvc.lock and caches
-    are those of `dvc repro`. A stage that fails leaves the others going; what each one printed is
-    in .almrr/logs.
+    are those of `dvc repro`. Lines that the stages log are shown, all that they printed is in
+    .almrr/logs. A stage that fails leaves the others going.
 
     \b
     Examples:

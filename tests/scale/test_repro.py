@@ -140,7 +140,7 @@ def test_log_lines_are_passed_on_with_the_stage_and_a_failure_is_noted(
         with log.open("a") as file:
             file.write("12:00:01 INFO    step 1\nTraceback\n12:00:02 WARNING slow\n12:00:03 IN")
         following.end("train@a")
-    assert [line[9:] for line in said] == ["train@a: step 1", "train@a: WARNING: slow"]
+    assert [line[9:] for line in said] == ["train@a: step 1", "train@a: WARNING slow"]
     log.unlink()
     said.clear()
     (folder / "fail_b").touch()

@@ -93,4 +93,4 @@ class LogFollower:
                 self._places[stage] += len(lines) + bool(lines)
                 for line in lines.decode(errors="replace").splitlines():
                     if found := _LINE.match(line):
-                        self.say(stage, f"{found[1]}: {found[2]}" if found[1] else found[2])
+                        self.say(stage, f"{found[1]} {found[2]}" if found[1] else found[2])
