@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -47,7 +50,8 @@ def wheel_folder(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"  # a copy: building in the checkout would leave build/ there
     source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    (source / "docs").mkdir()
+    for name in ("pyproject.toml", "docs/package.md", "LICENSE"):
         (source / name).write_bytes((project / name).read_bytes())
     files = [path for path in (project / "src" / "almrr_pipeline").rglob("*") if path.is_file()]
     for path in files:
@@ -63,20 +67,43 @@ def wheel_folder(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder / "installed"
 
 
-def _run_installed(wheel_folder: Path, cwd: Path, *arguments: str) -> str:
-    """Run `almrr` from the unpacked wheel, in a folder that is no checkout."""
-    code = (
-        "import almrr_pipeline, pathlib, runpy, sys; "
-        "assert pathlib.Path(almrr_pipeline.__file__).is_relative_to(sys.argv.pop(1)); "
-        "runpy.run_module('almrr_pipeline', run_name='__main__')"  # as `python -m` does
-    )
-    command = [sys.executable, "-c", code, str(wheel_folder), *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(wheel_folder)}
+RUN = """
+import pathlib, runpy, sys
+tests, folder, commands = sys.argv[1:]
+sys.path.append(tests)
+from importlib import metadata
+from requirements_alone import hide_others
+
+needs = metadata.Distribution.at(next(pathlib.Path(folder).glob("*.dist-info"))).requires
+hide_others(need for need in needs if "extra ==" not in need)
+import almrr_pipeline
+assert pathlib.Path(almrr_pipeline.__file__).is_relative_to(folder)
+for command in commands.splitlines():
+    sys.argv = ["almrr", *command.split()]
+    try:
+        runpy.run_module("almrr_pipeline", run_name="__main__")  # as `python -m` does
+    except SystemExit as end:
+        print("ended with", end.code, flush=True)
+import almrr_pipeline.inference.export, almrr_pipeline.serving.server
+"""
+"""Commands of the unpacked wheel, with its requirements alone: no extra is there."""
+
+
+def _run_installed(wheel_folder: Path, cwd: Path, commands: Sequence[str]) -> list[str]:
+    """What each command printed, in a folder that is no checkout."""
+    tests = str(Path(__file__).parent)
+    command = [sys.executable, "-c", RUN, tests, str(wheel_folder), "\n".join(commands)]
     done = subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, check=False
+        command,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(wheel_folder), "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    assert done.returncode == 0, done.stdout
+    return re.split(r"(?<=ended with \d)\n", done.stdout)[:-1]
 
 
 def test_the_wheel_holds_what_is_no_python(wheel_folder: Path, project: Path) -> None:
@@ -90,12 +117,39 @@ def test_the_wheel_holds_what_is_no_python(wheel_folder: Path, project: Path) ->
     assert all((wheel_folder / "almrr_pipeline" / path).is_file() for path in others)
 
 
-def test_the_installed_command_predicts_outside_a_checkout(
+def test_without_extras_the_installed_command_predicts_and_says_what_training_needs(
     wheel_folder: Path, model_folder: Path, noise: list[ImageArray], tmp_path: Path
 ) -> None:
-    (tmp_path / "images").mkdir()
-    Image.fromarray(noise[0]).save(tmp_path / "images" / "a.png")
-    assert "Usage: almrr" in _run_installed(wheel_folder, tmp_path, "--help")
-    arguments = ("predict", str(model_folder), "images", "-o", "results")
-    assert "1 images: " in _run_installed(wheel_folder, tmp_path, *arguments)
+    for name in ("images/a", "own/normal/a", "own/test/good/b", "own/test/hole/c"):
+        path = tmp_path / f"{name}.png"
+        path.parent.mkdir(parents=True)
+        Image.fromarray(noise[0]).save(path)
+    predict = f"predict {model_folder} images -o results --scan-backend torch"  # not compiled
+    core = ("--version", predict, "check own --html check.html")
+    training = ("train parts own", "test parts", "report", "repro", "sync")
+    archive = f"predict {model_folder} images -o archive --engine ray"
+    said = _run_installed(wheel_folder, tmp_path, [*core, *training, archive])
+    assert said[0].startswith("almrr, version ")
+    assert "1 images: " in said[1]
     assert (tmp_path / "results" / "overlays" / "a.png").is_file()
+    assert "hole" in said[2]
+    assert (tmp_path / "check.html").is_file()
+    for text in said[3:8]:
+        assert re.fullmatch(
+            r"Error: (dvc|kedro|psutil) is not installed, which this command needs; run: "
+            r"pip install 'almrr-pipeline\[pipeline\]'\.\nended with 1",
+            text,
+        )
+    assert "almrr-pipeline[ray]" in said[8]
+    assert len(said) == 9
+
+
+def test_the_page_of_a_package_index_has_no_relative_link(project: Path) -> None:
+    metadata = tomllib.loads((project / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    text = (project / metadata["readme"]).read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)]+)\)", text) + list(metadata["urls"].values())
+    assert links
+    assert all(link.startswith("https://") for link in links)
+    rows = re.findall(r"^\| (`[^|]+)\|", text, re.MULTILINE)
+    named = set(re.findall(r"`(\w+)`", "".join(rows)))
+    assert {"pipeline", "onnx", "ray"} <= named <= set(metadata["optional-dependencies"])

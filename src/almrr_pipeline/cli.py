@@ -11,6 +11,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -86,6 +87,15 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except AlmrrError as error:
             raise click.ClickException(str(error)) from error
+        except ModuleNotFoundError as error:
+            missing = (error.name or "").partition(".")[0]
+            if missing in {"", "almrr_pipeline"}:
+                raise
+            extra = {"pyarrow": "ray"}.get(missing, "pipeline")
+            raise click.ClickException(
+                f"{missing} is not installed, which this command needs; run: pip install "
+                f"'almrr-pipeline[{extra}]'."
+            ) from error
         except OSError as error:
             if error.errno == errno.EPIPE:  # the reader of the output ended; click exits quietly
                 raise
@@ -381,6 +391,7 @@ def predict(
             f"{totals.images} images: {totals.anomalous} anomalous, {totals.unreadable} could not "
             f"be read.\nVerdicts: {job.output}/verdicts"
         )
+        _warn(totals.drift)
         return
     if only_anomalous:
         raise click.UsageError("--only-anomalous is for --engine ray.")
@@ -396,8 +407,7 @@ def predict(
     _print_summary(summary, predictor, output, chosen=threshold is not None)
     if options["value_range"]:
         click.echo(_state_range(options["value_range"]))
-    if drift := summary.describe_drift():
-        click.echo(f"WARNING: {drift}", err=True)
+    _warn(summary.describe_drift())
     _report_unreadable(summary)
 
 
@@ -672,7 +682,8 @@ def main() -> None:
 
 
 def _project() -> Path:
-    """The project around the working directory."""
+    """The project around the working directory; ModuleNotFoundError without DVC, which runs it."""
+    import_module("dvc")
     for folder in (Path.cwd(), *Path.cwd().parents):
         if (folder / "params.yaml").is_file() and (folder / "conf" / "config.yaml").is_file():
             return folder
@@ -700,6 +711,11 @@ def _print_summary(summary: Summary, predictor: Predictor, output: Path, *, chos
     highest = max(summary.verdicts, key=lambda verdict: verdict.score)
     click.echo(f"Highest score {highest.score:.6g}: {escape_name(highest.image)}")
     click.echo(f"Results: {escape_name(output)}")
+
+
+def _warn(text: str | None) -> None:
+    if text:
+        click.echo(f"WARNING: {text}", err=True)
 
 
 def _state_range(ends: tuple[float, float]) -> str:

@@ -84,6 +84,16 @@ def test_a_staging_folder_is_new_and_open_to_others(tmp_path: Path) -> None:
     assert first.is_dir()
 
 
+def test_a_staging_folder_is_one_of_its_parents_entries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = tempfile.mkdtemp  # relative before Python 3.12, absolute from then on
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda **options: str(Path(make(**options)).resolve()))
+    monkeypatch.chdir(tmp_path)
+    with staging_folder(Path("results")) as folder:
+        assert list(Path("results").iterdir()) == [folder]
+
+
 def test_a_staging_folder_is_removed_when_its_filling_fails(tmp_path: Path) -> None:
     def fail() -> None:
         with staging_folder(tmp_path) as folder:

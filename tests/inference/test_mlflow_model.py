@@ -28,34 +28,9 @@ pytestmark = pytest.mark.xdist_group("mlflow model")  # one model, logged once
 
 WITH_THE_REQUIREMENTS_ALONE = """
 import sys
-from importlib import metadata
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
-
-wanted, installed = sys.argv[1:], {"almrr-pipeline"}
-while wanted:
-    name = canonicalize_name(wanted.pop())
-    try:
-        lines = () if name in installed else metadata.requires(name) or ()
-    except metadata.PackageNotFoundError:
-        continue
-    installed.add(name)
-    needed = map(Requirement, lines)
-    always = {"extra": ""}
-    wanted += [one.name for one in needed if one.marker is None or one.marker.evaluate(always)]
-
-provided_by = metadata.packages_distributions()
-
-class Without:
-    def __init__(self, finder):
-        self.finder = finder
-
-    def find_spec(self, name, path=None, target=None):
-        owners = {canonicalize_name(owner) for owner in provided_by.get(name, [])}
-        if not owners or owners & installed:
-            return self.finder.find_spec(name, path, target)
-
-sys.meta_path = [Without(finder) for finder in sys.meta_path]
+sys.path.append(sys.argv[1])
+from requirements_alone import hide_others
+hide_others(sys.argv[2:])
 import almrr_pipeline.inference.predictor
 """
 """Imports what the served model imports, with only the named distributions and their needs."""
@@ -202,7 +177,8 @@ def test_requirements_are_pinned_and_the_source_travels_along(
 
 
 def _import_with(requirements: Iterable[str]) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", WITH_THE_REQUIREMENTS_ALONE, *requirements]
+    tests = str(Path(__file__).parents[1])
+    command = [sys.executable, "-c", WITH_THE_REQUIREMENTS_ALONE, tests, *requirements]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -18,9 +19,11 @@ import numpy as np
 import pytest
 import requests
 from PIL import Image
+from starlette.requests import Request
 
 from almrr_pipeline.inference.predictor import Prediction, Predictor
-from almrr_pipeline.serving.server import Service, model_version
+from almrr_pipeline.serving.metrics import Metrics
+from almrr_pipeline.serving.server import Limits, Service, _answered, model_version
 
 pytestmark = pytest.mark.xdist_group("server")  # one process
 
@@ -169,6 +172,25 @@ def test_a_bad_body_is_refused_in_a_sentence(
     )
 
 
+@pytest.mark.parametrize(
+    ("arrives", "status", "said"),
+    [("late", 408, "did not arrive within 0.05 s"), ("never", 400, "The connection ended")],
+)
+def test_a_body_that_does_not_arrive_is_the_clients_fault(
+    arrives: str, status: int, said: str
+) -> None:
+    async def receive() -> dict[str, str]:
+        await asyncio.sleep(10 if arrives == "late" else 0)
+        return {"type": "http.disconnect"}
+
+    service = Service.__new__(Service)  # without a model, which is not asked
+    service.limits, service.metrics = Limits(seconds=0.05), Metrics()
+    request = Request({"type": "http", "headers": [], "query_string": b""}, receive)
+    response = asyncio.run(_answered(service, service.predict)(request))
+    assert response.status_code == status
+    assert said in bytes(response.body).decode()
+
+
 def test_a_large_image_and_an_unknown_parameter_are_refused(address: str) -> None:
     large = _to_base64(np.zeros((1000, 600, 3), np.uint8))
     answer = requests.post(f"{address}/predict", json={"images": [large]}, timeout=60)
@@ -203,7 +225,7 @@ def test_health_and_counters(address: str) -> None:
 
 def test_a_taken_port_is_named_in_one_sentence(address: str, model_folder: Path) -> None:
     from almrr_pipeline.common.errors import AlmrrError
-    from almrr_pipeline.serving.server import Limits, Service, serve
+    from almrr_pipeline.serving.server import serve
 
     port = int(address.rpartition(":")[2])
     service = Service(model_folder, Predictor(model_folder, device="cpu"), Limits())

@@ -127,7 +127,8 @@ def staging_folder(parent: Path) -> Iterator[Path]:
         parent.mkdir(parents=True, exist_ok=True)
         for leftover in _list_leftovers(parent, mine):
             remove_folder(leftover)
-        folder = Path(tempfile.mkdtemp(prefix=f"{mine}{os.getpid()}@", dir=parent))
+        made = tempfile.mkdtemp(prefix=f"{mine}{os.getpid()}@", dir=parent)
+        folder = parent / Path(made).name  # `made` is absolute from Python 3.12 on
         folder.chmod(0o755)  # mkdtemp's 0o700 would lock out others on a shared disk
     try:
         with report_disk_errors(folder, only_full=True):

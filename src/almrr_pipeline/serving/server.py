@@ -22,7 +22,7 @@ from typing import Any
 import uvicorn
 from anyio import to_thread
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
@@ -38,6 +38,7 @@ from almrr_pipeline.serving.requests import RequestError, read_images
 logger = logging.getLogger(__name__)
 
 _EXTRAS = frozenset({"overlay", "map"})
+_AT_ONCE = 16  # requests whose images are in memory; further ones wait with their bodies
 _YES, _NO = frozenset({"1", "true", "yes", ""}), frozenset({"0", "false", "no"})
 
 
@@ -68,7 +69,8 @@ class Service:
         reading = predictor.config.reading
         largest = min(reading.max_megapixels, limits.megapixels)
         self._reading = reading.model_copy(update={"max_megapixels": largest})
-        self._batcher = Batcher(predictor, waiting=16 * limits.images)
+        self._at_once = asyncio.Semaphore(_AT_ONCE)
+        self._batcher = Batcher(predictor, waiting=_AT_ONCE * limits.images)
         self._batcher.warm_up()
 
     def close(self) -> None:
@@ -79,6 +81,11 @@ class Service:
         """Scores and verdicts for the images of a request; overlays and maps if asked for."""
         extras = _read_extras(request)
         body = await self._read_body(request)
+        request.state.is_complete = True
+        async with self._at_once:
+            return await self._answer(request, body, extras)
+
+    async def _answer(self, request: Request, body: bytes, extras: frozenset[str]) -> Response:
         content_type = request.headers.get("content-type", "")
         together = max(self.limits.together, self._reading.max_megapixels)
         read = partial(read_images, most=self.limits.images, megapixels=together)
@@ -195,8 +202,13 @@ def _answered(
         except BusyError as error:
             response = _refuse(str(error), 503)
         except TimeoutError:
-            seconds = f"{service.limits.seconds:g}"
-            response = _refuse(f"There was no answer within {seconds} s; send it later.", 503)
+            seconds = f"{service.limits.seconds:g} s"
+            if hasattr(request.state, "is_complete"):
+                response = _refuse(f"There was no answer within {seconds}; send it later.", 503)
+            else:
+                response = _refuse(f"The body did not arrive within {seconds}.", 408)
+        except ClientDisconnect:
+            response = _refuse("The connection ended before the body did.", 400)
         except Exception:
             logger.exception("A request failed.")
             response = _refuse("The server failed; its log says why.", 500)
