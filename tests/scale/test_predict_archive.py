@@ -22,7 +22,13 @@ from PIL import Image
 from almrr_pipeline.cli import almrr
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.scale.archive import Folder, list_archive, read_part, write_listing
-from almrr_pipeline.scale.predict_archive import Job, Totals, predict_archive
+from almrr_pipeline.scale.predict_archive import (
+    Job,
+    PartPredictor,
+    Totals,
+    _begin,
+    predict_archive,
+)
 
 if TYPE_CHECKING:
     from almrr_pipeline.inference.predictor import Predictor
@@ -115,6 +121,33 @@ def _a_second_run_does_missing_parts_alone(model: Path, images: Path, output: Pa
     assert {file: file.stat().st_mtime_ns for file in times} == times
     with pytest.raises(AlmrrError, match="holds a run of another maps, part_size"):
         predict_archive(job_of(model, images, output, part_size=8, maps="png"), cpus=1)
+
+
+def test_drift_is_warned_of_when_all_parts_are_done(model_folder: Path, tmp_path: Path) -> None:
+    from almrr_pipeline.inference.inference_config import InferenceConfig
+    from almrr_pipeline.inference.looks import UsualLook
+
+    model = shutil.copytree(model_folder, tmp_path / "model")
+    config = InferenceConfig.load(model)
+    usual = UsualLook(brightness=(200, 205), contrast=(0, 90), sharpness=(0, 90))
+    thresholds = config.thresholds.model_copy(update={"usual": usual})
+    config.model_copy(update={"thresholds": thresholds}).save(model)
+    (tmp_path / "images").mkdir()
+    for place, gray in enumerate((40, 50, 202, 203)):
+        Image.new("L", (64, 48), gray).save(tmp_path / f"images/{place}.png")
+    (tmp_path / "images/4.png").write_bytes(b"no image")
+    options = dict.fromkeys(("value_range", "image_threshold", "pixel_threshold"))
+    options |= {"device": "cpu", "scan_backend": "torch", "batch_size": 8, "runtime": "torch"}
+    output = tmp_path / "results"
+    job = job_of(model, tmp_path / "images", output, part_size=512, predictor=options)
+    _begin(job, Folder(job.output), overwrite=False)
+    PartPredictor(job, {}).predict(0)  # as an actor does
+    command = f"predict {model} {tmp_path / 'images'} -o {output} --engine ray --no-overlays"
+    done = CliRunner().invoke(almrr, f"{command} --device cpu --scan-backend torch".split())
+    assert done.exit_code == 0, done.output
+    assert "WARNING: Of 4 images 2 are darker than the normal images" in done.stderr
+    unlike = read_verdicts(output)["unlike"].fillna("")
+    assert unlike.to_list() == ["darker", "darker", "", "", ""]
 
 
 def test_an_output_folder_with_other_files_is_refused(

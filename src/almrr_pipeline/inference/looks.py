@@ -6,6 +6,7 @@ encoding changes all scores without a word; here it is seen.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -75,3 +76,18 @@ def find_usual(looks: Sequence[Look]) -> UsualLook | None:
     low, high = np.quantile(np.array(looks), _MIDDLE, axis=0).round(2).tolist()
     ends = zip(low, high, strict=True)
     return UsualLook(**dict(zip(Look._fields, ends, strict=True)))
+
+
+def describe_drift(count: int, unlike: Counter[str]) -> str | None:
+    """A warning where half of `count` images or more are unlike the usual in one way, or None.
+
+    unlike: numbers of images by `UsualLook.differences`.
+    """
+    most = [f"{n} are {how}" for how, n in unlike.most_common() if 2 * n >= count]
+    if not most:
+        return None
+    return (
+        f"Of {count} images {', '.join(most)} than the normal images that the model was "
+        "calibrated with, so that its thresholds may not hold; check exposure, focus and the "
+        "range of values, or calibrate it with images like these."
+    )

@@ -38,6 +38,7 @@ from almrr_pipeline.common.images import (
     report_others,
 )
 from almrr_pipeline.common.progress import track
+from almrr_pipeline.inference.looks import describe_drift
 from almrr_pipeline.inference.streams import submit_ahead
 from almrr_pipeline.reporting.overlays import draw_overlay
 
@@ -76,16 +77,8 @@ class Summary:
 
     def describe_drift(self) -> str | None:
         """How the images, if half of them are, are unlike those of the calibration, or None."""
-        count = len(self.verdicts)
         unlike = Counter(how for verdict in self.verdicts for how in verdict.unlike)
-        most = [f"{n} are {how}" for how, n in unlike.most_common() if 2 * n >= count]
-        if not most:
-            return None
-        return (
-            f"Of {count} images {', '.join(most)} than the normal images that the model was "
-            "calibrated with, so that its thresholds may not hold; check exposure, focus and the "
-            "range of values, or calibrate it with images like these."
-        )
+        return describe_drift(len(self.verdicts), unlike)
 
 
 def find_images(paths: Iterable[Path], *, recursive: bool = False) -> list[Path]:

@@ -13,6 +13,7 @@ import io
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
@@ -32,6 +33,7 @@ from almrr_pipeline.common.files import hash_file
 from almrr_pipeline.common.images import encode_map
 from almrr_pipeline.common.progress import track
 from almrr_pipeline.inference.inference_config import MODEL_FILES
+from almrr_pipeline.inference.looks import describe_drift
 from almrr_pipeline.inference.streams import submit_ahead
 from almrr_pipeline.reporting.overlays import draw_overlay
 from almrr_pipeline.reporting.predict_files import MapFormat
@@ -68,6 +70,7 @@ _COLUMNS = pa.schema(
         ("threshold", pa.float64()),
         ("is_anomalous", pa.bool_()),  # null without a score or a threshold
         ("reason", pa.string()),  # why the image could not be read; null where it could
+        ("unlike", pa.string()),  # the calibration's images: "darker, less sharp"; null where not
     ]
 )
 _SECONDS_TO_WAIT = 20.0  # for a machine that has what an actor asks for
@@ -95,6 +98,7 @@ class Totals:
     images: int
     unreadable: int
     anomalous: int
+    drift: str | None = None  # how they are unlike the images of the calibration, if half are
 
 
 def predict_archive(job: Job, *, cpus: float, overwrite: bool = False) -> Totals:
@@ -195,13 +199,17 @@ def _run_parts(job: Job, parts: Sequence[int], share: Share, ray: Any, *, images
 
 def _count(output: Folder, parts: int) -> Totals:
     images = unreadable = anomalous = 0
+    unlike: Counter[str] = Counter()
     for part in range(parts):
         with output.open(f"{VERDICTS}/{_file_of(part)}") as file:
-            table = pq.read_table(file, columns=["score", "is_anomalous"])
+            table = pq.read_table(file, columns=["score", "is_anomalous", "unlike"])
         images += len(table)
         unreadable += table["score"].null_count
         anomalous += pc.sum(table["is_anomalous"]).as_py() or 0
-    return Totals(images, unreadable, anomalous)
+        for ways in table["unlike"].drop_null().to_pylist():
+            unlike.update(ways.split(", "))
+    drift = describe_drift(images - unreadable, unlike)
+    return Totals(images, unreadable, anomalous, drift)
 
 
 class PartPredictor:
@@ -230,6 +238,7 @@ class PartPredictor:
                 "score": prediction.score,
                 "threshold": self._predictor.image_threshold,
                 "is_anomalous": prediction.is_anomalous,
+                "unlike": ", ".join(prediction.unlike) or None,
             }
             if prediction.is_anomalous or not self._job.only_anomalous:
                 self._draw(images[place], prediction)
