@@ -59,6 +59,20 @@ def test_what_is_certain_is_read_without_a_doubt(tmp_path: Path, name: str) -> N
     assert facts.coverage == SHAPE.mean()
 
 
+@pytest.mark.parametrize("mode", ["RGB", "CMYK", "YCbCr"])
+@pytest.mark.parametrize(
+    ("shown", "is_right"), [(LEVELS, True), (SHAPE * np.uint8(128), True), (255 - LEVELS, False)]
+)
+def test_masks_of_other_color_spaces_are_read_by_brightness(
+    tmp_path: Path, mode: str, shown: np.ndarray, is_right: bool
+) -> None:
+    Image.fromarray(shown).convert("RGB").convert(mode).save(tmp_path / "mask.tif")
+    facts = inspect_mask(tmp_path / "mask.tif")
+
+    assert (facts.mask == SHAPE).all() == is_right
+    assert ("inverted?" in facts.problem) != is_right
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.uint32, np.int16])
 def test_masks_of_other_types_are_read_by_their_largest_value(
     tmp_path: Path, dtype: type[np.generic]
@@ -77,12 +91,17 @@ def test_a_mask_where_0_is_white_is_read_by_brightness(tmp_path: Path) -> None:
 
 CLASSES = LEVELS // 255 * 200
 CLASSES[15:20, 20:30] = 100
+LARGE = BLACK.copy()
+LARGE[1:22, 1:26] = 255
 
 
 @pytest.mark.parametrize(
     ("levels", "problem"),
     [
         (255 - LEVELS, "covers 93% of the image: inverted"),
+        (255 - LARGE, "covers 32% of the image: inverted"),
+        (np.where(CLASSES == 100, 128, CLASSES // 200 * 255), "128, 255 of 255, both taken"),
+        (LEVELS // 255 * 30, "values from 30 to 30 would be dropped"),
         (CLASSES, "values from 100 to 100 would be dropped"),
         (LEVELS // 255 * 100, "values from 100 to 100 would be dropped"),
         (LEVELS // 255 * 2, "holds the values 2 of 255"),

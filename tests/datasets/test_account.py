@@ -246,6 +246,27 @@ def test_specimens_csv_as_spreadsheets_save_it(tmp_path: Path, text: str) -> Non
     assert [item.specimen for item in inspect_folder(tmp_path).items] == ["7", ""]
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"image;specimen\nnormal/0.png;7\n", "columns image;specimen; it needs .* commas"),
+        ("image,specimen\nnormal/0.png,7\n".encode("utf-16"), "as comma-separated UTF-8 text"),
+        ("image,specimen\nnormal/0.png,Prüfling\n".encode("cp1252"), "as comma-separated UTF-8"),
+        (b"image,specimen\nnormal/0.png,7,8\n", "line 2 has 3 fields, not 2"),
+        (b"image,specimen\nnormal/0.png,7\nnormal/0.png,8\n", "two specimens, 7 and 8"),
+        (b'image,specimen\n"normal/0.png,7\n', "as comma-separated UTF-8 text"),
+        (b"\n,\n", "it is empty"),
+    ],
+)
+def test_specimens_csv_of_other_programs_is_refused_with_the_cure(
+    tmp_path: Path, content: bytes, said: str
+) -> None:
+    touch(tmp_path, "normal/0.png")
+    (tmp_path / "specimens.csv").write_bytes(content)
+    with pytest.raises(AlmrrError, match=said):
+        inspect_folder(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["/normal/0.png", "masks/cut/1.png", "other/2.png"])
 def test_specimens_csv_names_images_alone(tmp_path: Path, name: str) -> None:
     touch(tmp_path, "normal/0.png", "test/cut/1.png", "masks/cut/1.png", "other/2.png")
@@ -270,8 +291,10 @@ def test_a_suffix_that_is_not_accepted_is_named_with_those_that_are(
 
 def test_an_image_is_known_by_its_content_too(tmp_path: Path, draw: Any) -> None:
     touch(tmp_path, "train/good/0.png", "train/good/notes.txt", "train/good/Thumbs.db")
+    touch(tmp_path, "train/good/more.zip", "test/cut.7z")
     draw.image(tmp_path / "1.png").rename(tmp_path / "train/good/0001")
-    assert list(unused(tmp_path, "warning")) == ["train/good/0001"]
+    named = ["test/cut.7z", "train/good/0001", "train/good/more.zip"]
+    assert list(unused(tmp_path, "warning")) == named
 
 
 def test_unused_images_are_counted_and_refused_where_strict(
@@ -309,6 +332,15 @@ def test_names_that_cannot_be_printed_are_escaped(tmp_path: Path) -> None:
     (tmp_path / os.fsdecode(b"\xff\n.png")).touch()
     (said,) = inspect_folder(tmp_path).sentences("warning")
     assert said.encode().startswith(rb"\udcff\n.png: ")
+
+
+@pytest.mark.parametrize(
+    "name", [b"train/good/\xff.png", b"train/good/a\nb.png", b"test/\xe9/0.png"]
+)
+def test_names_that_no_table_holds_are_errors(tmp_path: Path, name: bytes) -> None:
+    touch(tmp_path, "train/good/0.png", os.fsdecode(name))
+    (said,) = inspect_folder(tmp_path).sentences("error")
+    assert "the name is not UTF-8 text or has a line break; rename the file" in said
 
 
 def test_the_table_has_a_row_for_each_file(tmp_path: Path) -> None:

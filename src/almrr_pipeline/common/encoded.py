@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import re
+from urllib.parse import unquote
 
-_PREFIX = re.compile(r"\s*(?:\{'b64': ')?(?:data:[^,]*,)?")
+_PREFIX = re.compile(r"\s*(?:\{'b64': ')?(?:data:[^,]*,)?", flags=re.IGNORECASE)
 """Of a data URI, or of TensorFlow Serving's {"b64": ...} as MLflow writes it into a cell."""
 
 
@@ -21,6 +22,6 @@ def to_bytes(content: object) -> bytes:
     text = content.decode("ascii") if isinstance(content, bytes) else content
     if not isinstance(text, str):
         raise TypeError(f"it is of the type {type(content).__name__}")
-    encoded = _PREFIX.sub("", text, count=1).removesuffix("'}")
+    encoded = unquote(_PREFIX.sub("", text, count=1).removesuffix("'}"))  # base64 has no %
     standard = "".join(encoded.split()).rstrip("=").translate(str.maketrans("-_", "+/"))
     return base64.b64decode(standard + "=" * (-len(standard) % 4), validate=True)

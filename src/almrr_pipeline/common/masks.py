@@ -23,7 +23,8 @@ _ANOMALOUS_ABOVE = 127
 _FEW = 8  # different values above 0 that are classes; smoothed outlines have more,
 _CLASS_PIXELS = 16  # or, around the smallest defects, fewer pixels of each
 _GRAY = 0.02  # of an image, that outlines of any defect leave between black and white
-_MOST = 0.9  # of an image; no defect covers it, an inverted mask does
+_MOST = 0.9  # of an image; no defect covers it, an inverted mask does,
+_AROUND = 0.25  # or, where defects are large, a good part of the image with its whole border
 _EIGHT_CONNECTED = np.ones((3, 3))
 
 
@@ -95,7 +96,7 @@ def inspect_mask(
         mask = levels > _ANOMALOUS_ABOVE / 255 * white
         problem = _doubt(values, counts, white, is_lossy=stored.is_lossy)
     coverage = mask.mean()
-    if not problem and coverage > _MOST:
+    if not problem and (coverage > _MOST or (coverage > _AROUND and _border(mask).all())):
         problem = (
             f"covers {coverage:.0%} of the image: inverted? State the anomalous values in "
             "data.mask_values, such as [0]"
@@ -206,6 +207,10 @@ def _color_levels(image: Image.Image) -> npt.NDArray[np.uint8]:
     return levels
 
 
+def _border(mask: MaskArray) -> MaskArray:
+    return np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
+
+
 def _doubt(
     values: npt.NDArray[Any], counts: npt.NDArray[np.int64], white: float, *, is_lossy: bool
 ) -> str:
@@ -226,9 +231,15 @@ def _doubt(
             f"is gray for {between / counts.sum():.0%} of its pixels: an image in place of its "
             "mask? Save the mask as white on black, or state data.mask_threshold"
         )
+    listed = ", ".join(f"{value:g}" for value in above_0[:_FEW])
+    is_between = (values > _ANOMALOUS_ABOVE / 255 * white) & (values < 0.9 * white)
+    if not len(dropped) and len(above_0) == 2 and counts[is_between].max(initial=0) > _CLASS_PIXELS:
+        return (
+            f"holds the values {listed} of {white:g}, both taken for anomalous: is one of them "
+            "to be ignored? State data.mask_values"
+        )
     if not len(dropped) or (len(dropped) < len(above_0) and not is_class):
         return ""
-    listed = ", ".join(f"{value:g}" for value in above_0[:_FEW])
     return (
         f"holds the values {listed} of {white:g}, and values from {dropped[0]:g} to "
         f"{dropped[-1]:g} would be dropped; state data.mask_threshold or data.mask_values"

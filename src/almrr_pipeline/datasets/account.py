@@ -31,9 +31,10 @@ Level = Literal["info", "warning", "error"]
 _NAMED = 3  # files that a message names before it counts the rest
 _DEPTH = 2  # levels below the folder where train or normal is looked for
 _OTHER_SUFFIXES = (
-    ".heic .heif .avif .jxl .jpf .jpx .j2k .dng .cr2 .nef .arw .raw .npy .npz .dcm .exr .hdr .svg"
+    ".heic .heif .avif .jxl .jpf .jpx .j2k .dng .cr2 .nef .arw .raw .npy .npz .dcm .exr .hdr .svg "
+    ".zip .tar .gz .tgz .7z .rar .h5 .hdf5 .pdf .mp4 .avi .mov .mkv"
 )
-"""Of images that are not read, and that Pillow need not know by their content."""
+"""Of images that are not read, and of files that hold images."""
 _MASK_ENDINGS = tuple(
     separator + word
     for separator in "_-. "
@@ -228,6 +229,9 @@ class _Sorter:
             self._note(path, f"it is outside of the folder {self.root.name} with the training")
         elif len(inside) == 1:
             self._note(path, f"it is next to the folders of images; {_EXPECTED}")
+        elif not _is_line_of_text("/".join(inside)):
+            advice = "the name is not UTF-8 text or has a line break; rename the file"
+            self._note(path, advice, "error")
         else:
             self._images[inside[0]].append(path)
 
@@ -433,6 +437,15 @@ def _explain_other_file(path: Path) -> tuple[str, Level]:
     if suffix in _OTHER_SUFFIXES.split() or (path.name.lower() != "thumbs.db" and _is_image(path)):
         return f"the suffix {suffix or '(none)'} is not accepted; {accepted}", "warning"
     return "not an image", "info"
+
+
+def _is_line_of_text(name: str) -> bool:
+    """Whether a table can hold a name."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return not set(name) & set("\r\n")
 
 
 def _is_image(path: Path) -> bool:

@@ -74,7 +74,8 @@ def _read_rows(path: Path) -> Iterator[tuple[int, str, str]]:
     header = [field.casefold() for field in rows[0][1]]
     if not set(_COLUMNS) <= set(header):
         found, needed = ", ".join(filter(None, rows[0][1])), " and ".join(_COLUMNS)
-        raise AlmrrError(f"{SPECIMENS_FILE} has the columns {found}; it needs {needed}.")
+        wanted = f"it needs {needed}, with commas"
+        raise AlmrrError(f"{SPECIMENS_FILE} has the columns {found}; {wanted}.")
     for line, row in rows[1:]:
         if any(row[len(header) :]):
             problem = f"cannot be read (line {line} has {len(row)} fields, not {len(header)})"
