@@ -530,6 +530,7 @@ def test_no_command_ends_in_a_traceback(
         ("export", bad, "--format", "torch"),
         ("export", model_folder, "--format", "torch", "-o", below),
         ("export", model_folder, "--format", "torch", "-o", bad / "x" / "y.pt2"),
+        ("serve", bad, "--port", 0),
         ("check", bad),
         ("check", photographs, "--html", bad / "x" / "y.html"),
     ]

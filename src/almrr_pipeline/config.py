@@ -5,6 +5,7 @@ Sections are frozen and refuse unknown names, so that a typing mistake ends a ru
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import reprlib
@@ -406,14 +407,22 @@ def parse_parameters(values: dict[str, Any]) -> Parameters:
 
 def load_parameters(path: Path) -> Parameters:
     """Read and check a params.yaml; AlmrrError if the file is missing or a value is invalid."""
+    return parse_parameters(read_values(path))
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """Read a params.yaml, unchecked; AlmrrError if it is missing or holds no names and values."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        json.dumps(values, default=str)  # ValueError where a value holds itself
     except FileNotFoundError:
         raise AlmrrError(f"There is no {path}; run from the project's folder.") from None
     except Exception as error:  # PyYAML raises nearly anything, such as ValueError for a date
         message = f"{path} cannot be read ({quote(error)}); correct it."
         raise AlmrrError(message) from None
-    return parse_parameters(values)
+    if not isinstance(values, dict):
+        raise AlmrrError(f"{path} holds no names with values; restore it.")
+    return values
 
 
 def list_faults(error: ValidationError) -> str:

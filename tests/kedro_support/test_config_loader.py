@@ -100,3 +100,17 @@ def test_relative_paths_are_those_below_the_project(
     assert values["data"]["paths"] == {"mt_defect": f"{copy}/images/mt", "nanotwice": "/srv/nano"}
     assert values["data"]["mirror"] == "http://example.org/mirror"
     assert values["backbone"]["weights"] == f"{copy}/w.pt"
+
+
+@pytest.mark.parametrize("content", [b"\xff", b"a: [", b"[1]", b"5", b"&a [*a]", b"a: &a [*a]"])
+def test_a_broken_params_yaml_is_one_sentence(copy: Path, content: bytes) -> None:
+    (copy / "params.yaml").write_bytes(content)
+    with pytest.raises(AlmrrError, match=r"params\.yaml (cannot be read|holds no names)"):
+        _loader(copy)["parameters"]
+
+
+def test_there_is_nothing_to_deliver_without_a_project(copy: Path) -> None:
+    from almrr_pipeline.kedro_support.sync import deliver_waiting
+
+    with pytest.raises(AlmrrError, match="There is no Kedro project in"):  # no pyproject.toml
+        deliver_waiting(copy)

@@ -45,6 +45,59 @@ def test_a_folder_that_the_check_refuses_is_not_trained_on(copy: Path) -> None:
     assert _refused(copy, "parts", copy / "parts").startswith("parts: there is neither a folder")
 
 
+@pytest.mark.parametrize(
+    "name", ["", "a b", "../x", "a/b", "a\nb", "\udcff", "x" * 61, "folder_", "."]
+)
+def test_what_is_no_name_is_refused(copy: Path, name: str) -> None:
+    for arguments in (("train", name, "parts"), ("train", name), ("test", name)):
+        assert "is no name; take up to 60 letters" in _error(copy, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "said"),
+    [
+        ("train.steps=nan", "train.steps: Input should be a valid integer"),
+        ("train.steps=-1", "train.steps: Input should be greater than or equal to 1"),
+        ("train.steps=&a [*a]", "what follows the = is not YAML"),
+        ("train.steps=2024-99-99", "what follows the = is not YAML"),
+        ("train.steps=!!python/object:os.system x", "what follows the = is not YAML"),
+        ("train.steps=\udcff", "what follows the = is not YAML"),
+        ("train.steps.x=1", "train.steps: Input should be a valid integer"),
+        ("data.value_range=[5,1]", "black is smaller than white"),
+        ("data.value_range=[.nan,1]", "data.value_range.0: Input should be a finite number"),
+        ("data.image_size=[7,7]", "Input should be a multiple of 16"),
+        ("model.dim=1000000000", "model.dim: Input should be less than"),
+        ("+data.paths.folder_x=/srv/Prüfling 7", "data.paths: not among what may differ"),
+        ("seeds=[1]", "write one as train.steps=500"),
+    ],
+)
+def test_a_value_that_is_none_is_refused(copy: Path, assignment: str, said: str) -> None:
+    (copy / "parts/normal").mkdir(parents=True)
+    Image.new("L", (32, 32)).save(copy / "parts/normal/0.png")
+    assert said in _error(copy, "train", "parts", "parts", "-S", assignment)
+    assert not (copy / "conf/suite/own.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff", b"a: [", b"[1]", b"5", b"&a [*a]", b"a: &a [*a]", b"{}"]
+)
+def test_a_broken_params_yaml_is_one_sentence(copy: Path, content: bytes) -> None:
+    (copy / "params.yaml").write_bytes(content)
+    for arguments in (("report",), ("test", "sample_brick"), ("train", "parts", "parts")):
+        assert "params.yaml" in _error(copy, *arguments)
+
+
+def _error(folder: Path, *arguments: str) -> str:
+    """The sentence that a command in a project ends with."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        result = CliRunner().invoke(almrr, arguments)
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: ")
+    return result.stderr
+
+
 def test_other_settings_of_a_known_name_are_listed(copy: Path) -> None:
     add_surface(copy, Surface("parts", "parts", {"train": {"steps": 5}}))
     said = _refused(copy, "parts", copy / "others", ["train.steps=6"])

@@ -178,7 +178,7 @@ def resolve_device(name: str) -> torch.device:
         return device
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.ones(1, device=device).item()  # RuntimeError for meta, which holds no values
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise AlmrrError(

@@ -11,7 +11,7 @@ from kedro.framework.project import pipelines
 from omegaconf import OmegaConf
 
 from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.config import Parameters, parse_parameters
+from almrr_pipeline.config import Parameters, parse_parameters, read_values
 
 DATABASE = "mlflow.db"
 """Of MLflow, in the project."""
@@ -46,6 +46,7 @@ class ParamsYamlLoader(OmegaConfigLoader):
             advice = "compose one with `dvc exp run -S suite=sample` or restore it"
             raise AlmrrError(f"There is no {path}; {advice}.")
         layers = OmegaConf.create(super().__getitem__("parameters"))
+        read_values(path)  # a sentence for what OmegaConf cannot read
         merged = OmegaConf.merge(OmegaConf.load(path), layers)
         values: dict[str, Any] = OmegaConf.to_container(merged, resolve=True)  # type: ignore[assignment]
         return parse_parameters(values).anchored(path.parent)

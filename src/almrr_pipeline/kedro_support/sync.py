@@ -17,9 +17,13 @@ def deliver_waiting(project: Path) -> str:
     """Deliver what dead processes of this machine have logged; a sentence on what was done.
 
     Raises:
-        AlmrrError: the tracker takes nothing.
+        AlmrrError: there is no project, or the tracker takes nothing.
     """
-    bootstrap_project(project)
+    try:
+        bootstrap_project(project)
+    except RuntimeError:
+        advice = "run this in the folder of yours"
+        raise AlmrrError(f"There is no Kedro project in {project}; {advice}.") from None
     with KedroSession.create(project) as session:
         context = session.load_context()  # type: ignore[attr-defined]
         hook = TrackingHook()

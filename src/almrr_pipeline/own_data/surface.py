@@ -6,6 +6,7 @@ find the same categories; conf/config.yaml names it as the default from then on.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from almrr_pipeline.common.errors import AlmrrError
+from almrr_pipeline.common.errors import AlmrrError, quote
 from almrr_pipeline.config import Parameters, load_parameters, merge_values, parse_parameters
 from almrr_pipeline.datasets.folder import PREFIX
 
@@ -47,8 +48,8 @@ class Surface:
 def category_of(name: str) -> str:
     """Return folder_NAME, for NAME with or without the prefix; AlmrrError if it is no name."""
     plain = name.removeprefix(PREFIX)
-    if not re.fullmatch(r"[\w-]+", plain):
-        raise AlmrrError(f"{name!r} is no name; take letters, digits, _ and -.")
+    if not re.fullmatch(r"[\w-]{1,60}", plain):
+        raise AlmrrError(f"{quote(repr(name))} is no name; take up to 60 letters, digits, _ and -.")
     return PREFIX + plain
 
 
@@ -62,7 +63,8 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
             raise AlmrrError(f"{text!r} is no value of a section; write one as train.steps=500.")
         try:
             nested: Any = yaml.safe_load(value)
-        except yaml.YAMLError:
+            json.dumps(nested, default=str)  # ValueError where a value holds itself
+        except Exception:  # PyYAML raises nearly anything, such as ValueError for a date
             raise AlmrrError(f"{text!r}: what follows the = is not YAML.") from None
         for name in reversed(names):
             nested = {name: nested}
