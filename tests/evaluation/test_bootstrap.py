@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from almrr_pipeline.evaluation import bootstrap
 from almrr_pipeline.evaluation.bootstrap import (
     draw_weights,
     percentile_interval,
@@ -47,6 +48,17 @@ def test_every_resampling_keeps_the_strata() -> None:
     assert (weights[:, labels].sum(axis=1) == 5).all()
     assert (weights[:, ~labels].sum(axis=1) == 7).all()
     assert weights.std() > 0
+
+
+def test_blocks_of_images_or_resamplings_change_no_digit(
+    case: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = case.evaluate(bootstrap=50, seed=3).metrics["intervals"]
+    monkeypatch.setattr(bootstrap, "_IMAGES", 3)
+    assert len(case.maps) > 3
+    assert case.evaluate(bootstrap=50, seed=3).metrics["intervals"] == whole
+    monkeypatch.setattr(bootstrap, "_BLOCK", 8)
+    assert case.evaluate(bootstrap=50, seed=3).metrics["intervals"] == whole
 
 
 def test_each_image_is_drawn_once_on_average() -> None:

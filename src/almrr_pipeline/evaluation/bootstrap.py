@@ -9,32 +9,38 @@ again: the intervals do not cover the variation between seeds.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
-from almrr_pipeline.common.arrays import Bools, Floats, Indices
+from almrr_pipeline.common.arrays import Bools, Floats
 from almrr_pipeline.evaluation.curves import Curve, previous, trace_curve
 from almrr_pipeline.evaluation.pixels import AnomalousPixels, ImageCounts
 
+Weights = npt.NDArray[np.int32]
 _BLOCK = 64
 """Resamplings that are evaluated together; bounds the memory."""
+_IMAGES = 1024
+"""Images whose pixels are counted together; bounds the memory of larger test sets."""
 _OVERLAP_STEP = 2.0**-32
 """Overlaps are rounded to multiples of it, which add up without rounding: a matrix product then
 does not depend on its order of summation."""
 
 
-def draw_weights(labels: Bools, resamplings: int, generator: np.random.Generator) -> Indices:
+def draw_weights(labels: Bools, resamplings: int, generator: np.random.Generator) -> Weights:
     """Draw images with replacement, normal and defective ones (True in `labels`) separately.
 
     How often each of n images was drawn in each of B resamplings is returned, shape (B, n).
     """
-    weights = np.zeros((resamplings, len(labels)), dtype=np.int64)
+    weights = np.zeros((resamplings, len(labels)), dtype=np.int32)
     for stratum in (~labels, labels):
         size = int(stratum.sum())
         if size:
             chances = np.full(size, 1.0 / size)
-            weights[:, stratum] = generator.multinomial(size, chances, size=resamplings)
+            for start in range(0, resamplings, _BLOCK):  # of 64-bit numbers
+                rows = weights[start : start + _BLOCK]
+                rows[:, stratum] = generator.multinomial(size, chances, size=len(rows))
     return weights
 
 
@@ -44,14 +50,14 @@ def percentile_interval(values: npt.ArrayLike) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def resample_images(scores: Floats, labels: Bools, weights: Indices) -> Iterator[Curve]:
+def resample_images(scores: Floats, labels: Bools, weights: Weights) -> Iterator[Curve]:
     """Exact curves of image scores, in blocks of resamplings; weights of shape (B, n)."""
     for start in range(0, len(weights), _BLOCK):
-        yield trace_curve(scores, labels, weights[start : start + _BLOCK])
+        yield trace_curve(scores, labels, weights[start : start + _BLOCK].astype(np.int64))
 
 
 def resample_pixels(
-    counts: ImageCounts, anomalous: AnomalousPixels, weights: Indices
+    counts: ImageCounts, anomalous: AnomalousPixels, weights: Weights
 ) -> Iterator[Curve]:
     """Curves of pixels, in blocks of resamplings: a matrix product with each image's counts.
 
@@ -61,25 +67,50 @@ def resample_pixels(
 
     Both counts are of the same n images; weights say how often each was drawn, shape (B, n).
     """
-    shape = counts.normal.shape
-    step = shape[1] - np.searchsorted(counts.edge[::-1], anomalous.score, side="right")
-    cell = anomalous.image[anomalous.region] * shape[1] + step
-    pixels = np.bincount(cell, minlength=counts.normal.size).reshape(shape)
-    found = np.bincount(cell, weights=anomalous.weight, minlength=counts.normal.size).reshape(shape)
-    tp_of_image = np.cumsum(pixels, axis=1).astype(np.float64)  # (n, E)
-    overlap_of_image = np.rint(np.cumsum(found, axis=1) / _OVERLAP_STEP) * _OVERLAP_STEP  # (n, E)
-    for start in range(0, len(weights), _BLOCK):
-        drawn = weights[start : start + _BLOCK].astype(np.float64)  # (b, n)
-        tp, fp = drawn @ tp_of_image, drawn @ counts.normal  # (b, E)
-        overlap = drawn @ overlap_of_image  # (b, E)
-        regions = overlap[:, -1:]  # at the lowest edge every region is found as a whole
-        undefined = np.full_like(overlap, np.nan)
-        yield Curve(
-            threshold=counts.edge,
-            tp=tp,
-            fp=fp,
-            fp_above=previous(fp),
-            positives=tp[:, -1],
-            negatives=drawn @ counts.normals,
-            overlap=np.divide(overlap, regions, out=undefined, where=regions > 0),
-        )
+    images, edges = counts.normal.shape
+    step = edges - np.searchsorted(counts.edge[::-1], anomalous.score, side="right")
+    place = anomalous.image[anomalous.region]
+
+    @lru_cache(maxsize=1)
+    def cumulate(first: int) -> tuple[Floats, Floats, Floats]:
+        """Anomalous and normal pixels and overlap at each edge, of a block of images, (m, E)."""
+        normal = counts.normal[first : first + _IMAGES].astype(np.float64)
+        inside = (place >= first) & (place < first + _IMAGES)
+        cell = (place[inside] - first) * edges + step[inside]
+        pixels = np.bincount(cell, minlength=normal.size).reshape(normal.shape)
+        weight = anomalous.weight[inside]
+        found = np.bincount(cell, weights=weight, minlength=normal.size).reshape(normal.shape)
+        overlap = np.rint(np.cumsum(found, axis=1) / _OVERLAP_STEP) * _OVERLAP_STEP
+        return np.cumsum(pixels, axis=1).astype(np.float64), normal, overlap
+
+    # many images are counted once, for all resamplings; the sums are exact in any order
+    together = _BLOCK if images <= _IMAGES else len(weights)
+    for start in range(0, len(weights), together):
+        drawn = weights[start : start + together]
+        sums = np.zeros((3, len(drawn), edges))
+        for first in range(0, images, _IMAGES):
+            part = drawn[:, first : first + _IMAGES].astype(np.float64)  # (b, m)
+            for total, values in zip(sums, cumulate(first), strict=True):
+                total += part @ values
+        negatives = drawn @ counts.normals
+        for block in range(0, len(drawn), _BLOCK):
+            rows = slice(block, block + _BLOCK)
+            tp, fp, overlap = sums[:, rows]
+            yield _trace_sums(counts.edge, tp, fp, overlap, negatives[rows])
+
+
+def _trace_sums(
+    edge: npt.NDArray[np.float32], tp: Floats, fp: Floats, overlap: Floats, negatives: Floats
+) -> Curve:
+    """Curves of b resamplings from their sums at each edge, shape (b, E)."""
+    regions = overlap[:, -1:]  # at the lowest edge every region is found as a whole
+    undefined = np.full_like(overlap, np.nan)
+    return Curve(
+        threshold=edge,
+        tp=tp,
+        fp=fp,
+        fp_above=previous(fp),
+        positives=tp[:, -1],
+        negatives=negatives,
+        overlap=np.divide(overlap, regions, out=undefined, where=regions > 0),
+    )

@@ -7,7 +7,7 @@ ends at 250 maps of 1024 x 1024; a test set of MVTec's size, 117 such maps, take
 Here maps are read one at a time: those of defective images twice, the others once. The first pass
 keeps the anomalous pixels, which are few. The second pass counts, at each of their distinct scores,
 the normal pixels that reach it. Memory grows with the anomalous pixels, about 150 bytes each at the
-peak, and with the images, about 100 KiB each.
+peak, and with the images, 16 KiB each.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Scores = npt.NDArray[np.float32]
 
 _EIGHT_NEIGHBORS = np.ones((3, 3), dtype=np.int64)
 _EDGES = 2048
-"""Thresholds at which each image's pixels are counted for resampling; 100 KiB per image."""
+"""Thresholds at which each image's pixels are counted for resampling; 16 KiB per image."""
 
 
 class Indexed(Protocol[T_co]):
@@ -165,14 +165,15 @@ class ImageCounts:
     """Counts of n images at E falling thresholds (edges), for resampling."""
 
     edge: Scores  # shape (E,)
-    normal: Floats  # normal pixels that reach the edge, shape (n, E)
+    normal: npt.NDArray[np.uint32]  # normal pixels that reach the edge, shape (n, E)
     normals: Floats  # normal pixels, shape (n,)
     peak: Floats  # maximum of the anomaly map, shape (n,)
 
     @classmethod
     def empty(cls, edge: Scores, images: int) -> ImageCounts:
         """Counts of 0."""
-        return cls(edge, np.zeros((images, len(edge))), np.zeros(images), np.zeros(images))
+        normal = np.zeros((images, len(edge)), np.uint32)
+        return cls(edge, normal, np.zeros(images), np.zeros(images))
 
 
 def choose_edges(anomalous: AnomalousPixels, threshold: float | None) -> Scores:
