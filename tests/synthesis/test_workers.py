@@ -16,9 +16,14 @@ def test_no_more_processes_than_there_is_work_for(requested: int, work: int, exp
     assert count_processes(requested, work=work, least_work=100) == expected
 
 
-def test_zero_takes_one_process_per_core() -> None:
-    assert count_processes(0, work=10**9, least_work=1) <= (os.cpu_count() or 1)
-    assert count_processes(0, work=10**9, least_work=1) >= 1
+def test_zero_takes_one_process_per_core_that_others_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    cores = count_processes(0, work=10**9, least_work=1)
+    assert 1 <= cores <= (os.cpu_count() or 1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert count_processes(0, work=10**9, least_work=1) == 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "1000")
+    assert count_processes(0, work=10**9, least_work=1) == cores
 
 
 def test_results_come_in_the_order_of_the_tasks_from_several_processes() -> None:

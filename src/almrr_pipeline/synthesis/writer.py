@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -143,10 +143,13 @@ def scale_image(image: ImageArray, scale: float, *, at_least: tuple[int, int]) -
 def count_processes(requested: int, *, work: int, least_work: int) -> int:
     """Return how many processes to start: as requested (0: one per core that may be used).
 
-    There are fewer where less than `least_work` pieces of work remain for each.
+    Where OMP_NUM_THREADS leaves other cores to other processes, 0 leaves them too. There are fewer
+    where less than `least_work` pieces of work remain for each.
     """
     has_affinity = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    with suppress(KeyError, ValueError):
+        cores = min(cores, int(os.environ["OMP_NUM_THREADS"]))
     return max(1, min(requested or cores, work // least_work))
 
 
