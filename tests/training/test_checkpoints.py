@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from almrr_pipeline.training import checkpoints
 from almrr_pipeline.training.checkpoints import CheckpointFolder, fingerprint, source_files
 
 
@@ -169,3 +170,17 @@ def test_removing_leaves_other_trainings_alone(folder: CheckpointFolder, tmp_pat
     folder.remove()
     assert not folder.path.exists()
     assert other.exists()
+
+
+def test_a_checkpoint_is_written_also_when_another_process_ends_the_same_training_meanwhile(
+    folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = checkpoints.write_atomically
+
+    def end_the_other(path: Path) -> Any:
+        monkeypatch.undo()
+        folder.remove()
+        return write(path)
+
+    monkeypatch.setattr(checkpoints, "write_atomically", end_the_other)
+    assert save(folder, 1).is_file()

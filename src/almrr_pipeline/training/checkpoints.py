@@ -112,13 +112,19 @@ class CheckpointFolder:
             writing.result()
 
     def _write(self, content: dict[str, Any], path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()  # torch's own writer hides from its error that the disk is full
         torch.save(content, buffer)
-        with write_atomically(path) as partial:
-            partial.write_bytes(buffer.getbuffer())
+        try:
+            self._place(buffer, path)
+        except FileNotFoundError:  # another process has ended this training, and removed the folder
+            self._place(buffer, path)
         for old in self._all()[KEPT:]:
             old.unlink(missing_ok=True)
+
+    def _place(self, buffer: io.BytesIO, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with write_atomically(path) as partial:
+            partial.write_bytes(buffer.getbuffer())
 
     def restore(self, path: Path, parts: Mapping[str, Any]) -> int:
         """Load the parts' states from a checkpoint that `newest` chose; returns its step."""
