@@ -5,7 +5,6 @@ Sections are frozen and refuse unknown names, so that a typing mistake ends a ru
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import reprlib
@@ -46,6 +45,9 @@ ScanBackend = Literal["auto", "mamba_ssm", "triton", "numba", "torch"]
 Width = Annotated[int, Field(ge=1, le=65_536)]  # of a layer; beyond it, it alone fills memory
 Side = Annotated[int, Field(ge=128, le=8192, multiple_of=16)]  # pixels; stride 4, patches of 4
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+_MOST_VALUES = 1_000_000  # of a file, its aliases written out
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlevel = 2  # each further one takes six times as long
 _NAMED = 10  # faults of a file that a message names before it counts the rest
 
 
@@ -413,8 +415,7 @@ def load_parameters(path: Path) -> Parameters:
 def read_values(path: Path) -> dict[str, Any]:
     """Read a params.yaml, unchecked; AlmrrError if it is missing or holds no names and values."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        json.dumps(values, default=str)  # ValueError where a value holds itself
+        values = _load_yaml(path.read_text(encoding="utf-8")) or {}
     except FileNotFoundError:
         raise AlmrrError(f"There is no {path}; run from the project's folder.") from None
     except Exception as error:  # PyYAML raises nearly anything, such as ValueError for a date
@@ -423,6 +424,30 @@ def read_values(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise AlmrrError(f"{path} holds no names with values; restore it.")
     return values
+
+
+def _load_yaml(text: str) -> Any:  # noqa: ANN401 - whatever the text holds
+    """Values of a YAML text whose aliases, written out, hold neither themselves nor too much."""
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _count_values(node, {}) > _MOST_VALUES:
+            raise ValueError("its aliases hold themselves, or too many values")
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _count_values(node: yaml.Node, known: dict[int, float]) -> float:
+    """Count the values that a node stands for; infinitely many if it holds itself."""
+    if id(node) not in known:
+        known[id(node)] = math.inf
+        inner = node.value if isinstance(node, yaml.CollectionNode) else []
+        nodes = (each for item in inner for each in (item if isinstance(item, tuple) else (item,)))
+        known[id(node)] = 1 + sum(_count_values(each, known) for each in nodes)
+    return known[id(node)]
 
 
 def list_faults(error: ValidationError) -> str:
@@ -453,7 +478,7 @@ def _sentence(item: ErrorDetails) -> str:
         return f"{where}: " + (_renamed(where) or "unknown parameter; check its spelling")
     if item["type"] == "value_error":  # raised by our own validators
         return f"{where}: {item['ctx']['error']}" if where else str(item["ctx"]["error"])
-    return f"{where}: {item['msg']} (got {reprlib.repr(item['input'])})"
+    return f"{where}: {item['msg']} (got {_BRIEF.repr(item['input'])})"
 
 
 def _renamed(name: str) -> str | None:

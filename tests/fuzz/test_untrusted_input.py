@@ -182,6 +182,7 @@ YAMLS = (
 @example(b"- suite")
 @example(b"a: " + b"[" * 3000)
 @example(b"? [1]\n: 2")
+@example(b"a: &a {<<: *a}")
 @example(b"a: !!timestamp 2001-99-99")
 @example(b"a: &a [" + b"*a," * 3 + b"]")
 @example(b"a: " + b"9" * 5000)
