@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
+import sys
 import tempfile
 from contextlib import suppress
 from typing import Any
@@ -43,3 +45,10 @@ def release_pages(array: npt.NDArray[Any]) -> None:
         base = base.base
     if isinstance(base, np.memmap) and base.mode != "c" and hasattr(mmap, "MADV_DONTNEED"):
         base._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
+
+
+def return_free_memory(array: npt.NDArray[Any]) -> None:
+    """After work on a large array, give the system back what malloc keeps (glibc alone does)."""
+    if array.nbytes > _LARGE and sys.platform == "linux":
+        if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+            trim(0)

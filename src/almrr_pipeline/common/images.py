@@ -17,7 +17,13 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
-from almrr_pipeline.common.arrays import AnomalyMap, ImageArray, allocate, release_pages
+from almrr_pipeline.common.arrays import (
+    AnomalyMap,
+    ImageArray,
+    allocate,
+    release_pages,
+    return_free_memory,
+)
 from almrr_pipeline.common.decoding import Stored, decode
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.common.files import escape_name, escape_text, walk
@@ -126,7 +132,9 @@ def read_image(path: Path, reading: Reading | None = None) -> ImageArray:
         AlmrrError: the file is missing, empty, not an image that can be decoded, of several pages,
             or too large; or its range is uncertain, or another than `reading` holds.
     """
-    return decode_image(read_bytes(path), path, reading)
+    pixels = decode_image(read_bytes(path), path, reading)
+    return_free_memory(pixels)  # of a decoded image's blocks malloc keeps nearly all
+    return pixels
 
 
 def decode_image(data: bytes, path: Path, reading: Reading | None = None) -> ImageArray:

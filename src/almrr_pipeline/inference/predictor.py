@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from scipy.ndimage import uniform_filter
 
-from almrr_pipeline.common.arrays import AnomalyMap, release_pages
+from almrr_pipeline.common.arrays import AnomalyMap, release_pages, return_free_memory
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.config import InferenceSettings
 from almrr_pipeline.inference.inference_config import InferenceConfig
@@ -143,6 +143,7 @@ class Predictor:
             score = image_score(scaled.anomaly_map, self.config.smoothing)
             verdict = None if self.image_threshold is None else score > self.image_threshold
             unlike = usual.differences(scaled.look) if usual else ()
+            return_free_memory(scaled.anomaly_map)  # of the network, before its image is drawn
             yield Prediction(scaled.at_image_size(), score, verdict, scaled.index, unlike)
 
 

@@ -47,7 +47,7 @@ PANEL_TILES = tuple((_GAP + column * (_TILE + _GAP), _GAP, _TILE) for column in 
 """Left, top and width of a panel's four tiles, in pixels; they end `PANEL_FOOT` above its end."""
 PANEL_FOOT = _GAP + _FOOT
 _OUTLINE = 3  # pixels that the widest outline takes around a region, dark edge included
-_BAND = 512  # rows of an overlay that are drawn at a time
+_BAND = 128  # rows of an overlay that are drawn at a time, which takes 30 bytes a pixel
 _FONT_SIZE = 13
 _SMALLEST_OVERLAY = 360  # narrower images are enlarged in draw_overlay: the caption needs the width
 _font = cache(ImageFont.load_default)  # by size
@@ -183,11 +183,18 @@ def _checked_size(
 
 def _resize_map(anomaly_map: AnomalyMap, size: tuple[int, int]) -> AnomalyMap:
     if anomaly_map.shape == size and anomaly_map.dtype == np.float32:
-        return (
-            anomaly_map if np.isfinite(anomaly_map.max()) else np.nan_to_num(anomaly_map, nan=0.0)
-        )
+        return anomaly_map if _is_finite(anomaly_map) else np.nan_to_num(anomaly_map, nan=0.0)
     values = np.ascontiguousarray(np.nan_to_num(anomaly_map, nan=0.0), dtype=np.float32)
     return np.asarray(Image.fromarray(values).resize(size[::-1], Image.Resampling.BILINEAR))
+
+
+def _is_finite(anomaly_map: AnomalyMap) -> bool:
+    """Whether no value is NaN or above all numbers; reads a band at a time."""
+    largest = []
+    for top in range(0, len(anomaly_map), _BAND):
+        largest.append(anomaly_map[top : top + _BAND].max())
+        release_pages(anomaly_map)
+    return bool(np.isfinite(largest).all())
 
 
 def _draw_outlines(
