@@ -241,12 +241,16 @@ def test_redacted_parameters_have_no_secrets_and_no_folders_of_this_machine(
     }
     values["backbone"]["weights"] = "C:\\home\\me\\weights.pth"
     values["predict"]["images"] = "/home/me/images"
+    values["data"]["region"] = "/home/me/region.png"
+    values["overrides"] = {"mt_defect": {"data": {"region": "/home/me/other.png"}}}
     redacted = parse_parameters(values).redacted()
     assert redacted["data"]["mirror"] == "https://example.org/mirror?..."
     assert redacted["data"]["paths"] == {"nanotwice": "nanotwice.zip"}
     assert redacted["data"]["addresses"] == {"mt_defect": ["https://example.org/mt.zip", "mt"]}
     assert redacted["backbone"]["weights"] == "weights.pth"
     assert redacted["predict"]["images"] == "images"
+    assert redacted["data"]["region"] == "region.png"
+    assert redacted["overrides"] == {"mt_defect": {"data": {"region": "other.png"}}}
     assert "secret" not in str(redacted)
     assert "home" not in str(redacted)
 
@@ -267,3 +271,23 @@ def test_steps_may_follow_the_number_of_images(per_image: float, images: int, st
 
 def test_fewer_steps_than_the_least_are_what_was_asked_for() -> None:
     assert TrainSettings(steps=5, steps_per_image=2.0).for_images(100).steps == 5
+
+
+def test_a_region_is_a_path_below_the_project_or_polygons(values: dict[str, Any]) -> None:
+    square = [[0.1, 0.1], [0.9, 0.1], [0.9, 0.9]]
+    values["data"]["region"] = "region.png"
+    values["overrides"] = {
+        "a": {"data": {"region": "a.png"}},
+        "b": {"data": {"region": [square]}},
+        "c": {"data": {"region": None}},
+    }
+    parameters = parse_parameters(values).anchored(Path("/root"))
+    regions = {name: parameters.for_category(name).data.region for name in "abcd"}
+    corners = tuple(map(tuple, square))
+    root = Path("/root")
+    expected = {"a": str(root / "a.png"), "b": (corners,), "c": None, "d": str(root / "region.png")}
+    assert regions == expected
+    for wrong in (square, [square[:2]], [[*square, [1.2, 0.0]]], 7):
+        values["data"]["region"] = wrong
+        with pytest.raises(AlmrrError, match=r"data\.region: neither the path of an image nor"):
+            parse_parameters(values)

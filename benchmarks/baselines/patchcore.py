@@ -52,8 +52,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         [item.image for item in train],
         (arguments.size,) * 2,
         Tiling(),
-        size=BankSize(arguments.pool, arguments.core),
-        seed=arguments.seed,
+        size=BankSize(arguments.pool, arguments.core, arguments.seed),
         device=arguments.device,
     )
     logger.info("memory bank after %.0f s", time.perf_counter() - begun)

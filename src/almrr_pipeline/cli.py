@@ -175,12 +175,18 @@ def almrr(verbose: bool) -> None:
     default=500.0,
     help="Largest image that is read, as data.max_megapixels.",
 )
+@click.option(
+    "--region",
+    metavar="FILE",
+    help="What of the images counts, as data.region: an image, white there, or JSON of polygons.",
+)
 @click.option("--strict", is_flag=True, help="Exit with 1 at warnings too.")
 def check(
     folder: Path,
     html: Path | None,
     normal_names: tuple[str, ...],
     image_size: int,
+    region: str | None,
     strict: bool,
     **options: Any,  # noqa: ANN401 - those of DataSettings under the same names
 ) -> None:
@@ -203,13 +209,14 @@ def check(
     if html is not None:
         check_target_file(html)
 
-    from almrr_pipeline.config import DataSettings
+    from almrr_pipeline.config import parse_data
     from almrr_pipeline.datasets.doctor import examine
 
     if image_size % 16:
         raise click.BadParameter("a multiple of 16 is needed.", param_hint="'--image-size'")
     names, size = [*normal_names] or None, (image_size, image_size)
-    diagnosis = examine(folder, DataSettings(normal_names=names, image_size=size, **options))
+    options |= {"normal_names": names, "image_size": size, "region": region}
+    diagnosis = examine(folder, parse_data(options))
     for line in diagnosis.lines():
         click.echo(line)
     for finding in diagnosis.findings:
@@ -371,9 +378,10 @@ def predict(
     from almrr_pipeline.inference.inference_config import InferenceConfig
     from almrr_pipeline.reporting.predict_files import check_output, find_images, predict_files
 
-    InferenceConfig.load(model_folder)
+    config = InferenceConfig.load(model_folder)
     options |= {"image_threshold": threshold, "pixel_threshold": pixel_threshold}
     if engine == "ray":
+        from almrr_pipeline.evaluation.thresholds import describe_alarms
         from almrr_pipeline.scale.predict_archive import Job, predict_archive
 
         job = Job(
@@ -392,6 +400,9 @@ def predict(
             f"be read.\nVerdicts: {job.output}/verdicts"
         )
         _warn(totals.drift)
+        if threshold is None:
+            read = totals.images - totals.unreadable
+            _echo(describe_alarms(config.image_threshold, totals.anomalous, read))
         return
     if only_anomalous:
         raise click.UsageError("--only-anomalous is for --engine ray.")
@@ -696,6 +707,8 @@ def _echo(lines: Iterable[str]) -> None:
 
 
 def _print_summary(summary: Summary, predictor: Predictor, output: Path, *, chosen: bool) -> None:
+    from almrr_pipeline.evaluation.thresholds import describe_alarms
+
     count, threshold = len(summary.verdicts), predictor.image_threshold
     stored = predictor.config.image_threshold
     if threshold is None:
@@ -708,6 +721,8 @@ def _print_summary(summary: Summary, predictor: Predictor, output: Path, *, chos
         chosen_here = "Chosen by --threshold, without a guarantee."
         guarantee = stored.guarantee if stored and not chosen else chosen_here
         click.echo(f"Threshold {threshold:.6g}. {guarantee}")
+        if not chosen:
+            _echo(describe_alarms(stored, anomalous, count))
     highest = max(summary.verdicts, key=lambda verdict: verdict.score)
     click.echo(f"Highest score {highest.score:.6g}: {escape_name(highest.image)}")
     click.echo(f"Results: {escape_name(output)}")

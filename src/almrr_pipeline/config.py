@@ -5,15 +5,26 @@ Sections are frozen and refuse unknown names, so that a typing mistake ends a ru
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import reprlib
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from almrr_pipeline.common.errors import AlmrrError, quote
@@ -32,6 +43,16 @@ def _rising(ends: tuple[float, float]) -> tuple[float, float]:
     return ends
 
 
+def _as_region(value: Any, handler: ValidatorFunctionWrapHandler) -> RegionOfInterest:  # noqa: ANN401
+    try:
+        return cast("RegionOfInterest", handler(value))
+    except ValidationError:
+        raise ValueError(
+            "neither the path of an image nor a list of polygons, each of them a list of three or "
+            "more corners [x, y] in fractions of width and height, from 0 to 1"
+        ) from None
+
+
 NonNegative = Annotated[float, Field(ge=0.0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 OpenFraction = Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -41,6 +62,8 @@ Weight = NonNegative
 GridExponent = Annotated[int, Field(ge=0, le=8)]
 GridExponents = Annotated[tuple[GridExponent, GridExponent], AfterValidator(_ascending)]
 FractionRange = Annotated[tuple[Fraction, Fraction], AfterValidator(_ascending)]
+Corners = Annotated[tuple[tuple[Fraction, Fraction], ...], Field(min_length=3)]
+RegionOfInterest = str | Annotated[tuple[Corners, ...], Field(min_length=1)] | None
 ScanBackend = Literal["auto", "mamba_ssm", "triton", "numba", "torch"]
 Width = Annotated[int, Field(ge=1, le=65_536)]  # of a layer; beyond it, it alone fills memory
 Side = Annotated[int, Field(ge=128, le=8192, multiple_of=16)]  # pixels; stride 4, patches of 4
@@ -90,6 +113,9 @@ class DataSettings(Section):
     mask_values: tuple[int, ...] = ()
     mask_threshold: NonNegative | None = None
     max_megapixels: Annotated[float, Field(gt=0.0)] = 500.0  # of an image; as RGB 3 bytes a pixel
+    # outside of which nothing counts: an image that is white where they do, or polygons, each a
+    # list of corners (x, y) in fractions of width and height; null: all of the images counts
+    region: Annotated[RegionOfInterest, WrapValidator(_as_region)] = None
 
 
 class BackboneSettings(Section):
@@ -283,7 +309,7 @@ OVERRIDABLE = frozenset({"data", "synthesis", "model", "train", "inference", "ev
 _OVERRIDABLE_VALUES = {
     "data": frozenset(
         {"image_size", "tiling", "validation_fraction"}
-        | {"normal_names", "mask_values", "mask_threshold", "value_range"}
+        | {"normal_names", "mask_values", "mask_threshold", "value_range", "region"}
     ),
     "report": frozenset({"examples"}),
 }
@@ -368,12 +394,20 @@ class Parameters(Section):
         """Make the paths of images and weights absolute; relative ones are below `root`."""
         paths = {name: _anchor(path, root) for name, path in self.data.paths.items()}
         mirror = _anchor(self.data.mirror, root) if self.data.mirror else self.data.mirror
-        data = self.data.model_copy(update={"paths": paths, "mirror": mirror})
+        region = _anchor_region(self.data.region, root)
+        data = self.data.model_copy(update={"paths": paths, "mirror": mirror, "region": region})
+        regions = {
+            category: {"data": {"region": _anchor_region(own["data"]["region"], root)}}
+            for category, own in self.overrides.items()
+            if "region" in own.get("data", {})
+        }
+        overrides = merge_values(self.overrides, regions)
         weights = self.backbone.weights
         if weights not in {"hub", "package"}:
             weights = _anchor(weights, root)
         backbone = self.backbone.model_copy(update={"weights": weights})
-        return self.model_copy(update={"data": data, "backbone": backbone})
+        update = {"data": data, "backbone": backbone, "overrides": overrides}
+        return self.model_copy(update=update)
 
     def redacted(self) -> dict[str, Any]:
         """Plain values for a report or a log: without passwords, and without this disk's folders.
@@ -388,10 +422,17 @@ class Parameters(Section):
             name: [redact_address(address) for address in addresses]
             for name, addresses in data["addresses"].items()
         }
-        for section, name in (("data", "mirror"), ("backbone", "weights"), ("predict", "images")):
-            if values[section][name] is not None:
-                values[section][name] = redact_address(values[section][name])
+        places = [(values["backbone"], "weights"), (values["predict"], "images")]
+        places += [(data, "mirror"), (data, "region")]
+        places += [(own.get("data", {}), "region") for own in values["overrides"].values()]
+        for section, name in places:
+            if isinstance(section.get(name), str):
+                section[name] = redact_address(section[name])
         return values
+
+
+def _anchor_region(region: RegionOfInterest, root: Path) -> RegionOfInterest:
+    return _anchor(region, root) if isinstance(region, str) else region
 
 
 def _anchor(path: str, root: Path) -> str:
@@ -405,6 +446,17 @@ def parse_parameters(values: dict[str, Any]) -> Parameters:
         return Parameters.model_validate(values)
     except ValidationError as error:
         raise AlmrrError(f"params.yaml: {_join(map(_sentence, error.errors()))}.") from None
+
+
+def parse_data(values: dict[str, Any]) -> DataSettings:
+    """Check values of the section `data`, polygons of the region as JSON; AlmrrError if invalid."""
+    if isinstance(region := values.get("region"), str) and region.lstrip().startswith("["):
+        with suppress(ValueError):  # a path, then
+            values = values | {"region": json.loads(region)}
+    try:
+        return DataSettings.model_validate(values)
+    except ValidationError as error:
+        raise AlmrrError(f"data.{'; data.'.join(map(_sentence, error.errors()))}.") from None
 
 
 def load_parameters(path: Path) -> Parameters:

@@ -13,6 +13,7 @@ from scipy.ndimage import gaussian_filter
 
 from almrr_pipeline.baselines.nearest_image import measure_nearest_image
 from almrr_pipeline.common.errors import AlmrrError
+from almrr_pipeline.common.region import to_file
 from almrr_pipeline.config import DataSettings
 from almrr_pipeline.pipelines.baseline import evaluate_nearest_image
 
@@ -64,9 +65,11 @@ def test_images_are_read_by_the_range_of_the_category(tmp_path: Path) -> None:
     manifest = pd.DataFrame(rows, columns=columns)
     manifest = manifest.assign(mode="uint16", defect_type=manifest["label"], specimen="")
 
-    decided = evaluate_nearest_image(manifest, tmp_path, DataSettings())
+    decided = evaluate_nearest_image(manifest, to_file(None), tmp_path, DataSettings())
     assert decided["image_auroc"] is not None
     stated = DataSettings(value_range=(0, 4095))
-    assert evaluate_nearest_image(manifest, tmp_path, stated) == decided
+    assert evaluate_nearest_image(manifest, to_file(None), tmp_path, stated) == decided
     with pytest.raises(AlmrrError, match="the range is 0 to 1023"):
-        evaluate_nearest_image(manifest, tmp_path, DataSettings(value_range=(0, 1023)))
+        evaluate_nearest_image(
+            manifest, to_file(None), tmp_path, DataSettings(value_range=(0, 1023))
+        )

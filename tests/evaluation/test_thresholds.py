@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.evaluation.thresholds import (
+    alarm_p_value,
     conformal_threshold,
+    describe_alarms,
     proportion,
     rates_at,
     withdraw_guarantee,
@@ -134,3 +136,27 @@ def test_an_impossible_rate_is_refused(rate: float) -> None:
 def test_a_score_that_is_not_finite_is_refused() -> None:
     with pytest.raises(AlmrrError, match="not finite"):
         conformal_threshold([1.0, np.nan], 0.05)
+
+
+def test_so_many_alarms_are_as_rare_as_they_are_in_simulation() -> None:
+    """Of 39 normal images and 20 new ones, each time drawn anew."""
+    generator = np.random.default_rng(0)
+    scores = generator.random((4000, 59))
+    thresholds = [conformal_threshold(row[:39], 0.05) for row in scores]
+    pairs = zip(thresholds, scores, strict=True)
+    alarms = np.array([(row[39:] > threshold.value).sum() for threshold, row in pairs])
+    for count in (1, 2, 4):
+        expected = alarm_p_value(thresholds[0], count, 20)
+        assert (alarms >= count).mean() == pytest.approx(expected, abs=0.02)
+    assert alarm_p_value(thresholds[0], 0, 20) == 1.0
+    assert alarm_p_value(thresholds[0], 20, 20) < 1e-9
+    assert describe_alarms(thresholds[0], 2, 20) == []
+    assert describe_alarms(thresholds[0], 20, 20)[0].startswith(
+        "20 alarms of 20 are more than the 5"
+    )
+
+
+def test_without_a_guarantee_no_number_of_alarms_is_too_large() -> None:
+    withdrawn = withdraw_guarantee(conformal_threshold([0.2, 0.9, 0.4], 0.25))
+    assert alarm_p_value(withdrawn, 3, 3) is None
+    assert alarm_p_value(None, 3, 3) is None

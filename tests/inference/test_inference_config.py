@@ -8,6 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from almrr_pipeline.common.errors import AlmrrError
+from almrr_pipeline.common.region import to_file
 from almrr_pipeline.config import DataSettings, InferenceSettings, Tiling
 from almrr_pipeline.evaluation.thresholds import conformal_threshold
 from almrr_pipeline.inference.inference_config import MODEL_FILES, InferenceConfig, Thresholds
@@ -60,6 +61,7 @@ def test_the_file_says_value_rate_and_guarantee(tmp_path: Path) -> None:
         "category",
         "image_size",
         "tiling",
+        "region",
         "smoothing",
         "flips",
         "reading",
@@ -150,6 +152,7 @@ def test_thresholds_of_chosen_weights_carry_no_guarantee(
         ALMRR.load(model_folder),
         pd.DataFrame({"step": [1], "loss": [0.5], **chosen}),
         manifest,
+        to_file(None),
         noise_paths[0].parent,
         DataSettings(image_size=(128, 128)),
         InferenceSettings(),

@@ -91,7 +91,7 @@ def test_the_mean_evidence_of_new_normal_images_is_one(memory: FeatureMemory) ->
     memory.exponent = 3.0
     unseen = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     assert bool((memory.evidence(memory(unseen)) == 1.0).all())  # not measured yet
-    memory.fit_neutral([unseen[:1], unseen[1:]])
+    memory.fit_neutral([(unseen[:1],), (unseen[1:],)])
     evidence = memory.evidence(memory(unseen)).pow(3.0)
     assert float(evidence.mean()) == pytest.approx(1.0, rel=1e-5)
     assert float(evidence.max()) > 1.5

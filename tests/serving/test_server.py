@@ -220,6 +220,7 @@ def test_health_and_counters(address: str) -> None:
         name = f'almrr_requests_total{{status="{status}"}}'
         assert after[name] - before.get(name, 0) == more
     assert after["almrr_request_seconds_count"] - before["almrr_request_seconds_count"] == 2
+    assert 0 <= after["almrr_alarm_p_value"] <= 1
     assert after['almrr_request_seconds_bucket{le="+Inf"}'] == after["almrr_request_seconds_count"]
 
 

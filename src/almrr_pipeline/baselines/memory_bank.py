@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from almrr_pipeline.common.images import Reading
+from almrr_pipeline.common.region import Region
 from almrr_pipeline.config import Tiling
 from almrr_pipeline.inference.map_predictor import MapPredictor, resolve_device
 from almrr_pipeline.model.backbone import Backbone
+from almrr_pipeline.model.inputs import find_counted_cells
 from almrr_pipeline.model.memory import choose_core
 
 
@@ -33,10 +35,12 @@ class BankSize:
     Attributes:
         pool: drawn from all images, among which the core is chosen.
         core: kept, at most.
+        seed: of both choices.
     """
 
     pool: int = 20_000
     core: int = 2_000
+    seed: int = 0
 
 
 SIGMA = 4.0  # pixels, the paper's
@@ -55,14 +59,22 @@ def embed(backbone: Backbone, images: Tensor) -> Tensor:
 class _FeatureCollector(nn.Module):
     """Collects features of all images, evenly, where a network would map them."""
 
-    def __init__(self, backbone: Backbone, per_image: int, generator: torch.Generator) -> None:
+    def __init__(
+        self, backbone: Backbone, per_image: int, generator: torch.Generator, has_region: bool
+    ) -> None:
         super().__init__()
+        self.has_region = has_region
         self.backbone, self.per_image, self.generator = backbone, per_image, generator
         self.drawn: list[Tensor] = []
 
     def forward(self, images: Tensor) -> Tensor:
         """Draw features of each image without replacement; the maps returned are 0."""
-        for cells in embed(self.backbone, images).flatten(2).mT:  # (cells, C)
+        features = embed(self.backbone, images)
+        every = [*features.flatten(2).mT]  # (cells, C) each
+        if self.has_region:
+            counted = find_counted_cells(images, (features.shape[-2], features.shape[-1]))
+            every = [cells[own] for cells, own in zip(every, counted.flatten(1), strict=True)]
+        for cells in every:
             chosen = torch.randperm(len(cells), generator=self.generator)[: self.per_image]
             self.drawn.append(cells[chosen.to(cells.device)])
         return images.new_zeros(len(images), *images.shape[-2:])
@@ -97,9 +109,9 @@ def build_memory_bank(
     tiling: Tiling,
     *,
     size: BankSize = BankSize(),
-    seed: int = 0,
     device: str = "auto",
     reading: Reading | None = None,
+    region: Region | None = None,
 ) -> MapPredictor:
     """Remember features of normal training images, whole or in tiles as ALMRR takes them.
 
@@ -109,18 +121,18 @@ def build_memory_bank(
         image_size: rows and columns of the network's input.
         tiling: whether and how images are cut.
         size: how many features are drawn and kept.
-        seed: of both choices.
         device: as for `resolve_device`, which may raise AlmrrError.
         reading: how image files become 8-bit RGB.
+        region: what of the images counts; no features are remembered of the rest.
 
     Returns:
         A predictor of anomaly maps, whose values are distances.
     """
     target = resolve_device(device)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(size.seed)
     per_image = max(1, -(-size.pool // len(images)))
-    collector = _FeatureCollector(backbone.to(target), per_image, generator).eval()
-    predictor = MapPredictor(collector, image_size, tiling, 8, target, reading)
+    collector = _FeatureCollector(backbone.to(target), per_image, generator, region is not None)
+    predictor = MapPredictor(collector.eval(), image_size, tiling, 8, target, reading, region)
     for _ in predictor.maps(images):
         pass
     features = torch.cat(collector.drawn)

@@ -15,6 +15,7 @@ import numpy as np
 
 from almrr_pipeline.common.arrays import Bools
 from almrr_pipeline.common.images import Reading
+from almrr_pipeline.common.region import Region
 from almrr_pipeline.datasets.same_tile import SAME_TILE, compute_signatures, correlations
 from almrr_pipeline.evaluation.curves import auroc, trace_curve
 
@@ -25,14 +26,15 @@ def measure_nearest_image(
     labels: Sequence[bool],
     defect_types: Sequence[str],
     reading: Reading | None = None,
+    region: Region | None = None,
 ) -> dict[str, Any]:
     """Image AUROC, overall and by defect type, and fractions of images with a training twin.
 
     An image's score is 1 minus its correlation with the nearest training image. `labels` are True
-    where a test image is defective, `reading` is that of the files' values. What has no normal or
-    no defective test image is None.
+    where a test image is defective, `reading` is that of the files' values, `region` what of the
+    images counts. What has no normal or no defective test image is None.
     """
-    likeness = correlations(compute_signatures([*training, *tested], reading))
+    likeness = correlations(compute_signatures([*training, *tested], reading, region))
     nearest = likeness[len(training) :, : len(training)].max(axis=1).astype(np.float64)
     defective, types = np.asarray(labels, dtype=bool), np.asarray(defect_types)
 

@@ -25,8 +25,10 @@ from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.common.files import escape_name, escape_text
 from almrr_pipeline.common.images import ImageFacts, Reading, decide_ranges, find_narrow_range
 from almrr_pipeline.common.progress import track
+from almrr_pipeline.common.region import Region
 from almrr_pipeline.config import DataSettings
 from almrr_pipeline.datasets.account import FolderAccount, inspect_folder, show
+from almrr_pipeline.datasets.interest import decide_region, is_outside
 from almrr_pipeline.datasets.looks import NEAR_DUPLICATE, is_compared, similar_pairs
 from almrr_pipeline.datasets.manifest import Item, Opened, open_image, open_mask
 
@@ -60,6 +62,7 @@ class Diagnosis:
     images: list[Opened]
     findings: list[Finding] = field(default_factory=list)
     ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
+    region: Region | None = None
 
     @property
     def has_errors(self) -> bool:
@@ -86,6 +89,8 @@ class Diagnosis:
             yield f"  {title:<11}{_count_values(values)}"
         for dtype, (low, high) in self.ranges.items():
             yield f"  {'range':<11}{dtype}: {low:g} is black, {high:g} is white"
+        if self.region is not None:
+            yield f"  {'region':<11}{self.region.fraction:.1%} of an image counts"
         reasons = Counter(each.reason for each in self.account.unused if each.level == "info")
         for reason, count in reasons.items():
             yield f"  {'not used':<11}{count}: {reason}"
@@ -116,8 +121,8 @@ def examine(folder: Path, settings: DataSettings | None = None) -> Diagnosis:
 
     Args:
         folder: as for `inspect_folder`.
-        settings: of these normal_names, image_size, value_range, mask_values, mask_threshold and
-            max_megapixels.
+        settings: of these normal_names, image_size, value_range, mask_values, mask_threshold,
+            max_megapixels and region.
 
     Raises:
         AlmrrError: the folder's layout is not one of those known, or a folder cannot be read.
@@ -140,6 +145,7 @@ def examine(folder: Path, settings: DataSettings | None = None) -> Diagnosis:
         findings.append(Finding("error", "there is no normal image to train on"))
     findings += _find_doubts(diagnosis.images, folder, settings)
     findings += _check_size(diagnosis)
+    findings += _check_region(diagnosis)
     with suppress(AlmrrError):  # it is among the findings
         diagnosis.ranges = decide_ranges(_of_training(diagnosis.images), settings.value_range)
     findings.sort(key=lambda finding: finding.level)  # errors first
@@ -339,6 +345,22 @@ def _check_looks(images: Iterable[Opened], folder: Path) -> Iterator[Finding]:
             "are, list them in specimens.csv and keep each specimen in one split"
         )
         yield _about("warning", paths, folder, text)
+
+
+def _check_region(diagnosis: Diagnosis) -> Iterator[Finding]:
+    """Decide the region; a region that cannot be, and defects that it leaves out."""
+    settings = diagnosis.settings
+    try:
+        region = decide_region([each.facts.size for each in diagnosis.images], settings)
+    except AlmrrError as error:
+        yield Finding("error", str(error).rstrip("."))
+        return
+    diagnosis.region = region
+    masks = [each.item.mask for each in diagnosis.images if each.mask and each.mask.regions]
+    outside = [mask for mask in masks if region and mask and is_outside(mask, region, settings)]
+    if outside:
+        text = "all of its defects are outside of data.region: its image counts as normal"
+        yield _about("warning", outside, diagnosis.account.folder, text)
 
 
 def _check_size(diagnosis: Diagnosis) -> Iterator[Finding]:

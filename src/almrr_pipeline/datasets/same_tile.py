@@ -15,8 +15,9 @@ import numpy.typing as npt
 from scipy.ndimage import gaussian_filter
 from scipy.sparse.csgraph import connected_components
 
-from almrr_pipeline.common.images import Reading, read_image, resize_image
+from almrr_pipeline.common.images import Reading, read_image
 from almrr_pipeline.common.progress import track
+from almrr_pipeline.common.region import Region, resize_counted
 
 SAME_TILE = 0.7
 """Correlation above which two images show the same tile.
@@ -42,13 +43,16 @@ def group_by_tile(images: Sequence[Path]) -> list[int]:
     return [first.setdefault(int(label), position) for position, label in enumerate(labels)]
 
 
-def compute_signatures(images: Sequence[Path], reading: Reading | None = None) -> Signatures:
+def compute_signatures(
+    images: Sequence[Path], reading: Reading | None = None, region: Region | None = None
+) -> Signatures:
     """Remove illumination and local contrast; returns (n, 96, 96), each of mean 0 and norm 1."""
     signatures = np.empty((len(images), _SIDE, _SIDE), np.float32)
     description = "look for images of the same tile"
     with track(len(images), unit="images", description=description) as advance:
         for position, path in enumerate(images):
-            gray = resize_image(read_image(path, reading), (_SIDE, _SIDE)).mean(axis=2)
+            image = read_image(path, reading)
+            gray = resize_counted(image, (_SIDE, _SIDE), region).mean(axis=2)
             detail = gaussian_filter(gray, _FINE) - gaussian_filter(gray, _COARSE)
             detail /= np.sqrt(gaussian_filter(detail**2, _LOCAL)) + 1e-6
             detail -= detail.mean()

@@ -60,7 +60,7 @@ def evaluate(
 
     Args:
         maps: anomaly maps, float32 (H, W), larger is more anomalous; sizes may vary.
-        masks: ground truth, as in `LabeledMaps`.
+        masks: ground truth, as in `LabeledMaps`; pixels outside of its region are left out.
         scores: image scores, larger is more anomalous, shape (n,).
         labels: True where the image is defective, shape (n,).
         defect_types: defect type of each image, length n; used of defective ones only.
@@ -75,7 +75,8 @@ def evaluate(
     image_threshold, pixel_threshold = thresholds
     image_value = None if image_threshold is None else image_threshold.value
     images = _measure_images(ranked, labeled)
-    labeled_maps = LabeledMaps(maps, masks, labeled)
+    region = masks.region if isinstance(masks, GroundTruth) else None
+    labeled_maps = LabeledMaps(maps, masks, labeled, region)
     pixels = _measure_pixels(labeled_maps, of_type, pixel_threshold, settings.aupro_limits)
     tables = curves.tabulate_curves(pixels.overall.curve, max(settings.aupro_limits))
     of_images = curves.tabulate_curves(images.curve)

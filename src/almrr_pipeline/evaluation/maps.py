@@ -19,6 +19,7 @@ from almrr_pipeline.common.masks import (
     read_mask,
     resize_mask,
 )
+from almrr_pipeline.common.region import Region
 from almrr_pipeline.evaluation.curves import average_precision, trace_curve
 
 logger = logging.getLogger(__name__)
@@ -56,11 +57,15 @@ class AnomalyMaps:
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """Sequence of masks, each resized to its anomaly map; None for an image without a mask file."""
+    """Sequence of masks, each resized to its anomaly map; None for an image without a mask file.
+
+    What is outside of the region is not anomalous.
+    """
 
     masks: Sequence[Path | None]
     maps: AnomalyMaps
     reading: MaskReading | None = None  # which values of the masks are anomalous
+    region: Region | None = None  # what of the images counts
 
     def __len__(self) -> int:
         return len(self.masks)
@@ -73,7 +78,8 @@ class GroundTruth:
         path = self.masks[index]
         if path is None:
             return None
-        return resize_mask(read_mask(path, reading=self.reading), self.maps.size(index))
+        mask = resize_mask(read_mask(path, reading=self.reading), self.maps.size(index))
+        return mask if self.region is None else mask & self.region.at(mask.shape)
 
     def explain_emptiness(self, chosen: Iterable[int]) -> str:
         """Why no mask of the chosen images has an anomalous pixel; resizing loses no region."""
@@ -126,4 +132,7 @@ def _pixel_ap(maps: AnomalyMaps, truth: GroundTruth, index: int) -> float | None
     mask = truth[index]
     if mask is None or not mask.any():
         return None
-    return float(average_precision(trace_curve(maps[index].ravel(), mask.ravel())))
+    counted = ... if truth.region is None else truth.region.at(mask.shape)
+    return float(
+        average_precision(trace_curve(maps[index][counted].ravel(), mask[counted].ravel()))
+    )

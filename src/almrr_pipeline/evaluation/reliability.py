@@ -26,6 +26,8 @@ class Reliability:
 
     def add(self, values: AnomalyMap, mask: MaskArray | None) -> None:
         """Count a map with its ground truth; None: a normal image."""
+        if not values.size:
+            return
         if values.min() < 0.0 or values.max() > 1.0:
             self.are_probabilities = False
         if not self.are_probabilities:

@@ -19,6 +19,8 @@ import scipy.stats
 from almrr_pipeline.common.arrays import Bools, Floats
 from almrr_pipeline.common.errors import AlmrrError
 
+_UNLIKELY = 0.001  # probability below which a number of alarms is no chance
+
 
 @dataclass(frozen=True)
 class Threshold:
@@ -94,6 +96,34 @@ def conformal_threshold(
             "score was taken"
         )
     return Threshold(float(ranked[rank - 1]), rate, count, guaranteed, guarantee + ".")
+
+
+def alarm_p_value(threshold: Threshold | None, alarms: int, images: int) -> float | None:
+    """Probability of so many alarms or more, were the images normal and of the same process.
+
+    The number of alarms among new images that are exchangeable with the n of the calibration has a
+    beta-binomial distribution, whatever that of the scores; with ties they are fewer.
+
+    Returns:
+        In [0, 1]; None where nothing is guaranteed.
+    """
+    if threshold is None or threshold.guaranteed_rate is None:
+        return None
+    above = threshold.guaranteed_rate * (threshold.normals + 1)  # ranks of a new score: alarms
+    below = threshold.normals + 1 - above
+    return float(scipy.stats.betabinom.sf(alarms - 1, images, above, below))
+
+
+def describe_alarms(threshold: Threshold | None, alarms: int, images: int) -> list[str]:
+    """A sentence where there are more alarms than the guarantee leaves likely, or nothing."""
+    p_value = alarm_p_value(threshold, alarms, images)
+    if threshold is None or p_value is None or p_value > _UNLIKELY:
+        return []
+    return [
+        f"{alarms} alarms of {images} are more than the {threshold.guaranteed_rate:.1%} that the "
+        f"threshold promises of normal images (p = {p_value:.1g}): defects, or images unlike those "
+        "of the calibration; look at them."
+    ]
 
 
 def find_fault(threshold: Threshold) -> str | None:

@@ -6,9 +6,13 @@ Input "image": uint8 RGB, shape (H, W, 3), any H and W. Outputs: "map", float32 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
 
 from almrr_pipeline.common.errors import AlmrrError
+from almrr_pipeline.common.region import BLANK, Region
 from almrr_pipeline.inference.inference_config import InferenceConfig
 
 if TYPE_CHECKING:
@@ -33,6 +37,36 @@ _WEIGHTS = """
     {w}_sum = ReduceSum ({w}_raw, innermost)
     {w} = Div ({w}_raw, {w}_sum)
 """
+# Pixels of one axis of the region, stretched over the image: those that the centers are in.
+_PLACES = """
+    {w}_long = Gather (image_shape, {w}_index)
+    {w}_range = Range (none, {w}_long, single)
+    {w}_twice = Mul ({w}_range, double)
+    {w}_odd = Add ({w}_twice, single)
+    {w}_own = Constant <value_int: int = {own}> ()
+    {w}_product = Mul ({w}_odd, {w}_own)
+    {w}_whole = Mul ({w}_long, double)
+    {w}_places = Div ({w}_product, {w}_whole)
+"""
+_IN_REGION = """
+    none = Constant <value_int: int = 0> ()
+    single = Constant <value_int: int = 1> ()
+    double = Constant <value_int: int = 2> ()
+    {places}
+    counted_rows = Gather <axis: int = 0> (region, height_places)
+    counted_bytes = Gather <axis: int = 1> (counted_rows, width_places)
+    counted = Cast <to: int = 1> (counted_bytes)
+    counted_column = Unsqueeze (counted, innermost)
+    above_blank = Sub (whole_image, blank)
+    kept = Mul (above_blank, counted_column)
+    float_image = Add (kept, blank)
+"""
+# By products: of constant masks of bool OpenVINO's Where takes nothing for true.
+_BLANK_LEVELS = """
+    levels_above_blank = Sub (whole_levels, blank_planar)
+    levels_kept = Mul (levels_above_blank, region_small)
+    levels = Add (levels_kept, blank_planar)
+"""
 _GRAPH = """
 complete (uint8[H, W, 3] image) => ({outputs}) {{
     zero = Constant <value_float: float = 0.0> ()
@@ -49,7 +83,8 @@ complete (uint8[H, W, 3] image) => ({outputs}) {{
     height = Gather (lengths, height_index)
     width = Gather (lengths, width_index)
     {weights}
-    float_image = Cast <to: int = 1> (image)
+    whole_image = Cast <to: int = 1> (image)
+    {blank_image}
     planar = Transpose <perm: ints = [2, 0, 1]> (float_image)
     shrink_x_transposed = Transpose (shrink_x)
     narrow = MatMul (planar, shrink_x_transposed)
@@ -57,11 +92,12 @@ complete (uint8[H, W, 3] image) => ({outputs}) {{
     narrow_levels = Floor (narrow_half)
     small = MatMul (shrink_y, narrow_levels)
     small_half = Add (small, half)
-    levels = Floor (small_half)
+    whole_levels = Floor (small_half)
+    {blank_levels}
     batch = Unsqueeze (levels, first)
     white = Constant <value_float: float = 255.0> ()
     images = Div (batch, white)
-    after_network = Identity (anomaly_map)
+    after_network = {cut_network}
     channel = Constant <value_ints: ints = [1]> ()
     maps = Unsqueeze (after_network, channel)
     smooth = AveragePool <kernel_shape: ints = [{side}, {side}],
@@ -73,7 +109,8 @@ complete (uint8[H, W, 3] image) => ({outputs}) {{
     grow_x_transposed = Transpose (grow_x)
     wide = MatMul (network_map, grow_x_transposed)
     full = MatMul (grow_y, wide)
-    map = Clip (full, zero, one)
+    whole_map = Clip (full, zero, one)
+    {cut_map}
 }}
 """
 
@@ -101,6 +138,21 @@ def complete_graph(model: onnx.ModelProto, config: InferenceConfig) -> None:
     side = config.smoothing
     axes = [("shrink_y", "rows", "height"), ("shrink_x", "columns", "width")]
     axes += [(name.replace("shrink", "grow"), i, o) for name, o, i in axes]
+    region = config.region
+    if region is None:
+        blank_image, blank_levels = (
+            "float_image = Identity (whole_image)",
+            "levels = Identity (whole_levels)",
+        )
+        cut_network, cut_map = "Identity (anomaly_map)", "map = Identity (whole_map)"
+    else:
+        sides = zip(("height", "width"), region.mask.shape, strict=True)
+        blank_image = _IN_REGION.format(
+            places="".join(_PLACES.format(w=w, own=n) for w, n in sides)
+        )
+        blank_levels = _BLANK_LEVELS
+        cut_network, cut_map = "Mul (anomaly_map, region_small)", "map = Mul (whole_map, counted)"
+        model.graph.initializer.extend(_describe_region(region, config.image_size))
     around = parser.parse_graph(
         _GRAPH.format(
             outputs=f"float[H, W] map, float score{verdict}",
@@ -111,6 +163,10 @@ def complete_graph(model: onnx.ModelProto, config: InferenceConfig) -> None:
             before=side // 2,
             after=(side - 1) // 2,
             threshold=f"{threshold or 0.0:.9f}",
+            blank_image=blank_image,
+            blank_levels=blank_levels,
+            cut_network=cut_network,
+            cut_map=cut_map,
         )
     )
     network = list(model.graph.node)
@@ -119,3 +175,17 @@ def complete_graph(model: onnx.ModelProto, config: InferenceConfig) -> None:
     model.graph.node.extend([*around.node[:cut], *network, *around.node[cut:]])
     model.graph.input.extend(around.input)
     model.graph.output.extend(around.output)
+
+
+def _describe_region(region: Region, size: tuple[int, int]) -> list[onnx.TensorProto]:
+    """The region as constants: in its own size and the network's, and the color outside."""
+    from onnx import numpy_helper
+
+    color = np.array(BLANK, dtype=np.float32)
+    arrays: dict[str, npt.NDArray[Any]] = {
+        "region": region.mask.astype(np.uint8),
+        "region_small": region.at(size)[None].astype(np.float32),
+        "blank": color,
+        "blank_planar": color[:, None, None],
+    }
+    return [numpy_helper.from_array(array, name) for name, array in arrays.items()]

@@ -9,6 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from almrr_pipeline.common.errors import AlmrrError
+from almrr_pipeline.common.region import Region
 from almrr_pipeline.config import Tiling
 from almrr_pipeline.evaluation.thresholds import Threshold
 from almrr_pipeline.inference.inference_config import InferenceConfig
@@ -43,6 +44,7 @@ def describe_model(folder: Path) -> str:
             f"backbone          {read_config(folder).backbone.name}",
             f"input             {rows} x {columns} pixels, {_describe_tiling(config.tiling)}",
             f"anomaly map       {flips}",
+            *_describe_region(config.region),
             f"image score       largest mean over {side} x {side} pixels of the map",
             f"image threshold   {_describe_threshold(config.image_threshold)}",
             f"pixel threshold   {_describe_threshold(config.pixel_threshold)}",
@@ -69,6 +71,10 @@ def count_parameters(folder: Path) -> dict[str, int]:
     except (SafetensorError, OSError) as error:
         raise AlmrrError(f"{path} cannot be read as weights ({error}).") from error
     return {label: counts[module] for module, label in _MODULES.items() if counts[module]}
+
+
+def _describe_region(region: Region | None) -> list[str]:
+    return [f"region            {region.fraction:.1%} of the image counts"] if region else []
 
 
 def _describe_tiling(tiling: Tiling) -> str:

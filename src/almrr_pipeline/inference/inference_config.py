@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError, field_validator
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.common.files import write_atomically
 from almrr_pipeline.common.images import Reading, ValueRange
+from almrr_pipeline.common.region import Region
 from almrr_pipeline.config import Section, Side, Tiling, list_faults
 from almrr_pipeline.evaluation.thresholds import Threshold, find_fault, withdraw_guarantee
 from almrr_pipeline.inference.looks import UsualLook
@@ -52,6 +53,7 @@ class InferenceConfig(Section):
     image_size: tuple[Side, Side]  # rows and columns of the network's input
     tiling: Tiling = Tiling()
     reading: Reading = Reading()  # how files of more than 8 bits become 8-bit RGB, and size limit
+    region: Region | None = None  # of interest; None: all of the images counts
     # side of the image score's mean filter, in pixels at network scale
     smoothing: Annotated[int, Field(ge=1, le=_WIDEST_SMOOTHING)] = 9
     flips: bool = False  # test-time augmentation; see `almrr_pipeline.inference.tta`

@@ -23,7 +23,8 @@ from torch import nn
 
 from almrr_pipeline.common.arrays import AnomalyMap, ImageArray
 from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.common.images import Reading, read_image, resize_image
+from almrr_pipeline.common.images import Reading, read_image
+from almrr_pipeline.common.region import Region, resize_counted
 from almrr_pipeline.config import InferenceSettings, Tiling
 from almrr_pipeline.inference.fuse import fuse
 from almrr_pipeline.inference.looks import Look, measure_look
@@ -54,6 +55,7 @@ class ScaledMap:
     anomaly_map: AnomalyMap  # float32 in [0, 1], shape (h, w)
     size: tuple[int, int]  # rows and columns (H, W) of the image itself
     look: Look  # of the image at the network's scale
+    region: Region | None = None  # outside of which the map is 0
 
     def at_image_size(self) -> AnomalyMap:
         """Resize to the image's own size, as images are: bilinear, antialiased, centers aligned."""
@@ -61,7 +63,8 @@ class ScaledMap:
             return self.anomaly_map
         image = Image.fromarray(self.anomaly_map)
         resized = np.array(image.resize(self.size[::-1], Image.Resampling.BILINEAR))
-        return resized.clip(0.0, 1.0)  # rounding alone can leave [0, 1]
+        resized = resized.clip(0.0, 1.0)  # rounding alone can leave [0, 1]
+        return resized if self.region is None else self.region.cut(resized)
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ class MapPredictor:
     batch_size: int  # images, or tiles, per forward pass; tiles of different images share a batch
     device: torch.device
     reading: Reading | None = None  # of the files' values
+    region: Region | None = None  # outside of it images are blank and maps 0
 
     def __post_init__(self) -> None:
         """Refuse values that no image can be mapped with."""
@@ -94,6 +98,7 @@ class MapPredictor:
         tiling: Tiling,
         device: str = "auto",
         reading: Reading | None = None,
+        region: Region | None = None,
     ) -> Self:
         """Fuse a model, average over flips if the settings ask for it, and move it to a device.
 
@@ -103,10 +108,12 @@ class MapPredictor:
             tiling: whether and how images are cut.
             device: as for `resolve_device`, which may raise AlmrrError.
             reading: how image files become 8-bit RGB.
+            region: what of the images counts; None for all.
         """
         target = resolve_device(device)
         network = average_flips(fuse(model), settings.flips).to(target)
-        return cls(network, model.image_size, tiling, settings.batch_size, target, reading)
+        size, batch_size = model.image_size, settings.batch_size
+        return cls(network, size, tiling, batch_size, target, reading, region)
 
     def maps(
         self, images: Iterable[ImageInput], *, on_unreadable: OnUnreadable = raise_unreadable
@@ -133,8 +140,8 @@ class MapPredictor:
             maps = self._map_batch(np.stack([tile for tile, _ in batch]))
             for (_, blend), tile_map in zip(batch, maps, strict=True):
                 blend.add(tile_map)
-            yield from _take_finished(pending, on_unreadable)
-        yield from _take_finished(pending, on_unreadable)
+            yield from self._take_finished(pending, on_unreadable)
+        yield from self._take_finished(pending, on_unreadable)
 
     def _decode_and_scale(self, numbered: tuple[int, ImageInput]) -> _ScaledImage:
         pixels = _decode(*numbered, self.reading)
@@ -143,8 +150,9 @@ class MapPredictor:
             rows, columns = (max(1, round(length * self.tiling.scale)) for length in size)
             target = (rows, columns)
         grid = TileGrid(target, tile=self.image_size, overlap=self.tiling.overlap)
-        scaled = resize_image(pixels, target)
-        return _ScaledImage(scaled, size, Blend(grid), measure_look(scaled))
+        scaled = resize_counted(pixels, target, self.region)
+        seen = scaled if self.region is None else scaled[self.region.box(target)]
+        return _ScaledImage(scaled, size, Blend(grid), measure_look(seen))
 
     @torch.inference_mode()
     def _map_batch(self, tiles: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
@@ -164,6 +172,25 @@ class MapPredictor:
                 "damaged; train it again."
             )
         return maps
+
+    def _take_finished(
+        self, pending: deque[_Decoding], on_unreadable: OnUnreadable
+    ) -> Iterator[ScaledMap]:
+        """Take from the front of the queue what is finished; report what cannot be read."""
+        while pending:
+            (index, image), decoding = pending[0]
+            if decoding.exception() is None and not decoding.result().blend.complete:
+                return
+            pending.popleft()
+            try:
+                scaled = decoding.result()
+            except AlmrrError as error:
+                on_unreadable(image, error)
+                continue
+            anomaly_map, region = scaled.blend.result(), self.region
+            if region is not None:
+                anomaly_map = region.cut(anomaly_map)
+            yield ScaledMap(index, anomaly_map, scaled.size, scaled.look, region)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -210,21 +237,6 @@ def _cut_tiles(
             scaled = decoding.result()
             for tile in scaled.blend.grid.cut(scaled.pixels):
                 yield tile, scaled.blend
-
-
-def _take_finished(pending: deque[_Decoding], on_unreadable: OnUnreadable) -> Iterator[ScaledMap]:
-    """Take from the front of the queue what is finished; report what cannot be read."""
-    while pending:
-        (index, image), decoding = pending[0]
-        if decoding.exception() is None and not decoding.result().blend.complete:
-            return
-        pending.popleft()
-        try:
-            scaled = decoding.result()
-        except AlmrrError as error:
-            on_unreadable(image, error)
-        else:
-            yield ScaledMap(index, scaled.blend.result(), scaled.size, scaled.look)
 
 
 def _decode(index: int, image: ImageInput, reading: Reading | None) -> ImageArray:

@@ -108,7 +108,10 @@ class Predictor:
             settings = InferenceSettings(flips=flips)
             predictor = MapPredictor.build(model, settings, tiling=tiling, device=device)
             self.map_predictor = replace(
-                predictor, batch_size=batch_size, reading=self.config.reading
+                predictor,
+                batch_size=batch_size,
+                reading=self.config.reading,
+                region=self.config.region,
             )
             return
         if device not in {"auto", "cpu"}:
@@ -117,7 +120,13 @@ class Predictor:
         network = ExportedNetwork(cached_graph(folder, model, flips=flips), runtime)
         cpu = torch.device("cpu")
         self.map_predictor = MapPredictor(
-            network, model.image_size, tiling, batch_size, cpu, self.config.reading
+            network,
+            model.image_size,
+            tiling,
+            batch_size,
+            cpu,
+            self.config.reading,
+            self.config.region,
         )
 
     def __call__(self, images: Iterable[ImageInput]) -> list[Prediction]:
@@ -143,6 +152,8 @@ class Predictor:
             score = image_score(scaled.anomaly_map, self.config.smoothing)
             verdict = None if self.image_threshold is None else score > self.image_threshold
             unlike = usual.differences(scaled.look) if usual else ()
+            if scaled.region and not scaled.region.fits(scaled.size):
+                unlike += ("of other proportions",)
             return_free_memory(scaled.anomaly_map)  # of the network, before its image is drawn
             yield Prediction(scaled.at_image_size(), score, verdict, scaled.index, unlike)
 

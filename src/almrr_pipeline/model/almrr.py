@@ -22,7 +22,12 @@ from almrr_pipeline.model import weights_io
 from almrr_pipeline.model.backbone import Backbone, build_backbone
 from almrr_pipeline.model.checksums import check_files
 from almrr_pipeline.model.frm import FRM
-from almrr_pipeline.model.inputs import check_image_size, check_images, check_shape
+from almrr_pipeline.model.inputs import (
+    check_image_size,
+    check_images,
+    check_shape,
+    find_counted_cells,
+)
 from almrr_pipeline.model.kernels.composed import resize_bilinear
 from almrr_pipeline.model.kernels.scan.reference import widen
 from almrr_pipeline.model.memory import FeatureMemory
@@ -260,7 +265,12 @@ class ALMRR(nn.Module):
         self.feature_std.copy_(std.clamp_min(MIN_STD * float(std.mean())))
 
     def fill_memory(
-        self, batches: Iterable[tuple[Tensor, Tensor]], *, images: int, seed: int
+        self,
+        batches: Iterable[tuple[Tensor, Tensor]],
+        *,
+        images: int,
+        seed: int,
+        has_region: bool = False,
     ) -> None:
         """Choose the features of normal images that are remembered, in place.
 
@@ -269,33 +279,45 @@ class ALMRR(nn.Module):
                 (B,), equal where images show the same specimen.
             images: how many there are.
             seed: of the choice.
+            has_region: whether what is blank in the images does not count.
 
         Raises:
             AlmrrError: the model has no memory, or the images do not fit.
         """
         if self.memory is None:
             raise AlmrrError("This model remembers no features; set model.memory_size.")
-        embedded = ((self._embed_checked(batch), owners) for batch, owners in batches)
+        embedded = (
+            (self._embed_checked(batch), owners, *self._count_cells(batch, has_region))
+            for batch, owners in batches
+        )
         per_image = -(-MEMORY_CHOICE * self.settings.memory_size // images)
         self.memory.fill(embedded, per_image=per_image, seed=seed)
 
-    def fit_evidence(self, batches: Iterable[Tensor]) -> None:
+    def fit_evidence(self, batches: Iterable[Tensor], *, has_region: bool = False) -> None:
         """Measure which distance to the memory is no evidence of an anomaly, in place.
 
         Args:
             batches: RGB, float in [0, 1], (B, 3, H, W) each, normal and not remembered; none leave
                 what `fill_memory` has measured.
+            has_region: whether what is blank in the images does not count.
 
         Raises:
             AlmrrError: the memory is no evidence in this model, or the images do not fit.
         """
         if self.memory is None or not self.memory.exponent:
             raise AlmrrError("This model weighs no distances; set model.memory_exponent.")
-        self.memory.fit_neutral(map(self._embed_checked, batches))
+        self.memory.fit_neutral(
+            (self._embed_checked(batch), *self._count_cells(batch, has_region)) for batch in batches
+        )
 
     def _embed_checked(self, images: Tensor) -> Tensor:
         check_images(images, self.image_size)
         return self.embed(images)
+
+    def _count_cells(self, images: Tensor, has_region: bool) -> list[Tensor]:
+        """Which of the memory's cells count, where not all do."""
+        rows, columns = self.regional_features.grid
+        return [find_counted_cells(images, (rows // 2, columns // 2))] if has_region else []
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters of MFRM, FRM and the FRM's learned inputs; the backbone is frozen."""

@@ -1,16 +1,20 @@
-"""Checks of image sizes and images."""
+"""Checks of image sizes and images, and which part of blanked images counts."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from almrr_pipeline.common.errors import AlmrrError
+from almrr_pipeline.common.region import BLANK
 
 SIDE_MULTIPLE = 16
 """The deepest feature map has stride 16, and features (4) times patches (4) make 16 too."""
 SMALLEST_SIDE = 128
 """The U-Net halves a grid of a quarter of the side five times."""
+_SAME = 1 / 512
+"""Half of a gray value: images are bytes divided by 255."""
 
 
 def check_image_size(image_size: tuple[int, int]) -> None:
@@ -69,3 +73,20 @@ def check_images(images: Tensor, image_size: tuple[int, int]) -> None:
             f"Images must be in [0, 1]; these reach from {low:.4g} to {high:.4g}. Divide 8-bit "
             "values by 255; the model normalizes them itself."
         )
+
+
+def find_counted(images: Tensor) -> Tensor:
+    """Which pixels of blanked images (B, 3, H, W) count: all that are not blank; bool (B, H, W)."""
+    blank = torch.tensor(BLANK, device=images.device).div(255)
+    return ((images - blank[:, None, None]).abs() > _SAME).any(dim=1)
+
+
+def find_counted_cells(images: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Which cells of a grid over blanked images (B, 3, H, W) count: bool (B, *grid).
+
+    Those of which half of the pixels count; where there are none, those with most.
+    """
+    counted = find_counted(images).float()[:, None]
+    fraction = functional.adaptive_avg_pool2d(counted, grid)[:, 0]
+    least = fraction.flatten(1).amax(dim=1).clamp(max=0.5)
+    return (fraction >= least[:, None, None]) & (fraction > 0)

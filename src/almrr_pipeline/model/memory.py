@@ -93,18 +93,21 @@ class FeatureMemory(nn.Module):
         return (nearest + rows.square().sum(dim=-1)).clamp_min(0.0).sqrt()[:, None]
 
     @torch.no_grad()
-    def fill(self, batches: Iterable[tuple[Tensor, Tensor]], *, per_image: int, seed: int) -> None:
+    def fill(self, batches: Iterable[tuple[Tensor, ...]], *, per_image: int, seed: int) -> None:
         """Remember features of normal images, in place.
 
         Args:
-            batches: features (b, C, h, w) and their images' owners, int64 (b,).
+            batches: features (b, C, h, w), their images' owners, int64 (b,), and, where not all
+                cells count, which do, bool (b, h / 2, w / 2).
             per_image: cells drawn at random of each image, among all of which the M are chosen.
             seed: of both choices.
         """
         generator = torch.Generator().manual_seed(seed)
         drawn, owned = [], []
-        for features, owners in batches:
-            cells = pool_cells(widen(features)).flatten(2).mT  # (b, n m, C)
+        for features, owners, *counted in batches:
+            cells = [*pool_cells(widen(features)).flatten(2).mT]  # b times (n m, C)
+            for inside in counted:
+                cells = [each[own] for each, own in zip(cells, inside.flatten(1), strict=True)]
             for each, owner in zip(cells, owners, strict=True):
                 chosen = torch.randperm(len(each), generator=generator)[:per_image]
                 drawn.append(each[chosen.to(each.device)])
@@ -122,13 +125,18 @@ class FeatureMemory(nn.Module):
             self._set_neutral([known])
 
     @torch.no_grad()
-    def fit_neutral(self, batches: Iterable[Tensor]) -> None:
+    def fit_neutral(self, batches: Iterable[tuple[Tensor, ...]]) -> None:
         """Measure the neutral distance on features (b, C, h, w) of normal images not remembered.
 
+        Next to them, where not all cells count, which do, bool (b, h / 2, w / 2).
         Crops of one image are more alike than new images are. Without batches it stays that of
         `fill`, among the remembered images.
         """
-        self._set_neutral([self._nearest(pool_cells(widen(each)), None) for each in batches])
+        distances = []
+        for features, *counted in batches:
+            nearest = self._nearest(pool_cells(widen(features)), None)[:, 0]
+            distances.append(nearest[counted[0]] if counted else nearest)
+        self._set_neutral(distances)
 
     def _set_neutral(self, distances: list[Tensor]) -> None:
         """The power mean: with it the mean evidence over these distances is 1."""

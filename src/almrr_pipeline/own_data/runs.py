@@ -189,7 +189,8 @@ def _check_images(project: Path, surface: own.Surface) -> Iterator[str]:
     own_values = {"overrides": {surface.category: dict(surface.overrides)}}
     merged = parse_parameters(merge_values(general.model_dump(mode="json"), own_values))
     try:
-        diagnosis = examine(folder, merged.for_category(surface.category).data)
+        parameters = merged.anchored(project).for_category(surface.category)
+        diagnosis = examine(folder, parameters.data)
     except AlmrrError as error:
         raise AlmrrError(f"{surface.path}: {str(error).rstrip('.')}.") from error
     yield from diagnosis.lines()

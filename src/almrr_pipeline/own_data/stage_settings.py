@@ -44,13 +44,15 @@ def write_settings(project: Path) -> None:
     with staging_folder(scratch) as folder:
         _write(folder / SHARED, "source", _source(written, [Dtd.name]))
         for category in written.categories:
-            written.for_category(category)  # AlmrrError if an override is out of its range
+            merged = parameters.for_category(category)  # may raise: an override out of its range
+            if isinstance(region := merged.data.region, str) and not Path(region).is_file():
+                raise AlmrrError(f"data.region: there is no image at {region}; check the path.")
             own = written.overrides.get(category, {})
             names = (category, dataset_for(category, written.data).name)
             of_data = own.get("data", {})
             reading = {key: of_data.get(key) for key in sorted(READ_AT_FETCHING)}
-            if "value_range" in of_data:  # no key for others: their files stay as they were
-                reading["value_range"] = of_data["value_range"]
+            # No key for others: their files stay as they were.
+            reading |= {key: of_data[key] for key in ("value_range", "region") if key in of_data}
             _write(folder / category, "source", {**_source(written, names), "data": reading})
             _write(folder / category, "overrides", own)
     move_folder_into_place(folder, project / FOLDER)

@@ -11,6 +11,7 @@ import pandas as pd
 
 from almrr_pipeline.baselines.memory_bank import build_memory_bank
 from almrr_pipeline.baselines.nearest_image import measure_nearest_image
+from almrr_pipeline.common.region import from_file
 from almrr_pipeline.config import BackboneSettings, DataSettings, EvaluateSettings
 from almrr_pipeline.datasets.manifest import image_reading, mask_reading, training_split
 from almrr_pipeline.evaluation.evaluate import evaluate as evaluate_maps
@@ -23,6 +24,7 @@ from almrr_pipeline.pipelines.per_category import step
 def fill_memory_bank(
     backbone_weights: Path,
     manifest: pd.DataFrame,
+    region_file: bytes,
     data_folder: Path,
     backbone: BackboneSettings,
     data: DataSettings,
@@ -32,7 +34,12 @@ def fill_memory_bank(
     frozen = build_backbone(backbone, weights=backbone_weights / "backbone.safetensors")
     paths = [data_folder / name for name in training]
     return build_memory_bank(
-        frozen, paths, data.image_size, data.tiling, reading=image_reading(manifest, data)
+        frozen,
+        paths,
+        data.image_size,
+        data.tiling,
+        reading=image_reading(manifest, data),
+        region=from_file(region_file),
     )
 
 
@@ -56,7 +63,7 @@ def evaluate_memory_bank(
         masks = [data_folder / name if name else None for name in rows["mask"]]
         return evaluate_maps(
             maps,
-            GroundTruth(masks, maps, mask_reading(data)),
+            GroundTruth(masks, maps, mask_reading(data), memory_bank.region),
             scores,
             rows["label"] == "defective",
             list(rows["defect_type"]),
@@ -66,7 +73,7 @@ def evaluate_memory_bank(
 
 
 def evaluate_nearest_image(
-    manifest: pd.DataFrame, data_folder: Path, data: DataSettings
+    manifest: pd.DataFrame, region_file: bytes, data_folder: Path, data: DataSettings
 ) -> dict[str, Any]:
     """Measure what recognizing whole images is worth on this split."""
     training, _ = training_split(manifest, fraction=data.validation_fraction)
@@ -77,6 +84,7 @@ def evaluate_nearest_image(
         list(rows["label"] == "defective"),
         list(rows["defect_type"]),
         image_reading(manifest, data),
+        from_file(region_file),
     )
 
 
@@ -97,7 +105,7 @@ def join_baselines(memory_bank: dict[str, Any], nearest_image: dict[str, Any]) -
 NODES = [
     step(
         fill_memory_bank,
-        "backbone_weights manifest data_folder params:backbone params:data",
+        "backbone_weights manifest region_file data_folder params:backbone params:data",
         "memory_bank",
     ),
     step(
@@ -105,6 +113,10 @@ NODES = [
         "memory_bank manifest data_folder params:data params:evaluate scratch_folder",
         "memory_bank_metrics",
     ),
-    step(evaluate_nearest_image, "manifest data_folder params:data", "nearest_image_metrics"),
+    step(
+        evaluate_nearest_image,
+        "manifest region_file data_folder params:data",
+        "nearest_image_metrics",
+    ),
     step(join_baselines, "memory_bank_metrics nearest_image_metrics", "baselines"),
 ]

@@ -12,6 +12,7 @@ import pandas as pd
 from almrr_pipeline.common.arrays import AnomalyMap
 from almrr_pipeline.common.images import read_image
 from almrr_pipeline.common.masks import MaskReading
+from almrr_pipeline.common.region import show_counted
 from almrr_pipeline.config import DataSettings, EvaluateSettings, InferenceSettings, ReportSettings
 from almrr_pipeline.datasets.manifest import mask_reading
 from almrr_pipeline.evaluation.evaluate import evaluate as evaluate_maps
@@ -47,7 +48,7 @@ class TestSet:
     def masks(self, maps: AnomalyMaps) -> GroundTruth:
         """Ground truth of the images, each at the size of its map."""
         paths = [self.folder / name if name else None for name in self.rows["mask"]]
-        return GroundTruth(paths, maps, self.mask_reading)
+        return GroundTruth(paths, maps, self.mask_reading, self.config.region)
 
 
 def open_test_set(
@@ -129,7 +130,9 @@ def _reader(maps: AnomalyMaps, test_set: TestSet) -> Callable[[str], Result]:
     places = {image: place for place, image in enumerate(test_set.rows["image"])}
 
     def load(image: str) -> Result:
-        pixels = read_image(test_set.folder / image, test_set.config.reading)
+        pixels = show_counted(
+            read_image(test_set.folder / image, test_set.config.reading), test_set.config.region
+        )
         return pixels, masks[places[image]], maps[places[image]]
 
     return load

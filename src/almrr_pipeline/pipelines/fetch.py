@@ -7,8 +7,10 @@ from pathlib import Path
 import pandas as pd
 
 from almrr_pipeline.common.files import staging_folder
+from almrr_pipeline.common.region import to_file
 from almrr_pipeline.config import BackboneSettings, DataSettings
 from almrr_pipeline.datasets.base import FetchRequest
+from almrr_pipeline.datasets.interest import decide_region, pass_outside
 from almrr_pipeline.datasets.manifest import build_manifest
 from almrr_pipeline.datasets.registry import dataset_for, fetch_category, fetch_textures
 from almrr_pipeline.datasets.weights import fetch_backbone
@@ -38,10 +40,12 @@ def download_images(category: str, data: DataSettings, scratch: Path) -> Path:
     return folder
 
 
-def list_images(category: str, images: Path, data_folder: Path, data: DataSettings) -> pd.DataFrame:
-    """Open every image once, and list them with their split, label and mask."""
+def list_images(
+    category: str, images: Path, data_folder: Path, data: DataSettings
+) -> tuple[pd.DataFrame, bytes]:
+    """Open every image once, and list them with their split, label and mask; decide the region."""
     dataset = dataset_for(category, data)
-    return build_manifest(
+    manifest = build_manifest(
         dataset.items(category, images),
         root=data_folder,
         expected=dataset.expected(category),
@@ -49,6 +53,10 @@ def list_images(category: str, images: Path, data_folder: Path, data: DataSettin
         settings=data,
         name=category,
     )
+    region = decide_region(list(zip(manifest["height"], manifest["width"], strict=True)), data)
+    if region is not None:
+        manifest = pass_outside(manifest, data_folder, region, data)
+    return manifest, to_file(region)
 
 
 SHARED_NODES = [
@@ -57,5 +65,5 @@ SHARED_NODES = [
 ]
 NODES = [
     step(download_images, "params:category params:data scratch_folder", "images"),
-    step(list_images, "params:category images data_folder params:data", "manifest"),
+    step(list_images, "params:category images data_folder params:data", "manifest region_file"),
 ]

@@ -9,7 +9,7 @@ from kedro.pipeline import Node, Pipeline
 
 SHARED = {"data_folder", "scratch_folder", "textures", "backbone_weights"}
 """Datasets that all categories read."""
-OF_CATEGORY = {"manifest", "baselines"}
+OF_CATEGORY = {"manifest", "region_file", "baselines"}
 """Datasets that all seeds of a category read."""
 
 

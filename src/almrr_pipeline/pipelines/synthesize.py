@@ -8,6 +8,7 @@ import pandas as pd
 
 from almrr_pipeline.common.files import staging_folder
 from almrr_pipeline.common.images import IMAGE_SUFFIXES
+from almrr_pipeline.common.region import from_file
 from almrr_pipeline.config import DataSettings, SynthesisSettings
 from almrr_pipeline.datasets.manifest import image_reading, training_split
 from almrr_pipeline.pipelines.per_category import step
@@ -17,6 +18,7 @@ from almrr_pipeline.synthesis.writer import ImagePaths
 
 def simulate_anomalies(
     manifest: pd.DataFrame,
+    region_file: bytes,
     textures: Path,
     data_folder: Path,
     data: DataSettings,
@@ -33,6 +35,7 @@ def simulate_anomalies(
         validation=[data_folder / name for name in validation],
         textures=sorted(texture_paths),
         reading=image_reading(manifest, data),
+        region=from_file(region_file),
     )
     with staging_folder(scratch) as folder:
         synthesize(
@@ -49,7 +52,8 @@ def simulate_anomalies(
 NODES = [
     step(
         simulate_anomalies,
-        "manifest textures data_folder params:data params:synthesis params:seed scratch_folder",
+        "manifest region_file textures data_folder params:data params:synthesis params:seed "
+        "scratch_folder",
         "synthetic_set",
     )
 ]

@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 
 from almrr_pipeline.common.files import staging_folder
+from almrr_pipeline.common.region import from_file
 from almrr_pipeline.config import (
     BackboneSettings,
     DataSettings,
@@ -84,6 +85,7 @@ def calibrate_thresholds(
     trained: ALMRR,
     history: pd.DataFrame,
     manifest: pd.DataFrame,
+    region_file: bytes,
     data_folder: Path,
     data: DataSettings,
     inference: InferenceSettings,
@@ -94,9 +96,9 @@ def calibrate_thresholds(
     Where the weights were chosen on these images too, the thresholds lose their guarantee.
     """
     _, validation = training_split(manifest, fraction=data.validation_fraction)
-    reading = image_reading(manifest, data)
+    reading, region = image_reading(manifest, data), from_file(region_file)
     thresholds = calibrate(
-        MapPredictor.build(trained, inference, tiling=data.tiling, reading=reading),
+        MapPredictor.build(trained, inference, tiling=data.tiling, reading=reading, region=region),
         [data_folder / name for name in validation],
         smoothing=inference.smoothing,
         false_alarm_rate=inference.false_alarm_rate,
@@ -106,6 +108,7 @@ def calibrate_thresholds(
         image_size=data.image_size,
         tiling=data.tiling,
         reading=reading,
+        region=region,
         smoothing=inference.smoothing,
         flips=inference.flips,
         thresholds=thresholds,
@@ -147,7 +150,8 @@ NODES = [
     ),
     step(
         calibrate_thresholds,
-        "trained_network history manifest data_folder params:data params:inference params:category",
+        "trained_network history manifest region_file data_folder params:data params:inference "
+        "params:category",
         "inference_config",
     ),
     step(save_model, "trained_network history inference_config scratch_folder", "model"),

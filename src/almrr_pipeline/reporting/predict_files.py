@@ -38,6 +38,7 @@ from almrr_pipeline.common.images import (
     report_others,
 )
 from almrr_pipeline.common.progress import track
+from almrr_pipeline.common.region import show_counted
 from almrr_pipeline.inference.looks import describe_drift
 from almrr_pipeline.inference.streams import submit_ahead
 from almrr_pipeline.reporting.overlays import draw_overlay
@@ -244,7 +245,7 @@ def _results_folder(output: Path) -> Iterator[Path]:
 def _write_overlay(predictor: Predictor, image: Path, prediction: Prediction, target: Path) -> None:
     overlay = draw_overlay(
         # again: holding images while a batch fills takes memory without bound
-        read_image(image, predictor.config.reading),
+        show_counted(read_image(image, predictor.config.reading), predictor.config.region),
         prediction.anomaly_map,
         threshold=predictor.pixel_threshold,
         score=prediction.score,

@@ -32,6 +32,7 @@ from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.common.files import hash_file
 from almrr_pipeline.common.images import encode_map
 from almrr_pipeline.common.progress import track
+from almrr_pipeline.common.region import show_counted
 from almrr_pipeline.inference.inference_config import MODEL_FILES
 from almrr_pipeline.inference.looks import describe_drift
 from almrr_pipeline.inference.streams import submit_ahead
@@ -273,7 +274,10 @@ class PartPredictor:
         target = name.relative_to("/") if name.is_absolute() else name
         if self._job.overlays:
             overlay = draw_overlay(
-                read_anywhere(image, self._predictor.config.reading),
+                show_counted(
+                    read_anywhere(image, self._predictor.config.reading),
+                    self._predictor.config.region,
+                ),
                 prediction.anomaly_map,
                 threshold=self._predictor.pixel_threshold,
                 score=prediction.score,

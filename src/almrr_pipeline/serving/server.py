@@ -29,6 +29,8 @@ from starlette.routing import Route
 from almrr_pipeline.common.arrays import ImageArray
 from almrr_pipeline.common.errors import AlmrrError, quote
 from almrr_pipeline.common.images import encode_map
+from almrr_pipeline.common.region import show_counted
+from almrr_pipeline.evaluation.thresholds import alarm_p_value
 from almrr_pipeline.inference.predictor import Prediction, Predictor
 from almrr_pipeline.reporting.overlays import draw_overlay, encode_image
 from almrr_pipeline.serving.batcher import Batcher, BusyError
@@ -93,7 +95,8 @@ class Service:
         futures = [asyncio.wrap_future(self._batcher.submit(image)) for image in images]
         predictions = await asyncio.gather(*futures)
         for prediction in predictions:
-            self.metrics.count_image(prediction.score, prediction.is_anomalous)
+            found = prediction
+            self.metrics.count_image(found.score, found.is_anomalous, found.unlike)
         rows = [
             await to_thread.run_sync(self._describe, image, prediction, extras)
             if extras
@@ -117,7 +120,14 @@ class Service:
 
     async def show_metrics(self, request: Request) -> Response:
         """Counters for Prometheus."""
-        text = self.metrics.render(waiting=self._batcher.waiting, version=self._version)
+        stored = self._predictor.config.image_threshold
+        if stored and stored.value != self._predictor.image_threshold:
+            stored = None  # another one was given, which promises nothing
+        text = self.metrics.render(
+            waiting=self._batcher.waiting,
+            version=self._version,
+            p_value=alarm_p_value(stored, *self.metrics.recent),
+        )
         return Response(text, media_type=CONTENT_TYPE)
 
     def _describe_model(self) -> dict[str, Any]:
@@ -136,7 +146,7 @@ class Service:
             row["unlike_calibration"] = prediction.unlike
         if "overlay" in extras:
             overlay = draw_overlay(
-                image,
+                show_counted(image, self._predictor.config.region),
                 prediction.anomaly_map,
                 threshold=self._predictor.pixel_threshold,
                 score=prediction.score,

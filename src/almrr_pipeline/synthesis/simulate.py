@@ -8,9 +8,10 @@ from typing import NamedTuple
 import numpy as np
 
 from almrr_pipeline.common.arrays import ImageArray, MaskArray
+from almrr_pipeline.common.region import find_counted
 from almrr_pipeline.config import SynthesisSettings, Weights
 from almrr_pipeline.synthesis import textures as operations
-from almrr_pipeline.synthesis.masks import band_mask, line_mask, perlin_mask
+from almrr_pipeline.synthesis.masks import MOST_DRAWS, band_mask, line_mask, perlin_mask
 
 
 class Stream(IntEnum):
@@ -43,6 +44,7 @@ def simulate_sample(
     settings: SynthesisSettings,
     seed: int,
     stream: Stream = Stream.TRAINING,
+    has_region: bool = False,
 ) -> Sample:
     """Simulate one sample; the order of the draws is part of what a seed stands for.
 
@@ -53,6 +55,7 @@ def simulate_sample(
         settings: ranges and weights of what is drawn.
         seed: 0 or more.
         stream: of the training or the validation samples.
+        has_region: whether anomalies are only where the normal image is not blank.
     """
     generator = make_generator(seed, number, stream)
     normal_index = int(generator.integers(len(normals)))
@@ -62,6 +65,13 @@ def simulate_sample(
     is_texture = _draw_choice(settings.materials, generator) == "texture"
     texture = np.asarray(textures[generator.integers(len(textures))]) if is_texture else None
     mask = _draw_mask(normal.shape[:2], settings, generator)
+    if has_region:
+        counted = find_counted(normal)
+        for _ in range(MOST_DRAWS):
+            if (mask & counted).any():
+                break
+            mask = _draw_mask(normal.shape[:2], settings, generator)
+        mask = mask & counted
     if texture is None:
         anomaly = operations.change_exposure(normal, generator=generator)
     else:

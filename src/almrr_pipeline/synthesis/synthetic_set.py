@@ -6,6 +6,9 @@ masks.npy           uint8 (N, H, W)      1 where the anomaly is, else 0
 normal_index.npy    int64 (N,)           row of the normal image that was augmented
 validation_*.npy                         the same four, made of the validation images
 synthetic_set.json                       settings, shapes, checksums, names of the images
+
+With a region of interest, which its description then has, the images are blank outside of it, and
+no anomaly is there.
 """
 
 from __future__ import annotations
@@ -107,9 +110,9 @@ def synthesize(
         AlmrrError: there is no training image or no texture, an image is in both splits or cannot
             be read, the disk has too little space, or the noise threshold leaves no mask.
     """
-    _check_images(images)
+    _check_images(images, image_size)
     crop_scale = tiling.scale if tiling.enabled else None
-    writer = SetWriter(folder, settings, seed, crop_scale, images.reading)
+    writer = SetWriter(folder, settings, seed, crop_scale, images.reading, images.region)
     arrays = _plan_arrays(images, settings.samples, size=image_size, crops=tiling.enabled)
     _check_space(folder, arrays)
     for name, (shape, dtype) in arrays.items():
@@ -146,7 +149,7 @@ def _plan_arrays(
     return arrays
 
 
-def _check_images(images: ImagePaths) -> None:
+def _check_images(images: ImagePaths, image_size: tuple[int, int]) -> None:
     if not images.training:
         raise AlmrrError(
             "There is no normal image to train on; look at the category's manifest.csv."
@@ -155,6 +158,11 @@ def _check_images(images: ImagePaths) -> None:
         raise AlmrrError("There is no image to serve as a texture; run `dvc repro shared`.")
     if both := sorted({*images.training} & {*images.validation}):
         raise AlmrrError(f"{both[0]} is both a training and a validation image; list it once only.")
+    if images.region is not None and not images.region.at(image_size).any():
+        raise AlmrrError(
+            f"data.region: nothing of it is left at the network's {image_size[1]} x "
+            f"{image_size[0]} pixels; enlarge it, or data.image_size."
+        )
 
 
 def _check_space(folder: Path, arrays: dict[str, ArraySpec]) -> None:
@@ -185,6 +193,7 @@ def _describe(
         "crop_scale": writer.crop_scale,
         "anomalous": sum(int(mask.any()) for mask in writer.open("masks")),
         "textures": len(images.textures),
+        **({"region": images.region.fraction} if images.region else {}),
         "arrays": {
             name: {"shape": shape, "dtype": dtype, "sha256": hashes[name]}
             for name, (shape, dtype) in arrays.items()

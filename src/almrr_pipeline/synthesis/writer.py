@@ -19,8 +19,9 @@ from numpy.lib.format import open_memmap
 
 from almrr_pipeline.common.arrays import ImageArray
 from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.common.images import Reading, read_image, resize_image
+from almrr_pipeline.common.images import Reading, read_image
 from almrr_pipeline.common.progress import track
+from almrr_pipeline.common.region import Region, find_counted, resize_counted
 from almrr_pipeline.config import SynthesisSettings
 from almrr_pipeline.synthesis.simulate import Stream, make_generator, simulate_sample
 
@@ -42,6 +43,7 @@ class ImagePaths:
     validation: Sequence[Path]  # normal images that are not trained on; may be empty
     textures: Sequence[Path]
     reading: Reading | None = None  # of the normal images' values
+    region: Region | None = None  # outside of which they are blank
 
     def splits(self) -> tuple[tuple[str, Sequence[Path]], tuple[str, Sequence[Path]]]:
         """The normal images of both splits, each after the prefix of its arrays' names."""
@@ -60,6 +62,7 @@ class SetWriter:
     seed: int
     crop_scale: float | None  # of the images before crops are cut; None for whole images, resized
     reading: Reading | None = None  # of the images' values
+    region: Region | None = None  # outside of which normal images are blank
 
     def open(self, name: str, mode: str = "r") -> npt.NDArray[Any]:
         """Open an array by its name."""
@@ -85,7 +88,8 @@ class SetWriter:
         """Read images and write them at the network's size; returns how many."""
         target = self.open(name, "r+")
         for row, path in zip(rows, paths, strict=True):
-            target[row] = resize_image(read_image(path, self.reading), target.shape[1:3])
+            region = None if name == "textures" else self.region
+            target[row] = resize_counted(read_image(path, self.reading), target.shape[1:3], region)
         return len(rows)
 
     def write_crops(self, prefix: str, path: Path, rows: range) -> int:
@@ -93,11 +97,18 @@ class SetWriter:
         target = self.open(f"{prefix}normals", "r+")
         height, width = target.shape[1:3]
         image = read_image(path, self.reading)
-        image = scale_image(image, self.crop_scale or 1.0, at_least=(height, width))
+        scale = self.crop_scale or 1.0
+        image = scale_image(image, scale, at_least=(height, width), region=self.region)
+        counted = None if self.region is None else np.flatnonzero(find_counted(image))
         for row in rows:
             generator = make_generator(self.seed, row, CROP_STREAMS[prefix])
-            top = int(generator.integers(image.shape[0] - height + 1))
-            left = int(generator.integers(image.shape[1] - width + 1))
+            if counted is None or not counted.size:
+                top = int(generator.integers(image.shape[0] - height + 1))
+                left = int(generator.integers(image.shape[1] - width + 1))
+            else:  # somewhere around a pixel that counts
+                place = divmod(int(generator.choice(counted)), image.shape[1])
+                place = np.array(place) - generator.integers((height, width))
+                top, left = place.clip(0, np.subtract(image.shape[:2], (height, width)))
             target[row] = image[top : top + height, left : left + width]
         return len(rows)
 
@@ -114,6 +125,7 @@ class SetWriter:
                 settings=self.settings,
                 seed=self.seed,
                 stream=SAMPLE_STREAMS[prefix],
+                has_region=self.region is not None,
             )
             for target, value in zip(targets, sample, strict=True):
                 target[row] = value
@@ -126,13 +138,16 @@ class SetWriter:
         _follow(done, len(paths), "images", description)
 
 
-def scale_image(image: ImageArray, scale: float, *, at_least: tuple[int, int]) -> ImageArray:
+def scale_image(
+    image: ImageArray, scale: float, *, at_least: tuple[int, int], region: Region | None = None
+) -> ImageArray:
     """Scale both sides of an image; pad one smaller than a crop by reflection, as prediction does.
 
-    uint8 in [0, 255], shape (H, W, 3), in and out; at_least: rows and columns of a crop.
+    uint8 in [0, 255], shape (H, W, 3), in and out; at_least: rows and columns of a crop; what is
+    outside of the region is blank.
     """
     rows, columns = (max(1, round(length * scale)) for length in image.shape[:2])
-    scaled = resize_image(image, (rows, columns))
+    scaled = resize_counted(image, (rows, columns), region)
     missing = (max(0, at_least[0] - rows), max(0, at_least[1] - columns))
     if not any(missing):
         return scaled

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.common.progress import track
+from almrr_pipeline.common.region import find_counted
 from almrr_pipeline.config import TrainSettings
 from almrr_pipeline.model.almrr import ALMRR
 from almrr_pipeline.synthesis.synthetic_set import SyntheticSet
@@ -253,5 +254,9 @@ class ValidationSelection:
                 scores.append(maps.float().cpu().numpy().ravel())
         finally:
             model.train()
-        labels = np.asarray(self._synthetic_set.validation_masks).ravel()
-        return float(average_precision_score(labels, np.concatenate(scores)))
+        labels, values = self._synthetic_set.validation_masks.ravel(), np.concatenate(scores)
+        if "region" in self._synthetic_set.description:
+            counted = find_counted(np.asarray(self._synthetic_set.validation_normals))
+            chosen = counted[self._synthetic_set.validation_normal_index].ravel()
+            labels, values = labels[chosen], values[chosen]
+        return float(average_precision_score(labels, values))

@@ -18,16 +18,21 @@ from almrr_pipeline.model.kernels.scan.reference import without_autocast
 
 
 def compute_losses(
-    output: TrainingOutput, mask: Tensor, settings: TrainSettings
+    output: TrainingOutput, mask: Tensor, settings: TrainSettings, counted: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, and its two terms before weighting, each a float32 scalar."""
-    reconstruction = reconstruction_loss(output.reconstruction, output.target)
-    refinement = focal_loss(output.logits, mask, settings.focal_gamma)
+    """The loss, and its two terms before weighting, each a float32 scalar.
+
+    Both are means over all pixels, or over those that are True in `counted`, bool (B, H, W).
+    """
+    reconstruction = reconstruction_loss(output.reconstruction, output.target, counted)
+    refinement = focal_loss(output.logits, mask, settings.focal_gamma, counted)
     loss = settings.reconstruction_weight * reconstruction + settings.refinement_weight * refinement
     return loss, reconstruction, refinement
 
 
-def focal_loss(logits: Tensor, mask: Tensor, gamma: float = 2.0) -> Tensor:
+def focal_loss(
+    logits: Tensor, mask: Tensor, gamma: float = 2.0, counted: Tensor | None = None
+) -> Tensor:
     """Focal loss of a two-class map, averaged over all pixels: mean of -(1 - p)^gamma log p.
 
     p is the softmax probability of the true class. As in DRAEM (arXiv 2108.07610), whose refinement
@@ -38,6 +43,7 @@ def focal_loss(logits: Tensor, mask: Tensor, gamma: float = 2.0) -> Tensor:
         logits: float, shape (B, 2, H, W); channel 0 is normal, channel 1 is anomalous.
         mask: bool or {0, 1} of any type, shape (B, H, W); 1 is anomalous.
         gamma: how strongly pixels that are already right are down-weighted; 0: cross entropy.
+        counted: the pixels whose mean is taken, bool (B, H, W); None for all.
 
     Returns:
         float32 scalar, at least 0.
@@ -48,14 +54,29 @@ def focal_loss(logits: Tensor, mask: Tensor, gamma: float = 2.0) -> Tensor:
     # 1 - p by expm1: near p = 1 the plain difference rounds to 0. The floor keeps the power's slope
     # finite at p = 1.
     missing = (-torch.expm1(log_true)).clamp_min(torch.finfo(torch.float32).tiny)
-    return (-missing.pow(gamma) * log_true).mean()
+    losses = -missing.pow(gamma) * log_true
+    return losses.mean() if counted is None else _weighted_mean(losses, counted.float())
 
 
-def reconstruction_loss(reconstruction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of F_hat against phi, both (B, C, h, w): float32 scalar, at least 0."""
+def reconstruction_loss(
+    reconstruction: Tensor, target: Tensor, counted: Tensor | None = None
+) -> Tensor:
+    """Mean squared error of F_hat against phi, both (B, C, h, w): float32 scalar, at least 0.
+
+    A cell weighs by the fraction of its pixels that are `counted`, bool (B, H, W); all if None.
+    """
+    if counted is not None:
+        grid = target.shape[-2], target.shape[-1]
+        weights = F.adaptive_avg_pool2d(counted.float()[:, None], grid)[:, 0]
+        squares = (reconstruction.float() - target.float()).square()
+        return _weighted_mean(squares.mean(dim=1), weights)
     if reconstruction.is_cuda and reconstruction.dtype in (torch.float32, torch.bfloat16):
         return _SquaredError.apply(reconstruction, target)  # type: ignore[no-any-return]
     return F.mse_loss(reconstruction.float(), target.float())
+
+
+def _weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
+    return (values * weights).sum() / weights.sum().clamp_min(torch.finfo(torch.float32).eps)
 
 
 class _SquaredError(torch.autograd.Function):

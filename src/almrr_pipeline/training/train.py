@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from almrr_pipeline.config import TrainSettings
 from almrr_pipeline.model.almrr import ALMRR
+from almrr_pipeline.model.inputs import find_counted
 from almrr_pipeline.synthesis.synthetic_set import SyntheticSet
 from almrr_pipeline.training import checkpoints
 from almrr_pipeline.training.callbacks import History, OnMetrics, ValidationSelection
@@ -91,12 +92,15 @@ def fit(
     key = _describe(model, synthetic_set, settings, resuming.fingerprint, seed)
     folder = CheckpointFolder(resuming.scratch, key)
     owners = number_owners(synthetic_set, specimens or {})
+    has_region = "region" in synthetic_set.description
     with training_environment(model, settings) as (fabric, stop), folder:
         history = History(settings, fabric, on_metrics)
         selection = ValidationSelection(synthetic_set, settings, fabric, history)
         optimizer = build_optimizer(model, settings)
         recall = _open_cache(model, synthetic_set, settings, resuming, fabric)
-        training_step = TrainingStep(model, settings, recall, owners.to(fabric.device))
+        training_step = TrainingStep(
+            model, settings, recall, owners.to(fabric.device), has_region=has_region
+        )
         forward, optimizer = fabric.setup(training_step, optimizer)
         parts = {"model": model, "optimizer": optimizer, "scaler": fabric.strategy.precision}
         parts |= {"history": history, "selection": selection}
@@ -148,9 +152,12 @@ class TrainingStep(nn.Module):
         settings: TrainSettings,
         recall: FeatureCache | None = None,
         owners: Tensor | None = None,
+        *,
+        has_region: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
+        self._has_region = has_region
         self._owners = owners
         self._recall = recall
         self._settings = settings
@@ -172,7 +179,8 @@ class TrainingStep(nn.Module):
         if self.model.memory is not None and self._owners is not None:
             owners = self._owners[batch["sources"]]
         output = self._forward(normal, augmented, embedded, owners)
-        return compute_losses(output, batch["mask"], self._settings)
+        counted = find_counted(normal) if self._has_region else None
+        return compute_losses(output, batch["mask"], self._settings, counted)
 
 
 def _open_cache(
@@ -207,10 +215,13 @@ def _show_normals(
         return
     count = min(len(owners), MEMORY_IMAGES)
     drawn = draw_normals(synthetic_set, owners, settings, count=count, seed=seed)
-    model.fill_memory((fabric.to_device(batch) for batch in drawn), images=count, seed=seed)
+    batches = (fabric.to_device(batch) for batch in drawn)
+    has_region = "region" in synthetic_set.description
+    model.fill_memory(batches, images=count, seed=seed, has_region=has_region)
     if model.memory.exponent:
         unseen = sample_normals(synthetic_set.validation_normals, MEMORY_IMAGES)
-        model.fit_evidence(images.to(fabric.device) for images in unseen)
+        on_device = (images.to(fabric.device) for images in unseen)
+        model.fit_evidence(on_device, has_region=has_region)
 
 
 def _describe(
