@@ -418,6 +418,7 @@ def tables(draw: st.DrawFn) -> bytes:
 @some(60)
 @given(damaged([MANIFEST.encode()]) | tables() | st.binary(max_size=60))
 @example(MANIFEST.encode())
+@example(MANIFEST.replace(",white", ",another").encode())
 def manifests(content: bytes) -> None:
     with folder() as name:
         path = Path(name, "manifest.csv")

@@ -188,7 +188,8 @@ def read_manifest(path: Path) -> pd.DataFrame:
     except (ValueError, OverflowError, MemoryError, OSError, pd.errors.ParserError) as error:
         message = f"{path} is no manifest ({quote(error)}); fetch the category again."
         raise AlmrrError(message) from None
-    missing = [name for name in _REQUIRED if name not in table]
+    needed = _REQUIRED if set(_OF_VALUES).isdisjoint(table) else COLUMNS
+    missing = [name for name in needed if name not in table]
     if missing or not isinstance(table.index, pd.RangeIndex):  # lines have more values than columns
         found = f"has no column {missing[0]}" if missing else "has lines of other lengths"
         raise AlmrrError(f"{path} {found}; fetch the category again.")
