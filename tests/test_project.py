@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import yaml
 from project_copy import copy_project
@@ -546,8 +547,6 @@ def test_two_surfaces_of_ones_own_stand_next_to_what_was_there(surfaces: Project
         "folder_parts": {"data": size, "train": {"steps": 3}},
         "folder_plain": {"data": size},
     }
-    printed = surfaces.run("almrr", "train", "parts")
-    assert "Running stage" not in printed
     assert "good parts stopped" in surfaces.run("almrr", "test", "parts")
     assert "report.html" in surfaces.run("almrr", "report")
     assert "up to date" in surfaces.run("dvc", "status")
@@ -574,6 +573,28 @@ def test_nothing_disappears_by_a_training_that_fails_or_is_stopped(surfaces: Pro
     paths = (surfaces.folder / "data/01_raw").rglob("*")
     assert len([path for path in paths if "folder_new" not in path.parts]) == raw
     assert "Running stage" not in surfaces.run("dvc", "repro")
+
+
+def test_nothing_disappears_by_a_training_that_is_killed(surfaces: Project) -> None:
+    files = ("params.yaml", "conf/config.yaml", "conf/suite/own.yaml", "dvc.lock")
+    before = {name: (surfaces.folder / name).read_text() for name in files}
+    models = _models(surfaces)
+    process = subprocess.Popen(
+        ["almrr", "train", "parts", "-S", "train.steps=5", "--change"],
+        cwd=surfaces.folder, env=surfaces.environment, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert any("Running stage 'train@folder_parts-0'" in line for line in process.stdout)
+    for one in (family := psutil.Process(process.pid)), *family.children(recursive=True):
+        one.kill()
+    process.communicate(timeout=60)
+    left = {path.parts[-3] for path in surfaces.folder.glob("data/06_models/*/seed_0/model.*")}
+    assert left >= {*SURFACES} - {"folder_parts"}  # which DVC removes before it trains again
+    printed = surfaces.run("almrr", "train", "parts")
+    assert "as before the run that was killed" in printed
+    assert "Running stage" not in printed
+    assert {name: (surfaces.folder / name).read_text() for name in files} == before
+    assert _models(surfaces) == models
 
 
 def test_a_model_of_ones_own_is_served(surfaces: Project) -> None:
