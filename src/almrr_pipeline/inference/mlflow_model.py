@@ -49,7 +49,7 @@ from almrr_pipeline.inference.predictor import Prediction, Predictor
 _ARTIFACT = "model_folder"
 _REQUIREMENTS = (
     "torch", "torchvision", "timm", "einops", "numpy", "scipy", "pandas", "pillow", "pydantic",
-    "safetensors", "tifffile", "tifffile",
+    "safetensors", "tifffile",
 )  # fmt: skip
 """What prediction imports; pinned to the versions that are installed at logging."""
 
