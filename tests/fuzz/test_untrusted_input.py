@@ -175,7 +175,7 @@ YAMLS = (
 )
 
 
-@some(15)
+@some(8)
 @given(YAMLS)
 @example(b"a: [")
 @example(b"\xff")
