@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from almrr_pipeline.common import files
-from almrr_pipeline.common.errors import DiskError
+from almrr_pipeline.common.errors import AlmrrError, DiskError
 from almrr_pipeline.common.files import (
+    check_target_file,
     hash_file,
     move_folder_into_place,
     staging_folder,
@@ -69,6 +70,16 @@ def test_a_disk_that_refuses_is_named_in_a_sentence(
 ) -> None:
     with pytest.raises(DiskError, match=message), write_atomically(tmp_path / "a.json"):
         raise OSError(code, os.strerror(code))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("", "is a folder"), ("/dev/null", "is a device"), (os.fsdecode(b"\xff.pt2"), "not UTF-8")],
+)
+def test_what_no_finished_file_may_replace_is_named(tmp_path: Path, name: str, said: str) -> None:
+    with pytest.raises(AlmrrError, match=said):
+        check_target_file(tmp_path / name)
+    check_target_file(tmp_path / "Prüfling.pt2")
 
 
 def test_a_staging_folder_is_new_and_open_to_others(tmp_path: Path) -> None:

@@ -273,7 +273,7 @@ def test_auto_takes_cuda_or_else_the_cpu() -> None:
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.mark.parametrize("name", ["gpu", "cuda:99", "xpu:7", ""])
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", "xpu:7", "hpu", "meta", ""])
 def test_an_absent_device_is_named(name: str) -> None:
     with pytest.raises(AlmrrError, match=f"device {name!r} cannot be used"):
         resolve_device(name)

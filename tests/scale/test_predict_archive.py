@@ -135,7 +135,7 @@ def test_drift_is_warned_of_when_all_parts_are_done(model_folder: Path, tmp_path
     (tmp_path / "images").mkdir()
     for place, gray in enumerate((40, 50, 202, 203)):
         Image.new("L", (64, 48), gray).save(tmp_path / f"images/{place}.png")
-    (tmp_path / "images/4.png").write_bytes(b"no image")
+    (tmp_path / "images" / os.fsdecode(b"4\xff.png")).write_bytes(b"no image")
     options = dict.fromkeys(("value_range", "image_threshold", "pixel_threshold"))
     options |= {"device": "cpu", "scan_backend": "torch", "batch_size": 8, "runtime": "torch"}
     output = tmp_path / "results"
@@ -146,8 +146,10 @@ def test_drift_is_warned_of_when_all_parts_are_done(model_folder: Path, tmp_path
     done = CliRunner().invoke(almrr, f"{command} --device cpu --scan-backend torch".split())
     assert done.exit_code == 0, done.output
     assert "WARNING: Of 4 images 2 are darker than the normal images" in done.stderr
-    unlike = read_verdicts(output)["unlike"].fillna("")
-    assert unlike.to_list() == ["darker", "darker", "", "", ""]
+    verdicts = read_verdicts(output)
+    assert verdicts["unlike"].fillna("").to_list() == ["darker", "darker", "", "", ""]
+    assert verdicts["image"].to_list()[4].endswith("4\\xff.png")
+    assert "4\\xff.png cannot be read as an image" in verdicts["reason"].to_list()[4]
 
 
 def test_an_output_folder_with_other_files_is_refused(
@@ -165,6 +167,18 @@ def test_a_list_of_paths_is_an_archive(images: Path, tmp_path: Path) -> None:
     pd.DataFrame({"path": listed}).to_parquet(tmp_path / "other.parquet")
     with pytest.raises(AlmrrError, match="no list of images"):
         list(list_archive([str(tmp_path / "other.parquet")], recursive=False))
+    for wrong in ([1, 2], ["a.png", None], [b"a.png"]):
+        pd.DataFrame({"image": wrong}).to_parquet(tmp_path / "other.parquet")
+        with pytest.raises(AlmrrError, match="no list of images"):
+            list(list_archive([str(tmp_path / "other.parquet")], recursive=False))
+
+
+@pytest.mark.parametrize("address", ["nonsense://x/y", "http://127.0.0.1:9/x", "ftp://x:y/z"])
+def test_a_store_that_cannot_be_reached_is_one_sentence(address: str) -> None:
+    with pytest.raises(AlmrrError, match=r"cannot be reached|There is no image"):
+        list(list_archive([address], recursive=False))
+    with pytest.raises(AlmrrError, match="cannot be reached"):
+        Folder(address).write("a", b"")
 
 
 @pytest.mark.parametrize("scheme", ["", "file://"])

@@ -73,13 +73,20 @@ def check_writable(folder: Path) -> None:
 
 
 def check_target_file(path: Path) -> None:
-    """Refuse, before long work, a path where no file can be written; AlmrrError, DiskError."""
+    """Refuse, before long work, a path where no file can be written; AlmrrError, DiskError.
+
+    So are devices, which a finished file would replace, and names that are not UTF-8, which writers
+    in C++ end the process for.
+    """
     if not path.parent.is_dir():
         raise AlmrrError(
             f"There is no folder {path.parent} to write {path.name} to; make it first."
         )
-    if path.is_dir():
-        raise AlmrrError(f"{path} is a folder; name a file.")
+    if path.exists() and not path.is_file():
+        kind = "folder" if path.is_dir() else "device"
+        raise AlmrrError(f"{path} is a {kind}; name a file.")
+    if escape_name(path).encode() != os.fsencode(path.as_posix()):
+        raise AlmrrError(f"{escape_name(path)} is not UTF-8 text; name another file.")
     check_writable(path.parent)
 
 

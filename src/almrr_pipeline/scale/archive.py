@@ -6,6 +6,7 @@ import io
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -15,7 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from almrr_pipeline.common.arrays import ImageArray
-from almrr_pipeline.common.errors import AlmrrError
+from almrr_pipeline.common.errors import AlmrrError, quote
+from almrr_pipeline.common.files import escape_text
 from almrr_pipeline.common.images import (
     IMAGE_SUFFIXES,
     Reading,
@@ -26,20 +28,30 @@ from almrr_pipeline.common.images import (
 )
 
 LISTING = "images.parquet"
-_LISTED = pa.schema([("image", pa.string())])
+_LISTED = pa.schema([("image", pa.binary())])  # names need not be text
+
+
+@contextmanager
+def _reached(address: str) -> Iterator[None]:
+    """Make a sentence of what a store raises: each has exceptions of its own."""
+    try:
+        yield
+    except (AlmrrError, FileNotFoundError):
+        raise
+    except Exception as error:
+        raise AlmrrError(
+            f"{escape_text(address)} cannot be reached ({quote(error) or type(error).__name__}); "
+            "check the address and the credentials; for s3:// install 'almrr-pipeline[s3]', for "
+            "other stores what fsspec names."
+        ) from error
 
 
 class Folder:
     """A folder of results: a path, or an address that fsspec knows, such as s3://bucket/results."""
 
     def __init__(self, address: str) -> None:
-        try:
+        with _reached(address):
             self._fs, self._root = fsspec.url_to_fs(address)
-        except (ImportError, ValueError) as error:
-            raise AlmrrError(
-                f"{address} cannot be written to ({error}); for s3:// install "
-                "'almrr-pipeline[s3]', for other stores what fsspec names."
-            ) from error
         self.address = address
         self.is_local = "://" not in address
 
@@ -50,7 +62,8 @@ class Folder:
     def names(self, folder: str) -> set[str]:
         """Names in one of its folders; none where that does not exist."""
         try:
-            listed = self._fs.ls(self.path(folder), detail=False, refresh=True)
+            with _reached(self.address):
+                listed = self._fs.ls(self.path(folder), detail=False, refresh=True)
         except FileNotFoundError:
             return set()
         return {PurePosixPath(str(path)).name for path in listed} - {""}
@@ -58,7 +71,8 @@ class Folder:
     def read(self, name: str) -> bytes | None:
         """A file's content; None where there is no such file."""
         try:
-            content: bytes = self._fs.cat_file(self.path(name))
+            with _reached(self.address):
+                content: bytes = self._fs.cat_file(self.path(name))
         except FileNotFoundError:
             return None
         return content
@@ -67,7 +81,8 @@ class Folder:
         """Write a file all or nothing; a store of objects does so by itself."""
         target = self.path(name)
         if not self.is_local:
-            self._fs.pipe_file(target, content)
+            with _reached(self.address):
+                self._fs.pipe_file(target, content)
             return
         partial = Path(target).with_name(f".{Path(target).name}.{os.getpid()}.partial")
         partial.parent.mkdir(parents=True, exist_ok=True)
@@ -105,20 +120,24 @@ def list_archive(inputs: Sequence[str], *, recursive: bool) -> Iterator[str]:
             yield image
         if not found:
             advice = "" if recursive else "; look into its sub-folders with --recursive"
-            raise AlmrrError(f"{one} holds no image{advice}.")
+            raise AlmrrError(f"{escape_text(one)} holds no image{advice}.")
     report_others(others)
 
 
 def _list_one(one: str, others: Counter[str], *, recursive: bool) -> Iterator[str]:
-    fs, path = fsspec.url_to_fs(one)
-    if not fs.exists(path):
-        raise AlmrrError(f"There is no image, list or folder at {one}; check the path.")
+    with _reached(one):
+        fs, path = fsspec.url_to_fs(one)
+        exists, is_file = fs.exists(path), fs.isfile(path)
+    if not exists:
+        named = escape_text(one)
+        raise AlmrrError(f"There is no image, list or folder at {named}; check the path.")
     if one.endswith(".parquet"):
         yield from _read_list(fs, path, one)
-    elif fs.isfile(path):
+    elif is_file:
         yield one
     elif "://" in one:
-        listed = fs.find(path, maxdepth=None if recursive else 1)
+        with _reached(one):
+            listed = fs.find(path, maxdepth=None if recursive else 1)
         for image in listed:
             suffix = PurePosixPath(image).suffix.lower()
             if suffix in IMAGE_SUFFIXES:
@@ -134,8 +153,11 @@ def _read_list(fs: Any, path: str, name: str) -> Iterator[str]:  # noqa: ANN401
         try:
             table = pq.ParquetFile(file)
             for batch in table.iter_batches(columns=["image"]):
-                yield from batch.column("image").to_pylist()
-        except (pa.ArrowException, KeyError, OSError) as error:
+                column = batch.column("image")
+                if column.null_count or column.type not in (pa.string(), pa.large_string()):
+                    raise ValueError(f"{column.null_count} empty values, type {column.type}")
+                yield from column.to_pylist()
+        except (pa.ArrowException, KeyError, ValueError, OSError) as error:
             raise AlmrrError(
                 f"{name} is no list of images ({error}); expected Parquet with a column `image` of "
                 "paths or addresses."
@@ -148,7 +170,8 @@ def write_listing(images: Iterable[str], target: Folder, *, size: int) -> int:
     buffer = io.BytesIO()
     with pq.ParquetWriter(buffer, _LISTED) as writer:
         while part := list(islice(remaining, size)):
-            writer.write_table(pa.table({"image": part}, _LISTED), row_group_size=size)
+            names = [os.fsencode(image) for image in part]
+            writer.write_table(pa.table({"image": names}, _LISTED), row_group_size=size)
             parts += 1
     target.write(LISTING, buffer.getvalue())
     return parts
@@ -157,8 +180,8 @@ def write_listing(images: Iterable[str], target: Folder, *, size: int) -> int:
 def read_part(target: Folder, part: int) -> list[str]:
     """The images of a part."""
     with target.open(LISTING) as file:
-        images: list[str] = pq.ParquetFile(file).read_row_group(part).column("image").to_pylist()
-    return images
+        names = pq.ParquetFile(file).read_row_group(part).column("image").to_pylist()
+    return [os.fsdecode(name) for name in names]
 
 
 def count_parts(target: Folder) -> tuple[int, int]:

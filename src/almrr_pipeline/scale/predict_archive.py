@@ -29,7 +29,7 @@ from PIL import Image
 
 from almrr_pipeline.common.arrays import ImageArray
 from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.common.files import hash_file
+from almrr_pipeline.common.files import escape_text, hash_file
 from almrr_pipeline.common.images import encode_map
 from almrr_pipeline.common.progress import track
 from almrr_pipeline.common.region import show_counted
@@ -230,7 +230,7 @@ class PartPredictor:
     def predict(self, part: int) -> int:
         """Predict a part, and write its verdicts when all else of it is written."""
         images = read_part(self._output, part)
-        rows: list[dict[str, Any]] = [{"image": image} for image in images]
+        rows: list[dict[str, Any]] = [{"image": escape_text(image)} for image in images]
         readable: list[int] = []
         pixels = self._read(images, rows, readable)
         for prediction in self._predictor.stream(pixels):
@@ -264,7 +264,7 @@ class PartPredictor:
         for place, future in decoded:
             error = future.exception()
             if isinstance(error, AlmrrError):
-                rows[place]["reason"] = str(error)
+                rows[place]["reason"] = escape_text(str(error))
                 continue
             readable.append(place)
             yield future.result()
