@@ -103,31 +103,20 @@ class Predictor:
                 f"inference.json of one for {self.config.image_size}; they belong to different "
                 "models. Train again."
             )
+        maps = self._build_maps(folder, model, runtime, device)
+        reading, region = self.config.reading, self.config.region
+        self.map_predictor = replace(maps, batch_size=batch_size, reading=reading, region=region)
+
+    def _build_maps(self, folder: Path, model: ALMRR, runtime: str, device: str) -> MapPredictor:
         flips, tiling = self.config.flips, self.config.tiling
         if runtime == "torch":
             settings = InferenceSettings(flips=flips)
-            predictor = MapPredictor.build(model, settings, tiling=tiling, device=device)
-            self.map_predictor = replace(
-                predictor,
-                batch_size=batch_size,
-                reading=self.config.reading,
-                region=self.config.region,
-            )
-            return
+            return MapPredictor.build(model, settings, tiling=tiling, device=device)
         if device not in {"auto", "cpu"}:
             raise AlmrrError(f"The runtime {runtime} runs on the CPU, not on {device}; take torch.")
         import_runtime(runtime)  # before the export, which takes half a minute
         network = ExportedNetwork(cached_graph(folder, model, flips=flips), runtime)
-        cpu = torch.device("cpu")
-        self.map_predictor = MapPredictor(
-            network,
-            model.image_size,
-            tiling,
-            batch_size,
-            cpu,
-            self.config.reading,
-            self.config.region,
-        )
+        return MapPredictor(network, model.image_size, tiling, 1, torch.device("cpu"))
 
     def __call__(self, images: Iterable[ImageInput]) -> list[Prediction]:
         """Predict all of `images` and hold all their maps at once; `stream` holds a few."""

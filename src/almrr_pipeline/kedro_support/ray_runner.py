@@ -108,16 +108,8 @@ class RayRunner(AbstractRunner):
                     },
                     requested=requested_pipelines(),
                     nodes=nodes,
-                    inputs={
-                        name: catalog.load(name)
-                        for name in nodes.inputs() & pipeline.all_outputs()
-                        if _is_in_memory(catalog, name)
-                    },
-                    outputs=[
-                        name
-                        for name in nodes.all_outputs()
-                        if _is_in_memory(catalog, name) and _is_taken(name, unit, units)
-                    ],
+                    inputs=_load_inputs(nodes, pipeline, catalog),
+                    outputs=_list_outputs(unit, units, catalog),
                     run=tracking.share() if tracking else None,
                     run_id=run_id,
                     environment=passed_environment(),
@@ -137,6 +129,21 @@ class RayRunner(AbstractRunner):
             failures = run_side_by_side(needs, start, finish)
         if failures:
             raise AlmrrError(_list_failures(failures, needs))
+
+
+def _load_inputs(nodes: Pipeline, pipeline: Pipeline, catalog: DataCatalog) -> dict[str, Any]:
+    """What other units have left in memory for this one."""
+    handed_over = nodes.inputs() & pipeline.all_outputs()
+    return {name: catalog.load(name) for name in handed_over if _is_in_memory(catalog, name)}
+
+
+def _list_outputs(unit: str, units: Mapping[str, Pipeline], catalog: DataCatalog) -> list[str]:
+    """What this unit leaves in memory for others."""
+    return [
+        name
+        for name in units[unit].all_outputs()
+        if _is_in_memory(catalog, name) and _is_taken(name, unit, units)
+    ]
 
 
 def run_work(work: Work) -> Done:
