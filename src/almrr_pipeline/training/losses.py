@@ -24,7 +24,10 @@ def compute_losses(
 
     Both are means over all pixels, or over those that are True in `counted`, bool (B, H, W).
     """
-    reconstruction = reconstruction_loss(output.reconstruction, output.target, counted)
+    pair = output.reconstruction, output.target
+    reconstruction = (
+        reconstruction_loss(*pair) if counted is None else _counted_reconstruction(*pair, counted)
+    )
     refinement = focal_loss(output.logits, mask, settings.focal_gamma, counted)
     loss = settings.reconstruction_weight * reconstruction + settings.refinement_weight * refinement
     return loss, reconstruction, refinement
@@ -58,21 +61,19 @@ def focal_loss(
     return losses.mean() if counted is None else _weighted_mean(losses, counted.float())
 
 
-def reconstruction_loss(
-    reconstruction: Tensor, target: Tensor, counted: Tensor | None = None
-) -> Tensor:
-    """Mean squared error of F_hat against phi, both (B, C, h, w): float32 scalar, at least 0.
-
-    A cell weighs by the fraction of its pixels that are `counted`, bool (B, H, W); all if None.
-    """
-    if counted is not None:
-        grid = target.shape[-2], target.shape[-1]
-        weights = F.adaptive_avg_pool2d(counted.float()[:, None], grid)[:, 0]
-        squares = (reconstruction.float() - target.float()).square()
-        return _weighted_mean(squares.mean(dim=1), weights)
+def reconstruction_loss(reconstruction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of F_hat against phi, both (B, C, h, w): float32 scalar, at least 0."""
     if reconstruction.is_cuda and reconstruction.dtype in (torch.float32, torch.bfloat16):
         return _SquaredError.apply(reconstruction, target)  # type: ignore[no-any-return]
     return F.mse_loss(reconstruction.float(), target.float())
+
+
+def _counted_reconstruction(reconstruction: Tensor, target: Tensor, counted: Tensor) -> Tensor:
+    """The same, where a cell weighs by the fraction of its pixels that count."""
+    grid = target.shape[-2], target.shape[-1]
+    weights = F.adaptive_avg_pool2d(counted.float()[:, None], grid)[:, 0]
+    squares = (reconstruction.float() - target.float()).square()
+    return _weighted_mean(squares.mean(dim=1), weights)
 
 
 def _weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
