@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import os
 import signal
 from collections.abc import Callable
 
@@ -38,6 +40,17 @@ def test_an_error_for_the_user_ends_in_its_sentence_also_where_kedro_wraps_it() 
         command._with_plain_endings(wrapped)()
     assert ended.value.message == "The disk is full."
     assert ended.value.exit_code == 1
+
+
+def test_a_disk_that_refuses_what_kedro_saves_is_named_in_a_sentence() -> None:
+    refused = OSError(errno.EROFS, os.strerror(errno.EROFS), "data/07/0.npy")
+    failing = _raise(DatasetError("a.maps: Failed while saving data to dataset."), refused)
+    with pytest.raises(click.ClickException) as ended:
+        command._with_plain_endings(failing)()
+    assert ended.value.message.startswith("a.maps: data/07/0.npy cannot be written (Read-only")
+    loading = _raise(DatasetError("a.maps: Failed while loading data from dataset."), refused)
+    with pytest.raises(DatasetError):
+        command._with_plain_endings(loading)()
 
 
 def test_an_interrupted_training_ends_with_the_status_of_sigterm() -> None:

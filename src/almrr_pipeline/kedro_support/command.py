@@ -7,12 +7,15 @@ import functools
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 from kedro.framework.cli.project import run as kedro_run
+from kedro.io import DatasetError
 
-from almrr_pipeline.common.errors import AlmrrError
+from almrr_pipeline.common.errors import AlmrrError, DiskError
+from almrr_pipeline.common.files import report_disk_errors
 
 Kind = TypeVar("Kind", bound=BaseException)
 TERMINATED = 128 + signal.SIGTERM  # as shells and SLURM know a process that SIGTERM has ended
@@ -26,6 +29,21 @@ def _find(kind: type[Kind], error: BaseException | None) -> Iterator[Kind]:
         error = error.__cause__ or error.__context__
 
 
+def _explain_disk(error: Exception) -> str | None:
+    """What a dataset of Kedro's met that could not write; None where that was not the trouble."""
+    if not isinstance(error, DatasetError) or "saving" not in str(error):
+        return None
+    for found in _find(OSError, error):
+        try:
+            with report_disk_errors(Path(found.filename or "a file")):
+                raise found
+        except DiskError as explained:
+            return f"{str(error).partition(':')[0]}: {explained}"  # Kedro names the dataset first
+        except OSError:
+            continue
+    return None
+
+
 def _with_plain_endings(command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
     def run_plainly(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
@@ -34,6 +52,8 @@ def _with_plain_endings(command: Callable[..., Any]) -> Callable[..., Any]:
         except Exception as error:
             for found in _find(AlmrrError, error):
                 raise click.ClickException(str(found)) from None
+            if sentence := _explain_disk(error):
+                raise click.ClickException(sentence) from None
             from almrr_pipeline.training.train import TrainingInterrupted  # slow: brings torch
 
             if any(_find(TrainingInterrupted, error)):  # a further run resumes the training
