@@ -41,16 +41,19 @@ def report_disk_errors(path: Path, *, only_full: bool = False) -> Iterator[None]
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
-            message = (
-                f"The disk is full: {path} could not be written. Free some space and run again."
-            )
-        elif error.errno in _FORBIDDEN and not only_full:
-            advice = "change its permissions or work in another folder"
-            message = f"{path} cannot be written ({error.strerror}); {advice}."
-        else:
+        if (message := explain_disk_error(error, path, only_full=only_full)) is None:
             raise
         raise DiskError(message) from error
+
+
+def explain_disk_error(error: OSError, path: Path, *, only_full: bool = False) -> str | None:
+    """A sentence for a full disk, or a missing permission to write `path`; None for others."""
+    if error.errno in _FULL:
+        return f"The disk is full: {path} could not be written. Free some space and run again."
+    if error.errno in _FORBIDDEN and not only_full:
+        advice = "change its permissions or work in another folder"
+        return f"{path} cannot be written ({error.strerror}); {advice}."
+    return None
 
 
 def check_writable(folder: Path) -> None:

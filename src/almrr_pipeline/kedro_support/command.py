@@ -14,8 +14,8 @@ import click
 from kedro.framework.cli.project import run as kedro_run
 from kedro.io import DatasetError
 
-from almrr_pipeline.common.errors import AlmrrError, DiskError
-from almrr_pipeline.common.files import report_disk_errors
+from almrr_pipeline.common.errors import AlmrrError
+from almrr_pipeline.common.files import explain_disk_error
 
 Kind = TypeVar("Kind", bound=BaseException)
 TERMINATED = 128 + signal.SIGTERM  # as shells and SLURM know a process that SIGTERM has ended
@@ -34,13 +34,8 @@ def _explain_disk(error: Exception) -> str | None:
     if not isinstance(error, DatasetError) or "saving" not in str(error):
         return None
     for found in _find(OSError, error):
-        try:
-            with report_disk_errors(Path(found.filename or "a file")):
-                raise found
-        except DiskError as explained:
+        if explained := explain_disk_error(found, Path(found.filename or "a file")):
             return f"{str(error).partition(':')[0]}: {explained}"  # Kedro names the dataset first
-        except OSError:
-            continue
     return None
 
 
