@@ -232,4 +232,7 @@ def test_a_taken_port_is_named_in_one_sentence(address: str, model_folder: Path)
     service = Service(model_folder, Predictor(model_folder, device="cpu"), Limits())
     with pytest.raises(AlmrrError, match=f"127.0.0.1:{port} cannot be listened at"):
         serve(service, host="127.0.0.1", port=port)
+    for host in ("\udcff", "x" * 70):
+        with pytest.raises(AlmrrError, match="cannot be listened at"):
+            serve(service, host=host, port=0)
     service.close()

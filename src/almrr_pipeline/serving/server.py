@@ -286,10 +286,11 @@ def serve(
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         listening.close()
+        reason = getattr(error, "strerror", None) or "no name of a host"
         raise AlmrrError(
-            f"{host}:{port} cannot be listened at ({error.strerror}); name another --port."
+            f"{quote(host)}:{port} cannot be listened at ({reason}); name another --port or --host."
         ) from None
     config = uvicorn.Config(build_app(service), log_config=None, access_log=False)
     _Server(config, on_ready).run(sockets=[listening])
