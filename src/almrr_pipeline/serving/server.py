@@ -286,7 +286,7 @@ def serve(
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
-    except (OSError, UnicodeError) as error:
+    except (OSError, UnicodeError, TypeError) as error:  # the last two of a host that is no text
         listening.close()
         reason = getattr(error, "strerror", None) or "no name of a host"
         raise AlmrrError(
