@@ -72,6 +72,11 @@ def test_a_disk_that_refuses_is_named_in_a_sentence(
         raise OSError(code, os.strerror(code))
 
 
+def test_an_array_that_a_disk_takes_half_of_is_a_full_disk(tmp_path: Path) -> None:
+    with pytest.raises(DiskError, match="The disk is full"), write_atomically(tmp_path / "a.npy"):
+        raise OSError("16384 requested and 10208 written")
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [("", "is a folder"), ("/dev/null", "is a device"), (os.fsdecode(b"\xff.pt2"), "not UTF-8")],

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 _FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+_SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")  # numpy's words, without a number
 _BLOCK = 1 << 20
 _TRIED = 4096  # bytes; a block of most file systems
 STAGING_PREFIX = ".staging@"
@@ -48,7 +49,7 @@ def report_disk_errors(path: Path, *, only_full: bool = False) -> Iterator[None]
 
 def explain_disk_error(error: OSError, path: Path, *, only_full: bool = False) -> str | None:
     """A sentence for a full disk, or a missing permission to write `path`; None for others."""
-    if error.errno in _FULL:
+    if error.errno in _FULL or _SHORT_WRITE.fullmatch(str(error)):
         return f"The disk is full: {path} could not be written. Free some space and run again."
     if error.errno in _FORBIDDEN and not only_full:
         advice = "change its permissions or work in another folder"

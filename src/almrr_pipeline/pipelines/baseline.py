@@ -11,6 +11,7 @@ import pandas as pd
 
 from almrr_pipeline.baselines.memory_bank import build_memory_bank
 from almrr_pipeline.baselines.nearest_image import measure_nearest_image
+from almrr_pipeline.common.files import report_disk_errors
 from almrr_pipeline.common.region import from_file
 from almrr_pipeline.config import BackboneSettings, DataSettings, EvaluateSettings
 from almrr_pipeline.datasets.manifest import image_reading, mask_reading, training_split
@@ -57,7 +58,8 @@ def evaluate_memory_bank(
     with TemporaryDirectory(dir=scratch, prefix="memory_bank") as folder:
         scores = []
         for scaled in memory_bank.maps(data_folder / name for name in rows["image"]):
-            np.save(Path(folder, f"{scaled.index:06d}.npy"), scaled.anomaly_map)
+            with report_disk_errors(scratch, only_full=True):
+                np.save(Path(folder, f"{scaled.index:06d}.npy"), scaled.anomaly_map)
             scores.append(float(scaled.anomaly_map.max()))
         maps = AnomalyMaps.load(Path(folder))
         masks = [data_folder / name if name else None for name in rows["mask"]]
