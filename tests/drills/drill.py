@@ -2,18 +2,21 @@
 
     python tests/drills/drill.py --tries 50 --table docs/faults.md
 
-A result is lost if it is not there after the fault and a further `dvc repro`, and wrong if it is
-not the one of an undisturbed run to the last bit. The copy is on a small disk in memory where this
-user may mount one; without that right, faults of disks are not tried.
+A result, any file of data/, is lost if it is not there after the fault and a further `dvc repro`,
+and wrong if it is not the one of an undisturbed run to the last bit. The copy is on a small disk in
+memory where this user may mount one; without that right, faults of disks are not tried. Commands
+are forks of processes that have imported all (see warm.py), unless told otherwise.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -28,41 +31,50 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.request import urlopen
 
+import numpy as np
+from PIL import Image
+from skimage.data import brick
+
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from project_copy import copy_project
 
 PROJECT = Path(__file__).resolve().parents[2]
+CATEGORY, SEED = "folder_kacheln", "folder_kacheln/seed_0"
 STAGES = {
-    "fetch": "fetch@sample_brick",
-    "synthesize": "synthesize@sample_brick-0",
-    "train": "train@sample_brick-0",
-    "evaluate": "evaluate@sample_brick-0",
-    "baseline": "baseline@sample_brick",
+    "settings": "settings",
+    "shared": "shared",
+    "fetch": f"fetch@{CATEGORY}",
+    "synthesize": f"synthesize@{CATEGORY}-0",
+    "train": f"train@{CATEGORY}-0",
+    "evaluate": f"evaluate@{CATEGORY}-0",
+    "baseline": f"baseline@{CATEGORY}",
     "report": "report",
 }
-SAMPLES = "data/05_model_input/sample_brick/seed_0"
-MODEL = "data/06_models/sample_brick/seed_0/model.safetensors"
-CHECKPOINTS = ".almrr/training/sample_brick/seed_0"
-RESULTS = (
-    MODEL,
-    "data/08_reporting/categories/sample_brick/seed_0/metrics.json",
-    "data/08_reporting/categories/sample_brick/baselines.json",
-    "data/08_reporting/metrics.json",
-)
+SAMPLES = f"data/05_model_input/{SEED}"
+MODEL = f"data/06_models/{SEED}/model.safetensors"
+CHECKPOINTS = f".almrr/training/{SEED}"
 DISK = 1500  # megabytes
-STEPS = 24  # as below
+STEPS = 16  # as below
 TINY = """\
 # @package _global_
 suite: tiny
-categories: [sample_brick]
-data: {textures: package, image_size: [128, 128]}
+categories: [folder_kacheln]
+data: {textures: package, image_size: [128, 128], paths: {folder_kacheln: "фото 写真"}}
 backbone: {name: tf_efficientnet_lite0, weights: package}
-synthesis: {samples: 16, workers: 1}
+synthesis: {samples: 8, workers: 1}
 model: {latent: 16, dim: 16, depth: 1, decoder: [8, 8], refinement_width: 4}
-train: {steps: 24, batch_size: 4, learning_rate: 1.0e-3, log_every: 1, checkpoint_every: 4}
+train: {steps: 16, batch_size: 2, learning_rate: 1.0e-3, log_every: 1, checkpoint_every: 3}
+inference: {flips: false, scan_backend: torch}
 evaluate: {bootstrap: 20}
 report: {examples: 1}
 """
+WARM = {"dvc": ("dvc.commands", "dvc.repo"), "kedro": ("almrr_pipeline", "kedro", "mlflow.store")}
+"""Packages that are imported before for each command."""
+CUT_SHORT = {
+    "Unable to read RWLock-file": ".dvc/tmp/rwlock",
+    "dvc.lock' validation failed": "dvc.lock",
+}
+"""What DVC says of files that it writes in place, and the files."""
 MARK_START, MARK_END = "<!-- drills -->", "<!-- end of drills -->"
 
 
@@ -73,6 +85,7 @@ class Copy:
         self.folder = folder / "мой проект 表面"
         self.printed = ""  # by all commands since it was emptied
         self.seconds: dict[str, float] = {}
+        self.warm: Path | None = None  # a folder of commands
         binaries = Path(sys.executable).parent
         self.environment = {
             **os.environ,
@@ -92,8 +105,7 @@ class Copy:
         (self.folder / "conf/suite/tiny.yaml").write_text(TINY)
         config = self.folder / "conf/config.yaml"
         config.write_text(config.read_text().replace("suite: sample", "suite: tiny"))
-        # As at installation: no drill is to meet the compilation of the kernels.
-        self.run(sys.executable, "-m", "almrr_pipeline.model.kernels.warm_up")
+        draw_images(self.folder / "фото 写真")
         self.run("git", "init", "-q")
         compose = (
             "from dvc.utils.hydra import compose_and_dump; from pathlib import Path; "
@@ -103,8 +115,11 @@ class Copy:
 
     def begin(self, *command: str) -> subprocess.Popen[str]:
         """Start a command in a process group of its own."""
+        path = f"{self.warm or ''}{os.pathsep}{self.environment['PATH']}".strip(os.pathsep)
+        program = shutil.which(command[0], path=path) or command[0]
         return subprocess.Popen(
-            command, cwd=self.folder, env=self.environment, text=True, start_new_session=True,
+            [program, *command[1:]], cwd=self.folder, env=self.environment | {"PATH": path},
+            process_group=0, text=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
 
@@ -119,6 +134,18 @@ class Copy:
         """Run a command; RuntimeError with what it printed if it fails."""
         if code := self.end(self.begin(*command)):
             raise RuntimeError(f"{' '.join(command)} ended with {code}:\n{self.printed}")
+
+    def repair(self) -> None:
+        """`dvc repro`, and without a file of DVC's own that a kill has cut short, as docs say."""
+        for _ in range(1 + len(CUT_SHORT)):
+            code = self.end(self.begin(*REPRO))
+            cut = [file for sign, file in CUT_SHORT.items() if sign in self.printed]
+            if not code or not cut:
+                break
+            for file in cut:
+                (self.folder / file).unlink(missing_ok=True)
+        if code:
+            raise RuntimeError(f"{' '.join(REPRO)} ended with {code}:\n{self.printed}")
 
     def fail(self, *command: str) -> None:
         """Run a command that is to fail, without a traceback; RuntimeError if it does otherwise."""
@@ -139,16 +166,64 @@ class Copy:
         return self.seconds[stage]
 
     def results(self) -> dict[str, str]:
-        """Checksums of what there is."""
-        there = [name for name in RESULTS if (self.folder / name).is_file()]
+        """Checksums of the files in data/."""
+        data = self.folder / "data"
+        files = (path for path in data.rglob("*") if path.is_file() and not is_dvcs_own(path))
         return {
-            name: hashlib.sha256((self.folder / name).read_bytes()).hexdigest() for name in there
+            path.relative_to(data).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in files
         }
 
+    @contextmanager
+    def warmed(self) -> Iterator[None]:
+        """Let commands be forks of processes that have imported all."""
+        with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
+            folder, script = Path(temporary), Path(__file__).with_name("warm.py")
+            for name, packages in WARM.items():
+                address = str(folder / f"{name}.socket")
+                process = self.begin(sys.executable, str(script), "serve", address, *packages)
+                stack.callback(self.end, process, signal.SIGKILL)
+                wait_for(process, Path(address).is_socket, seconds=600)
+                stand_in = [sys.executable, "-I", "-S", str(script), "run", address, name]
+                (folder / name).write_text(f'#!/bin/sh\nexec {shlex.join(stand_in)} "$@"\n')
+                (folder / name).chmod(0o755)
+            self.warm = folder
+            try:
+                yield
+            finally:
+                self.warm = None
 
-TRAIN = ("kedro", "run", "--pipelines", "train", "--namespaces", "sample_brick.seed_0")
-EVALUATE = ("kedro", "run", "--pipelines", "evaluate", "--namespaces", "sample_brick.seed_0")
-SYNTHESIZE = ("kedro", "run", "--pipelines", "synthesize", "--namespaces", "sample_brick.seed_0")
+
+def is_dvcs_own(path: Path) -> bool:
+    """Whether a file is none of a stage: .gitignore, and what DVC's trial of links leaves."""
+    return path.name == ".gitignore" or (path.name.startswith(".") and path.suffix == ".tmp")
+
+
+def draw_images(folder: Path) -> None:
+    """Photographs of bricks, some with a hole, in the layout of MVTec AD."""
+    rng, source = np.random.default_rng(0), brick()  # (512, 512) uint8
+    for number in range(36):
+        row, column = rng.integers(0, source.shape[0] - 128, 2)
+        image = source[row : row + 128, column : column + 128].copy()
+        split = "train/good" if number < 24 else "test/good" if number < 30 else "test/hole"
+        if split == "test/hole":
+            image[20:40, 20 : 30 + number] = 0
+            mask = np.zeros_like(image)
+            mask[20:40, 20 : 30 + number] = 255
+            save_image(mask, folder / f"ground_truth/hole/{number:03}_mask.png")
+        save_image(image, folder / split / f"{number:03}.png")
+
+
+def save_image(pixels: np.ndarray, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+REPRO = ("dvc", "repro", "--no-run-cache")
+"""Makes what is missing; what DVC remembers of an earlier run would hide what a fault has left."""
+TRAIN = ("kedro", "run", "--pipelines", "train", "--namespaces", f"{CATEGORY}.seed_0")
+EVALUATE = ("kedro", "run", "--pipelines", "evaluate", "--namespaces", f"{CATEGORY}.seed_0")
+SYNTHESIZE = ("kedro", "run", "--pipelines", "synthesize", "--namespaces", f"{CATEGORY}.seed_0")
 
 
 @dataclass
@@ -169,24 +244,54 @@ class Row:
 def sentence_of(printed: str, folder: Path = PROJECT) -> str:
     """What a user reads: the error, else the warning, on one line, without this machine's paths."""
     text = " ".join(re.sub(r"\s+\w+\.py:\d+", "", printed).split()).replace(f"{folder}/", "")
-    found = re.findall(r"E(?:rror|RROR): (.+?\.)(?: |$)", text) or re.findall(
-        r"(MLflow at .+? it\.|Checkpoint .+? the previous one\.)", text
-    )
-    return re.sub(r"\S*/(?=[^/\s]+)", "", found[-1]) if found else ""
+    for pattern in SENTENCES:
+        if found := re.findall(pattern, text):
+            sentence = re.sub(r"\S*/(?=[^/\s]+)", "", found[-1])
+            for chance, name in CHANCES.items():
+                sentence = re.sub(chance, name, sentence)
+            return sentence
+    return ""
 
 
-Fault = Callable[[Copy, random.Random], None]
-"""Makes a fault, lets a command meet it, and undoes it."""
+CHANCES = {
+    r"\(PID \d+\)": "(PID N)",
+    r":\d{4,5}\b": ":PORT",
+    r"\S+@\S+\.jsonl": "FILE.jsonl",
+    r" (?:Stage '|Use `dvc push`).*": "",
+}
+"""What differs from try to try, or is said of other stages, and what the table has for it."""
+
+
+SENTENCES = (
+    r"(?:Error|ERROR): (.+?\.)(?: |$)",
+    r"(MLflow at .+? it\.|Checkpoint .+? the previous one\.)",
+    r"(Resuming from the checkpoint .+?\.ckpt\.)",
+    r"(Running stage '.+?':)",
+    r"(Data and pipelines are up to date\.)",
+)
+"""The first that is there is what a user reads: an error, a warning, how the next run goes on."""
+
+Fault = Callable[[Copy, random.Random], int | None]
+"""Makes a fault, lets a command meet it, and undoes it; how often, if not once."""
+CHAIN = 5
 
 
 def end_by(sign: signal.Signals, stage: str) -> Fault:
-    """End DVC and the stage together at a random moment, imports and DVC's record included."""
+    """End DVC and the stage together at random moments, DVC's record included.
 
-    def fault(copy: Copy, rng: random.Random) -> None:
-        moment = rng.uniform(0.3, copy.duration(stage) + 0.3)
-        process = copy.begin(*copy.force(stage))
-        time.sleep(moment)
-        copy.end(process, sign)
+    A stage that has been ended is begun again and ended again, up to CHAIN times in a row.
+    """
+
+    def fault(copy: Copy, rng: random.Random) -> int:
+        command, met = copy.force(stage), 0
+        for _ in range(CHAIN):
+            moment = rng.uniform(0.1, copy.duration(stage) + 0.1)
+            process = copy.begin(*command)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(moment)
+            met += process.poll() is None
+            command = copy.force(stage) if copy.end(process, sign) == 0 else REPRO
+        return met
 
     return fault
 
@@ -288,13 +393,20 @@ def damage_synthetic_set(copy: Copy, rng: random.Random) -> None:
 
 
 def damage_cache(copy: Copy, rng: random.Random) -> None:
-    """Flip a bit of the weights in DVC's cache, and lose those in data/."""
+    """Flip a bit of the weights in DVC's cache, lose those in data/, and take the cache's.
+
+    DVC trusts its cache; the model is refused, until its damaged file is gone and it is trained.
+    """
     digest = hashlib.md5((copy.folder / MODEL).read_bytes(), usedforsecurity=False).hexdigest()
     cached = copy.folder / ".dvc/cache/files/md5" / digest[:2] / digest[2:]
     cached.chmod(0o644)
     flip_bit(cached)
     cached.chmod(0o444)  # as DVC leaves it, and by which it takes it for unchanged
     (copy.folder / MODEL).unlink()
+    copy.run("dvc", "checkout", STAGES["train"])
+    copy.fail(*EVALUATE)
+    cached.unlink()
+    copy.run(*copy.force("train"))
 
 
 @contextmanager
@@ -397,7 +509,7 @@ def mount(*arguments: str) -> None:
         raise PermissionError("this user may mount no disk")
 
 
-def fill_disk(stage: tuple[str, ...]) -> Fault:
+def fill_disk(stage: str) -> Fault:
     """Leave 4 to 4096 KB of the disk, so that another write of the stage is the one that fails."""
 
     def fault(copy: Copy, rng: random.Random) -> None:
@@ -408,7 +520,7 @@ def fill_disk(stage: tuple[str, ...]) -> Fault:
         with filler.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(copy.folder).free - left)
         try:
-            if copy.end(copy.begin(*stage)) and "Traceback" in copy.printed:
+            if copy.end(copy.begin(*copy.force(stage))) and "Traceback" in copy.printed:
                 raise RuntimeError(f"a traceback with {left} bytes left:\n{copy.printed}")
         finally:
             filler.unlink()
@@ -477,9 +589,7 @@ def faults() -> dict[str, Fault]:
         "SIGKILL between the last checkpoint and DVC's record": kill_before_the_record,
         **{f"SIGTERM in {stage}": end_by(signal.SIGTERM, stage) for stage in STAGES},
         **{f"Ctrl-C in {stage}": end_by(signal.SIGINT, stage) for stage in STAGES},
-        "disk full in synthesize": fill_disk(SYNTHESIZE),
-        "disk full in train": fill_disk(TRAIN),
-        "disk full in evaluate": fill_disk(EVALUATE),
+        **{f"disk full in {stage}": fill_disk(stage) for stage in STAGES},
         "checkpoint cut or with a flipped bit": damage_checkpoint,
         "flipped bit in the synthetic set": damage_synthetic_set,
         "flipped bit in the weights": damage_weights,
@@ -494,7 +604,7 @@ def faults() -> dict[str, Fault]:
         "read-only data": read_only_data,
         "read-only home": read_only_home,
         "read-only DVC cache": read_only_cache,
-        "two `dvc repro`": run_two(("dvc", "repro"), ("dvc", "repro", "--force", "report")),
+        "two `dvc repro`": run_two(REPRO, ("dvc", "repro", "--force", "report")),
         "two `kedro run` on one database": run_two(EVALUATE, TRAIN),
         "two `kedro run` of one training": run_two(TRAIN, TRAIN),
         "`kedro run` while `dvc repro` runs": run_two(EVALUATE, ("dvc", "repro", "--force")),
@@ -509,39 +619,46 @@ REPEATED = re.compile("SIG|Ctrl|disk full")
 """Faults whose moment is drawn: the others are tried once."""
 
 
-def drill(copy: Copy, names: list[str], *, tries: int, seed: int) -> Iterator[Row]:
+def drill(copy: Copy, names: list[str], *, tries: int, seed: int, until: float) -> Iterator[Row]:
     """Try each fault, then `dvc repro`, and compare with the undisturbed results."""
     copy.run("dvc", "repro")
     before = copy.results()
-    if len(before) != len(RESULTS):
-        raise RuntimeError(f"results are missing without any fault:\n{copy.printed}")
     for name in names:
         row, rng = Row(name), random.Random(f"{seed} {name}")
         try:
-            for _ in range(tries if REPEATED.match(name) else 1):
+            while time.monotonic() < until and row.tries < (tries if REPEATED.match(name) else 1):
                 copy.printed = ""
-                faults()[name](copy, rng)
-                copy.run("dvc", "repro")
+                met = faults()[name](copy, rng)
+                copy.repair()
                 row.sentence = sentence_of(copy.printed, copy.folder) or row.sentence
                 after = copy.results()
-                row.tries += 1
-                row.lost += len(before.keys() - after.keys())
-                row.wrong += sum(after[each] != before[each] for each in after)
+                row.tries += 1 if met is None else met
+                lost = before.keys() - after.keys()
+                wrong = {each for each in after if after[each] != before.get(each)}
+                row.lost, row.wrong = row.lost + len(lost), row.wrong + len(wrong)
+                row.error = " ".join(sorted(lost | wrong)) or row.error
         except (PermissionError, RuntimeError) as error:
             row.error = str(error)
-        yield row
+            copy.repair()
+        if row.tries or row.error:
+            yield row
 
 
-def merge(table: str, rows: list[Row]) -> str:
-    """The table with these rows in place of earlier ones of the same faults."""
-    lines = [line for line in table.splitlines() if line.startswith("| ")][2:]
-    by_fault = {line.split(" | ")[0][2:]: line for line in lines}
-    by_fault.update({row.fault: str(row) for row in rows if row.tries})
+def merge(table: str, rows: list[Row], *, add: bool = False) -> str:
+    """The table with these rows in place of earlier ones of the same faults, or added to them."""
+    by_fault = {}
+    for line in [line for line in table.splitlines() if line.startswith("| ")][2:]:
+        fault, *counts, sentence = line.strip("| ").split(" | ")
+        by_fault[fault] = Row(fault, *map(int, counts), sentence)
+    for row in rows:
+        old = by_fault.get(row.fault, Row(row.fault)) if add else Row(row.fault)
+        sums = (row.tries + old.tries, row.lost + old.lost, row.wrong + old.wrong)
+        by_fault[row.fault] = Row(row.fault, *sums, row.sentence or old.sentence)
     head = [
         "| fault | tries | lost | wrong | what a user reads |",
         "| --- | --- | --- | --- | --- |",
     ]
-    return "\n".join(head + [by_fault[name] for name in faults() if name in by_fault])
+    return "\n".join(head + [str(by_fault[name]) for name in faults() if name in by_fault])
 
 
 def main() -> None:
@@ -550,25 +667,32 @@ def main() -> None:
     parser.add_argument("--tries", type=int, default=50, help="of faults whose moment is drawn")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="regular expression for the faults' names")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no further try then")
+    parser.add_argument("--cold", action="store_true", help="start all commands as users do")
     parser.add_argument("--table", type=Path, help="file whose table gets the rows")
+    parser.add_argument("--add", action="store_true", help="to the tries that the table has")
     parser.add_argument("--folder", type=Path, help="to work in; it is kept, and taken as it is")
     arguments = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         folder = Path(arguments.folder or temporary).resolve()
         with suppress(PermissionError):
-            if not arguments.folder:
+            if not (folder / "disk").is_mount():
                 stack.enter_context(small_disk(folder / "disk", kilobytes=1024 * DISK))
         names = [name for name in faults() if re.search(arguments.only, name)]
         copy = Copy(folder / "disk")
-        for row in drill(copy, names, tries=arguments.tries, seed=arguments.seed):
+        if not arguments.cold:
+            stack.enter_context(copy.warmed())
+        until = time.monotonic() + 60 * arguments.minutes
+        for row in drill(copy, names, tries=arguments.tries, seed=arguments.seed, until=until):
             print(row, row.error, flush=True)
             rows.append(row)
             if arguments.table:
                 text = arguments.table.read_text(encoding="utf-8")
                 head, _, rest = text.partition(MARK_START)
                 table, _, tail = rest.partition(MARK_END)
-                text = f"{head}{MARK_START}\n{merge(table, [row])}\n{MARK_END}{tail}"
+                table = merge(table, [row], add=arguments.add)
+                text = f"{head}{MARK_START}\n{table}\n{MARK_END}{tail}"
                 arguments.table.write_text(text, encoding="utf-8")
     sys.exit(any(row.lost or row.wrong or row.error for row in rows))
 

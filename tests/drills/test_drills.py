@@ -6,7 +6,9 @@ import importlib.util
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -81,6 +83,31 @@ def test_what_a_killed_writer_has_left_is_swept_at_the_next_start(tmp_path: Path
     assert len([*tmp_path.iterdir()]) == 1
     with staging_folder(tmp_path) as folder:
         assert [*tmp_path.iterdir()] == [folder]
+
+
+def test_a_warm_command_ends_as_others_do(tmp_path: Path) -> None:
+    warm, address = Path(__file__).with_name("warm.py"), tmp_path / "socket"
+    serving = subprocess.Popen([sys.executable, warm, "serve", address])
+    try:
+        while not address.is_socket():
+            time.sleep(0.01)
+        command = [sys.executable, "-I", "-S", warm, "run", address, "dvc", "nonsense"]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        done = subprocess.run(command, check=False, **pipes)
+        assert done.returncode == 254
+        assert "invalid choice: 'nonsense'" in done.stdout
+        ended = subprocess.Popen(command, process_group=0, **pipes)
+        os.killpg(ended.pid, signal.SIGKILL)
+        assert ended.communicate() == ("", None)  # nobody is left who could write
+    finally:
+        serving.kill()
+        serving.wait()
+
+
+def test_tries_of_several_rounds_add_up() -> None:
+    table = drill.merge("", [drill.Row("SIGKILL in train", 5, 0, 1, "Old.")])
+    table = drill.merge(table, [drill.Row("SIGKILL in train", 3, 0, 0, "")], add=True)
+    assert table.splitlines()[2:] == ["| SIGKILL in train | 8 | 0 | 1 | Old. |"]
 
 
 def test_the_drills_read_the_sentence_that_a_user_reads() -> None:
