@@ -263,7 +263,7 @@ CHANCES = {
 
 
 SENTENCES = (
-    r"(?:Error|ERROR): (.+?\.)(?: |$)",
+    r"(?:Error|ERROR): (?!failed to reproduce \S+ failed to run)(.+?\.)(?: |$)",
     r"(MLflow at .+? it\.|Checkpoint .+? the previous one\.)",
     r"(Resuming from the checkpoint .+?\.ckpt\.)",
     r"(Running stage '.+?':)",
