@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from almrr_pipeline.baselines.memory_bank import BankSize, build_memory_bank
+from almrr_pipeline.baselines.memory_bank import BankSettings, build_memory_bank
 from almrr_pipeline.common.masks import read_mask, resize_mask
 from almrr_pipeline.config import BackboneSettings, EvaluateSettings, Tiling
 from almrr_pipeline.datasets.registry import dataset_for
@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         [item.image for item in train],
         (arguments.size,) * 2,
         Tiling(),
-        size=BankSize(arguments.pool, arguments.core, arguments.seed),
+        settings=BankSettings(arguments.pool, arguments.core, arguments.seed),
         device=arguments.device,
     )
     logger.info("memory bank after %.0f s", time.perf_counter() - begun)

@@ -456,7 +456,8 @@ def parse_data(values: dict[str, Any]) -> DataSettings:
     try:
         return DataSettings.model_validate(values)
     except ValidationError as error:
-        raise AlmrrError(f"data.{'; data.'.join(map(_sentence, error.errors()))}.") from None
+        faults = (f"data.{_sentence(fault)}" for fault in error.errors())
+        raise AlmrrError(f"{_join(faults)}.") from None
 
 
 def load_parameters(path: Path) -> Parameters:

@@ -11,7 +11,7 @@ from PIL import Image
 from sklearn.neighbors import NearestNeighbors
 
 from almrr_pipeline.baselines.memory_bank import (
-    BankSize,
+    BankSettings,
     MemoryBank,
     build_memory_bank,
     embed,
@@ -58,7 +58,7 @@ def test_a_drawn_defect_is_the_farthest_from_memory(
     backbone: Backbone, images: list[Path], tiling: Tiling
 ) -> None:
     bank = build_memory_bank(
-        backbone, images[:3], (64, 64), tiling, size=BankSize(100, 60), device="cpu"
+        backbone, images[:3], (64, 64), tiling, settings=BankSettings(100, 60), device="cpu"
     )
     normal, defective = (scaled.anomaly_map for scaled in bank.maps(images[2:]))
     assert defective.shape == ((96, 96) if tiling.enabled else (64, 64))
@@ -72,7 +72,9 @@ def test_a_drawn_defect_is_the_farthest_from_memory(
 
 def test_the_same_seed_remembers_the_same(backbone: Backbone, images: list[Path]) -> None:
     first, again = (
-        build_memory_bank(backbone, images, (64, 64), Tiling(), size=BankSize(50, 20), device="cpu")
+        build_memory_bank(
+            backbone, images, (64, 64), Tiling(), settings=BankSettings(50, 20), device="cpu"
+        )
         for _ in range(2)
     )
     assert torch.equal(first.model.core, again.model.core)

@@ -20,13 +20,15 @@ sys.path.insert(
     0, str(Path(__file__).parent)
 )  # for tiny_training, which the test modules import too
 import tiny_training
-from tiny_training import ArraySyntheticSet, build_model, build_synthetic_set
+from tiny_training import build_model, build_synthetic_set
+
+from almrr_pipeline.synthesis.synthetic_set import SyntheticSet
 
 Train = Callable[..., pd.DataFrame]
 
 
 @pytest.fixture
-def synthetic_set() -> ArraySyntheticSet:
+def synthetic_set() -> SyntheticSet:
     return build_synthetic_set()
 
 

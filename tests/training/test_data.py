@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from lightning.fabric import Fabric
 
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.config import TrainSettings
+from almrr_pipeline.synthesis.synthetic_set import SyntheticSet
 from almrr_pipeline.training.augment import apply_symmetries
 from almrr_pipeline.training.data import (
     SampleOrder,
@@ -182,15 +184,17 @@ def test_a_synthetic_set_on_the_device_gives_the_same_batches(
             assert torch.equal(value, given[name].cpu())
 
 
-def map_synthetic_set(synthetic_set: Any, folder: Path) -> None:
+def map_synthetic_set(synthetic_set: SyntheticSet, folder: Path) -> SyntheticSet:
     """Put a synthetic set's arrays on disk and open them as memory maps."""
+    arrays = {}
     for name in ("normals", "augmented", "masks"):
         np.save(folder / f"{name}.npy", getattr(synthetic_set, name))
-        setattr(synthetic_set, name, np.load(folder / f"{name}.npy", mmap_mode="r"))
+        arrays[name] = np.load(folder / f"{name}.npy", mmap_mode="r")
+    return replace(synthetic_set, **arrays)
 
 
 def test_a_memory_mapped_synthetic_set_travels_by_name(synthetic_set: Any, tmp_path: Path) -> None:
-    map_synthetic_set(synthetic_set, tmp_path)
+    synthetic_set = map_synthetic_set(synthetic_set, tmp_path)
     batches = SyntheticBatches(
         synthetic_set, SampleOrder(count=10, batch_size=4, seed=0), device=None
     )
@@ -204,7 +208,7 @@ def test_a_memory_mapped_synthetic_set_travels_by_name(synthetic_set: Any, tmp_p
 def test_the_loader_begins_at_the_step_to_resume_from(
     synthetic_set: Any, tmp_path: Path, workers: int
 ) -> None:
-    map_synthetic_set(synthetic_set, tmp_path)
+    synthetic_set = map_synthetic_set(synthetic_set, tmp_path)
     batches = SyntheticBatches(
         synthetic_set, SampleOrder(count=10, batch_size=4, seed=0), device=None
     )
@@ -219,13 +223,11 @@ def test_the_loader_begins_at_the_step_to_resume_from(
         assert torch.equal(batch["augmented"], whole[step]["augmented"])
 
 
-def test_statistics_see_an_even_choice_of_the_normal_images(synthetic_set: Any) -> None:
-    synthetic_set.normals = np.arange(100, dtype=np.uint8)[:, None, None, None] * np.ones(
-        (1, 4, 4, 3), np.uint8
-    )
-    seen = torch.cat(list(sample_normals(synthetic_set.normals, 12)))[:, 0, 0, 0] * 255
+def test_statistics_see_an_even_choice_of_the_normal_images() -> None:
+    normals = np.arange(100, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), np.uint8)
+    seen = torch.cat(list(sample_normals(normals, 12)))[:, 0, 0, 0] * 255
     assert seen.round().tolist() == [0, 9, 18, 27, 36, 45, 54, 63, 72, 81, 90, 99]
-    assert len(torch.cat(list(sample_normals(synthetic_set.normals, 1000)))) == 100
+    assert len(torch.cat(list(sample_normals(normals, 1000)))) == 100
 
 
 @pytest.mark.parametrize(
@@ -243,10 +245,9 @@ def test_statistics_see_an_even_choice_of_the_normal_images(synthetic_set: Any) 
 def test_a_synthetic_set_that_cannot_be_trained_on_is_refused(
     synthetic_set: Any, change: dict[str, np.ndarray], message: str
 ) -> None:
-    for name, value in change.items():
-        setattr(synthetic_set, name, value)
+    changed = replace(synthetic_set, **change)
     with pytest.raises(AlmrrError, match=message):
-        check_synthetic_set(synthetic_set, image_size=(128, 128))
+        check_synthetic_set(changed, image_size=(128, 128))
 
 
 def test_a_synthetic_set_of_another_size_than_the_models_is_refused(synthetic_set: Any) -> None:

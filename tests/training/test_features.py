@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_training import SIDE, ArraySyntheticSet, build_model, build_synthetic_set
+from tiny_training import SIDE, build_model, build_synthetic_set
 from torch import Tensor
 
 from almrr_pipeline.config import BackboneSettings
 from almrr_pipeline.model.backbone import build_backbone
+from almrr_pipeline.synthesis.synthetic_set import SyntheticSet
 from almrr_pipeline.training.features import FeatureCache
 
 IMAGE_BYTES = 4 * sum(
@@ -25,7 +26,7 @@ STEPS = 6
 """In batches of 4 of 6 samples: each sample is drawn four times."""
 
 
-def train_and_count(train: Any, synthetic_set: ArraySyntheticSet, **settings: Any) -> Any:
+def train_and_count(train: Any, synthetic_set: SyntheticSet, **settings: Any) -> Any:
     """The weights after a few steps, and how many images the backbone embedded."""
     model = build_model(memory_size=0)
     embedded: list[int] = []
@@ -39,13 +40,13 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 @pytest.fixture
-def small_set() -> ArraySyntheticSet:
+def small_set() -> SyntheticSet:
     return build_synthetic_set(samples=6, normals=3, validation=0)
 
 
 @pytest.mark.parametrize("symmetries", [{}, {"rot90": True, "flips": True}])
 def test_kept_features_give_bit_identical_weights(
-    train: Any, small_set: ArraySyntheticSet, symmetries: dict[str, bool]
+    train: Any, small_set: SyntheticSet, symmetries: dict[str, bool]
 ) -> None:
     without, embedded = train_and_count(train, small_set, feature_cache_gb=0.0, **symmetries)
     kept, fewer = train_and_count(train, small_set, **symmetries)
@@ -54,7 +55,7 @@ def test_kept_features_give_bit_identical_weights(
 
 
 def test_each_image_is_embedded_once_and_more_often_where_fewer_fit(
-    train: Any, small_set: ArraySyntheticSet
+    train: Any, small_set: SyntheticSet
 ) -> None:
     symmetries = {"rot90": False, "flips": False}
     whole, fewest = train_and_count(train, small_set, **symmetries)
@@ -126,7 +127,7 @@ def test_a_disk_that_is_full_costs_time_alone(
 
 
 def test_a_training_that_resumes_with_kept_features_ends_bit_identical(
-    train: Any, small_set: ArraySyntheticSet
+    train: Any, small_set: SyntheticSet
 ) -> None:
     expected, _ = train_and_count(train, small_set)
 

@@ -4,6 +4,7 @@ import logging
 import random
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -264,9 +265,9 @@ def test_a_batch_of_one_is_refused_where_it_cannot_be_normalized(
 def test_a_synthetic_set_that_does_not_fit_is_refused_before_anything_is_written(
     model: ALMRR, synthetic_set: Any, train: Train, tmp_path: Path
 ) -> None:
-    synthetic_set.masks = synthetic_set.masks[:5]
+    cut = replace(synthetic_set, masks=synthetic_set.masks[:5])
     with pytest.raises(AlmrrError, match="5 masks"):
-        train(model, synthetic_set)
+        train(model, cut)
     assert not (tmp_path / "scratch").exists()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from almrr_pipeline.config import BackboneSettings, ModelSettings, TrainSettings
 from almrr_pipeline.model.almrr import ALMRR
 from almrr_pipeline.model.backbone import build_backbone
+from almrr_pipeline.synthesis.synthetic_set import SyntheticSet
 from almrr_pipeline.training.checkpoints import Resuming
 from almrr_pipeline.training.train import fit
 
@@ -44,21 +44,6 @@ TOGETHER = {"batch_size": 4, "checkpoint_every": 1, "steps": 2, "log_every": 1, 
 """What differs in the training of two processes."""
 
 
-@dataclass
-class ArraySyntheticSet:
-    """Arrays of gray noise; bright squares are the anomalies, in every other sample."""
-
-    normals: np.ndarray
-    augmented: np.ndarray
-    masks: np.ndarray
-    normal_index: np.ndarray
-    validation_normals: np.ndarray
-    validation_augmented: np.ndarray
-    validation_masks: np.ndarray
-    validation_normal_index: np.ndarray
-    description: dict[str, Any] = field(default_factory=dict)
-
-
 def draw_samples(
     count: int, normals: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -72,17 +57,19 @@ def draw_samples(
     return augmented, masks, normal_index
 
 
-def build_synthetic_set(
-    samples: int = 10, normals: int = 3, validation: int = 2
-) -> ArraySyntheticSet:
+def build_synthetic_set(samples: int = 10, normals: int = 3, validation: int = 2) -> SyntheticSet:
     rng = np.random.default_rng(5)
     images = rng.integers(60, 140, size=(normals + validation, SIDE, SIDE, 3), dtype=np.uint8)
     kept, validated = images[:normals], images[normals:]
     validation_samples = (validated, validated[..., 0] > 255, np.zeros(0, dtype=np.int64))
     if validation:
         validation_samples = draw_samples(2 * validation, validated, rng)
-    return ArraySyntheticSet(
-        kept, *draw_samples(samples, kept, rng), validated, *validation_samples
+    return SyntheticSet(
+        kept,
+        *draw_samples(samples, kept, rng),
+        validated,
+        *validation_samples,
+        description={},
     )
 
 

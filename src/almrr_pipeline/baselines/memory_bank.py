@@ -25,11 +25,11 @@ from almrr_pipeline.config import Tiling
 from almrr_pipeline.inference.map_predictor import MapPredictor, resolve_device
 from almrr_pipeline.model.backbone import Backbone
 from almrr_pipeline.model.inputs import find_counted_cells
-from almrr_pipeline.model.memory import choose_core
+from almrr_pipeline.model.memory import choose_core, draw_cells
 
 
 @dataclass(frozen=True)
-class BankSize:
+class BankSettings:
     """Features of a memory bank: in a second or ten of one core; docs/results.md has larger ones.
 
     Attributes:
@@ -70,13 +70,9 @@ class _FeatureCollector(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Draw features of each image without replacement; the maps returned are 0."""
         features = embed(self.backbone, images)
-        every = [*features.flatten(2).mT]  # (cells, C) each
-        if self.has_region:
-            counted = find_counted_cells(images, (features.shape[-2], features.shape[-1]))
-            every = [cells[own] for cells, own in zip(every, counted.flatten(1), strict=True)]
-        for cells in every:
-            chosen = torch.randperm(len(cells), generator=self.generator)[: self.per_image]
-            self.drawn.append(cells[chosen.to(cells.device)])
+        grid = features.shape[-2], features.shape[-1]
+        counted = find_counted_cells(images, grid) if self.has_region else None
+        self.drawn += draw_cells(features, self.per_image, self.generator, counted)
         return images.new_zeros(len(images), *images.shape[-2:])
 
 
@@ -108,7 +104,7 @@ def build_memory_bank(
     image_size: tuple[int, int],
     tiling: Tiling,
     *,
-    size: BankSize = BankSize(),
+    settings: BankSettings = BankSettings(),
     device: str = "auto",
     reading: Reading | None = None,
     region: Region | None = None,
@@ -120,7 +116,7 @@ def build_memory_bank(
         images: normal training images.
         image_size: rows and columns of the network's input.
         tiling: whether and how images are cut.
-        size: how many features are drawn and kept.
+        settings: how many features are drawn and kept.
         device: as for `resolve_device`, which may raise AlmrrError.
         reading: how image files become 8-bit RGB.
         region: what of the images counts; no features are remembered of the rest.
@@ -129,14 +125,15 @@ def build_memory_bank(
         A predictor of anomaly maps, whose values are distances.
     """
     target = resolve_device(device)
-    generator = torch.Generator().manual_seed(size.seed)
-    per_image = max(1, -(-size.pool // len(images)))
+    generator = torch.Generator().manual_seed(settings.seed)
+    per_image = max(1, -(-settings.pool // len(images)))
     collector = _FeatureCollector(backbone.to(target), per_image, generator, region is not None)
     predictor = MapPredictor(collector.eval(), image_size, tiling, 8, target, reading, region)
     for _ in predictor.maps(images):
         pass
     features = torch.cat(collector.drawn)
-    features = features[torch.randperm(len(features), generator=generator)[: size.pool].to(target)]
-    chosen = choose_core(features, size.core, generator).to(target)
+    pool = torch.randperm(len(features), generator=generator)[: settings.pool]
+    features = features[pool.to(target)]
+    chosen = choose_core(features, settings.core, generator).to(target)
     bank = MemoryBank(backbone, features[chosen]).eval()
     return replace(predictor, model=bank)

@@ -11,6 +11,7 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from types import EllipsisType
 from typing import Annotated
 
 import numpy as np
@@ -199,6 +200,13 @@ def resize_counted(image: ImageArray, size: tuple[int, int], region: Region | No
 def show_counted(image: ImageArray, region: Region | None) -> ImageArray:
     """The image, dark where it does not count."""
     return image if region is None else region.dim(image)
+
+
+def index_counted(
+    values: AnomalyMap | MaskArray, region: Region | None
+) -> MaskArray | EllipsisType:
+    """Index of the pixels of a map or mask, shape (H, W), that count."""
+    return ... if region is None else region.at((values.shape[0], values.shape[1]))
 
 
 def find_counted(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:

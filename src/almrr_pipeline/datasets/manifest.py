@@ -38,8 +38,8 @@ logger = logging.getLogger(__name__)
 
 _OF_ITEM = ("image", "mask", "split", "label", "defect_type", "specimen")
 _OF_VALUES = ("mode", "dtype", "low", "high", "white")
-COLUMNS = (*_OF_ITEM, "width", "height", "sha256", *_OF_VALUES)
-_REQUIRED = (*_OF_ITEM, "width", "height", "sha256")  # older manifests have no `_OF_VALUES`
+_REQUIRED = (*_OF_ITEM, "width", "height", "sha256")
+COLUMNS = (*_REQUIRED, *_OF_VALUES)  # older manifests have the required ones alone
 _NUMBERS = {"width": "int64", "height": "int64", "low": "float64", "high": "float64"}
 _PLACE = r"(?!/)(?!(.*/)?\.\.(/|$))[^\x00\r\n]"  # below a folder
 _NUMBER = r"[+-]?\d{1,40}(\.\d{0,40})?([eE][+-]?\d{1,2})?"

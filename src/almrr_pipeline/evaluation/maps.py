@@ -19,7 +19,7 @@ from almrr_pipeline.common.masks import (
     read_mask,
     resize_mask,
 )
-from almrr_pipeline.common.region import Region
+from almrr_pipeline.common.region import Region, index_counted
 from almrr_pipeline.evaluation.curves import average_precision, trace_curve
 
 logger = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ def _pixel_ap(maps: AnomalyMaps, truth: GroundTruth, index: int) -> float | None
     mask = truth[index]
     if mask is None or not mask.any():
         return None
-    counted = ... if truth.region is None else truth.region.at(mask.shape)
+    counted = index_counted(mask, truth.region)
     return float(
         average_precision(trace_curve(maps[index][counted].ravel(), mask[counted].ravel()))
     )

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from types import EllipsisType
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -24,7 +23,7 @@ import scipy.ndimage
 
 from almrr_pipeline.common.arrays import AnomalyMap, Bools, Floats, Indices, MaskArray
 from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.common.region import Region
+from almrr_pipeline.common.region import Region, index_counted
 from almrr_pipeline.evaluation.curves import Curve
 from almrr_pipeline.evaluation.reliability import Reliability
 
@@ -57,10 +56,6 @@ class LabeledMaps:
     labels: Bools  # True where the image is defective, shape (n,)
     region: Region | None = None  # what of the images counts; no mask marks anything outside
 
-    def counted(self, shape: tuple[int, ...]) -> MaskArray | EllipsisType:
-        """Index of the pixels of a map of shape (H, W) that count."""
-        return ... if self.region is None else self.region.at((shape[0], shape[1]))
-
     def read(self, index: int) -> tuple[AnomalyMap, MaskArray | None]:
         """Anomaly map and mask, if any, of one image; AlmrrError if they are not as above."""
         values = np.asarray(self.maps[index], dtype=np.float32)
@@ -81,8 +76,6 @@ class LabeledMaps:
                 f"Test image {index}: the anomaly map is {values.shape} and the mask {mask.shape}; "
                 "resize the mask to the map."
             )
-        if self.region is not None:
-            mask = mask & self.region.at(values.shape)
         if mask.any() and not self.labels[index]:
             raise AlmrrError(
                 f"Test image {index} is labeled normal, but its mask has anomalous pixels; "
@@ -139,7 +132,7 @@ def gather_anomalous(
         if mask is not None:
             known[index] = True
             if reliability is not None:
-                counted = images.counted(values.shape)
+                counted = index_counted(values, images.region)
                 reliability.add(values[counted], mask[counted])
             labeled, found = label_regions(mask)
             inside = labeled[mask] - 1
@@ -229,7 +222,7 @@ def count_normal(
     def sorted_normals() -> Iterator[Scores]:
         for index in map(int, np.flatnonzero(chosen)):
             values, mask = images.read(index)
-            counted = images.counted(values.shape)
+            counted = index_counted(values, images.region)
             values = values[counted]
             if reliability is not None:
                 reliability.add(values, None)

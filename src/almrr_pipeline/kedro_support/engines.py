@@ -16,11 +16,10 @@ from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.config import Parameters
 from almrr_pipeline.kedro_support.worker import import_libraries, limit_threads, run_commands
 from almrr_pipeline.scale.cluster import (
-    check_machines,
+    check_sources,
     connected,
     passed_environment,
     prepare,
-    sources_of,
 )
 
 logger = logging.getLogger(__name__)
@@ -74,17 +73,17 @@ def ray_engine(project: Path, parameters: Parameters) -> Iterator[Engine]:
     """
     with connected() as ray:
         share = prepare(ray, project, parameters.scale)
-        sources = sources_of(parameters.anchored(project).data)
+        data = parameters.anchored(project).data
         task = ray.remote(run_commands)
 
         def submit(stage: str, commands: Sequence[str]) -> Future[None]:
-            if sources and stage.partition("@")[0] in _FROM_SOURCES:
-                check_machines(ray, None, packages={}, files=sources)
-            uses_gpu = stage.partition("@")[0] in _ON_GPU
+            kind = stage.partition("@")[0]
+            if kind in _FROM_SOURCES:
+                check_sources(ray, data)
             asked = task.options(
                 name=stage,
                 num_cpus=share.cpus,
-                num_gpus=share.gpus if uses_gpu else 0,
+                num_gpus=share.gpus if kind in _ON_GPU else 0,
                 max_retries=parameters.scale.retries,
             )
             future: Future[None] = asked.remote(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 import warnings
 from pathlib import Path
@@ -20,6 +19,7 @@ from kedro.pipeline.node import Node
 from almrr_pipeline.config import Parameters
 from almrr_pipeline.kedro_support.config_loader import ParamsYamlLoader, requested_pipelines
 from almrr_pipeline.kedro_support.tracking import helps_another_process
+from almrr_pipeline.kedro_support.worker import importing_mlflow
 
 if TYPE_CHECKING:
     from almrr_pipeline.kedro_support.mlflow_hook import TrackingHook
@@ -54,9 +54,7 @@ class ProjectHook:
         warnings.filterwarnings("ignore", _ADVICE)
         if helps_another_process() or not _is_tracked(loader):
             return
-        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-        with warnings.catch_warnings(record=True):  # advice to the authors of kedro-mlflow
+        with importing_mlflow():
             from almrr_pipeline.kedro_support.mlflow_hook import TrackingHook  # slow: brings MLflow
 
         tracking, scratch = TrackingHook(), Path(context.project_path, ".almrr")

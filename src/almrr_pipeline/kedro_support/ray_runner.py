@@ -24,11 +24,10 @@ from almrr_pipeline.kedro_support.engines import explain
 from almrr_pipeline.kedro_support.hooks import ProjectHook
 from almrr_pipeline.kedro_support.worker import working_for
 from almrr_pipeline.scale.cluster import (
-    check_machines,
+    check_sources,
     connected,
     passed_environment,
     prepare,
-    sources_of,
 )
 from almrr_pipeline.scale.side_by_side import run_side_by_side
 
@@ -88,8 +87,7 @@ class RayRunner(AbstractRunner):
         with connected() as ray:
             share = prepare(ray, Path(context.project_path), settings)
             if any("fetch" in node.tags for node in pipeline.nodes):
-                sources = sources_of(project.parameters.data)
-                check_machines(ray, None, packages={}, files=sources)
+                check_sources(ray, project.parameters.data)
             task = ray.remote(run_work)
             asked = {"num_cpus": share.cpus, "num_gpus": share.gpus}
 

@@ -26,10 +26,18 @@ def limit_threads(threads: int) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
 
-def import_libraries() -> None:
-    """Import what takes seconds, before a stage needs it; MLflow as `hooks` does."""
+@contextmanager
+def importing_mlflow() -> Iterator[None]:
+    """Import MLflow and kedro-mlflow in the block: without their advice, progress bars and news."""
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     with warnings.catch_warnings(record=True):
+        yield
+
+
+def import_libraries() -> None:
+    """Import what takes seconds, before a stage needs it."""
+    with importing_mlflow():
         import almrr_pipeline.kedro_support.command
         import almrr_pipeline.kedro_support.mlflow_hook
         import almrr_pipeline.training.train  # noqa: F401

@@ -105,13 +105,9 @@ class FeatureMemory(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         drawn, owned = [], []
         for features, owners, *counted in batches:
-            cells = [*pool_cells(widen(features)).flatten(2).mT]  # b times (n m, C)
-            for inside in counted:
-                cells = [each[own] for each, own in zip(cells, inside.flatten(1), strict=True)]
-            for each, owner in zip(cells, owners, strict=True):
-                chosen = torch.randperm(len(each), generator=generator)[:per_image]
-                drawn.append(each[chosen.to(each.device)])
-                owned.append(owner.expand(len(chosen)))
+            cells = draw_cells(pool_cells(widen(features)), per_image, generator, *counted)
+            drawn += cells
+            owned += [owner.expand(len(each)) for each, owner in zip(cells, owners, strict=True)]
         features, owners = torch.cat(drawn), torch.cat(owned)
         chosen = choose_core(features, len(self.core), generator)
         chosen = chosen[torch.arange(len(self.core)) % len(chosen)]  # repeated if there are fewer
@@ -151,6 +147,30 @@ def pool_cells(features: Tensor) -> Tensor:
     """Mean over each cell's neighbors and then over 2x2 cells: (B, C, h, w) -> (B, C, h/2, w/2)."""
     smooth = F.avg_pool2d(features, 3, stride=1, padding=1, count_include_pad=False)
     return F.avg_pool2d(smooth, 2)
+
+
+def draw_cells(
+    features: Tensor, most: int, generator: torch.Generator, counted: Tensor | None = None
+) -> list[Tensor]:
+    """Draw cells of each image without replacement.
+
+    Args:
+        features: (b, C, n, m).
+        most: cells of an image.
+        generator: of the draws, on the CPU.
+        counted: which cells may be drawn, bool (b, n, m); None for all.
+
+    Returns:
+        For each image the features of its cells, (<= most, C).
+    """
+    every = [*features.flatten(2).mT]  # b times (n m, C)
+    if counted is not None:
+        every = [cells[own] for cells, own in zip(every, counted.flatten(1), strict=True)]
+    drawn = []
+    for cells in every:
+        chosen = torch.randperm(len(cells), generator=generator)[:most]
+        drawn.append(cells[chosen.to(cells.device)])
+    return drawn
 
 
 def choose_core(features: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -117,10 +117,11 @@ def prepare(ray: Any, project: Path, settings: ScaleSettings) -> Share:  # noqa:
     return share
 
 
-def sources_of(data: DataSettings) -> list[Path]:
-    """Local folders and archives that images are fetched from, as far as they exist here."""
+def check_sources(ray: Any, data: DataSettings) -> None:  # noqa: ANN401
+    """AlmrrError unless all machines see what images are fetched from, as far as it exists here."""
     named = (Path(name).expanduser() for name in (*data.paths.values(), data.mirror) if name)
-    return [path for path in named if path.exists()]
+    if sources := [path for path in named if path.exists()]:
+        check_machines(ray, None, packages={}, files=sources)
 
 
 def share_of(settings: ScaleSettings, ray: Any) -> Share:  # noqa: ANN401

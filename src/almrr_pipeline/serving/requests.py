@@ -15,6 +15,7 @@ from almrr_pipeline.common.encoded import to_bytes
 from almrr_pipeline.common.errors import AlmrrError, quote
 from almrr_pipeline.common.images import Reading, decode_image
 
+IMAGES, MEGAPIXELS = 64, 200.0  # that a request may hold
 EXAMPLE = '{"images": ["<base64 of an image file>"]}'
 _ACCEPTED = (
     f"send JSON such as {EXAMPLE}, multipart/form-data with files, or an image file as the body"
@@ -34,7 +35,12 @@ class RequestError(AlmrrError):
 
 
 def read_images(
-    body: bytes, content_type: str, reading: Reading, *, most: int = 64, megapixels: float = 200.0
+    body: bytes,
+    content_type: str,
+    reading: Reading,
+    *,
+    most: int = IMAGES,
+    megapixels: float = MEGAPIXELS,
 ) -> list[ImageArray]:
     """Decode all images of a body, as uint8 RGB of shape (H, W, 3).
 

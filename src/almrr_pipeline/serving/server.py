@@ -35,7 +35,7 @@ from almrr_pipeline.inference.predictor import Prediction, Predictor
 from almrr_pipeline.reporting.overlays import draw_overlay, encode_image
 from almrr_pipeline.serving.batcher import Batcher, BusyError
 from almrr_pipeline.serving.metrics import CONTENT_TYPE, Metrics
-from almrr_pipeline.serving.requests import RequestError, read_images
+from almrr_pipeline.serving.requests import IMAGES, MEGAPIXELS, RequestError, read_images
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +50,8 @@ class Limits:
 
     megabytes: float = 32.0  # of the body
     megapixels: float = 50.0  # of an image, or fewer if the model says so
-    together: float = 200.0  # megapixels of a request's images
-    images: int = 64  # of a request
+    together: float = MEGAPIXELS  # of a request's images
+    images: int = IMAGES  # of a request
     seconds: float = 30.0  # until the answer
 
 
@@ -94,8 +94,7 @@ class Service:
         images = await to_thread.run_sync(read, body, content_type, self._reading)
         futures = [asyncio.wrap_future(self._batcher.submit(image)) for image in images]
         predictions = await asyncio.gather(*futures)
-        for prediction in predictions:
-            found = prediction
+        for found in predictions:
             self.metrics.count_image(found.score, found.is_anomalous, found.unlike)
         rows = [
             await to_thread.run_sync(self._describe, image, prediction, extras)

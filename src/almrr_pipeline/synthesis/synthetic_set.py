@@ -63,6 +63,11 @@ class SyntheticSet:
         """Number of training samples."""
         return len(self.augmented)
 
+    @property
+    def has_region(self) -> bool:
+        """Whether what is blank in the images does not count."""
+        return "region" in self.description
+
     @staticmethod
     def load(folder: Path) -> SyntheticSet:
         """Open the synthetic set that `synthesize` has written to a folder, without reading it.

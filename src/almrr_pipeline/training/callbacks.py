@@ -255,7 +255,7 @@ class ValidationSelection:
         finally:
             model.train()
         labels, values = self._synthetic_set.validation_masks.ravel(), np.concatenate(scores)
-        if "region" in self._synthetic_set.description:
+        if self._synthetic_set.has_region:
             counted = find_counted(np.asarray(self._synthetic_set.validation_normals))
             chosen = counted[self._synthetic_set.validation_normal_index].ravel()
             labels, values = labels[chosen], values[chosen]

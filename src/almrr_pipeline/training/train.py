@@ -92,14 +92,13 @@ def fit(
     key = _describe(model, synthetic_set, settings, resuming.fingerprint, seed)
     folder = CheckpointFolder(resuming.scratch, key)
     owners = number_owners(synthetic_set, specimens or {})
-    has_region = "region" in synthetic_set.description
     with training_environment(model, settings) as (fabric, stop), folder:
         history = History(settings, fabric, on_metrics)
         selection = ValidationSelection(synthetic_set, settings, fabric, history)
         optimizer = build_optimizer(model, settings)
         recall = _open_cache(model, synthetic_set, settings, resuming, fabric)
         training_step = TrainingStep(
-            model, settings, recall, owners.to(fabric.device), has_region=has_region
+            model, settings, recall, owners.to(fabric.device), has_region=synthetic_set.has_region
         )
         forward, optimizer = fabric.setup(training_step, optimizer)
         parts = {"model": model, "optimizer": optimizer, "scaler": fabric.strategy.precision}
@@ -216,7 +215,7 @@ def _show_normals(
     count = min(len(owners), MEMORY_IMAGES)
     drawn = draw_normals(synthetic_set, owners, settings, count=count, seed=seed)
     batches = (fabric.to_device(batch) for batch in drawn)
-    has_region = "region" in synthetic_set.description
+    has_region = synthetic_set.has_region
     model.fill_memory(batches, images=count, seed=seed, has_region=has_region)
     if model.memory.exponent:
         unseen = sample_normals(synthetic_set.validation_normals, MEMORY_IMAGES)
