@@ -3,7 +3,7 @@
 Machine, commit and command come first.
 
     python benchmarks/run.py [--device cpu|cuda] [--only regional_features scan model training
-        anomalib_peers] [--quick]
+        anomalib_peers prediction] [--quick]
 
 Each benchmark runs in a process of its own, so that none inherits another's memory; within a
 benchmark both sides of every comparison are measured in one run. Without --device a CUDA device
@@ -30,6 +30,7 @@ QUICK = {
     "model": ["--quick"],
     "training": ["--small", "--batch", "2", "--steps", "2", "--samples", "8"],
     "anomalib_peers": ["--quick"],
+    "prediction": ["--quick"],
 }
 
 
