@@ -6,12 +6,14 @@ import logging
 
 import pytest
 import torch
+from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 
 from almrr_pipeline.inference.fuse import (
     EmbedThenResize,
     FusedALMRR,
     ResizeThenEmbed,
+    absorb_padding,
     fuse,
     fuse_batch_norms,
 )
@@ -75,7 +77,7 @@ def test_every_backbone_fuses(
         expected = model(images)
     fused = fuse(model)
     torch.testing.assert_close(fused(images), expected, rtol=0, atol=1e-9)
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
+    assert not any(isinstance(each, nn.BatchNorm2d | Conv2dSame) for each in fused.modules())
     assert caplog.records == []
 
 
@@ -165,6 +167,32 @@ def test_what_cannot_be_fused_stays_as_it_is_and_says_so(caplog: pytest.LogCaptu
         fused = fuse_batch_norms(network, x)
     assert torch.equal(fused(x), network(x))
     assert "_TwiceUsed cannot be fused" in caplog.text
+
+
+@pytest.mark.parametrize("sides", [(32, 32), (33, 40), (31, 17)])
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 2), (5, 2), (2, 2), (1, 2), (3, 1), (3, 3)])
+def test_a_kernel_pads_as_the_copy_did(sides: tuple[int, int], kernel: int, stride: int) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(Conv2dSame(4, 8, kernel, stride, groups=2)).double().eval()
+    x = torch.randn(2, 4, *sides).double()
+    expected = network(x)
+    absorbed = absorb_padding(network, x)
+    assert type(absorbed[0]) is nn.Conv2d
+    torch.testing.assert_close(absorbed(x), expected, rtol=0, atol=1e-12)
+
+
+def test_a_convolution_of_maps_of_two_sizes_keeps_its_copy() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convolution = Conv2dSame(3, 3, 3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.convolution(self.convolution(x))
+
+    network, x = Twice().eval(), torch.randn(1, 3, 18, 18)
+    expected = network(x)
+    assert torch.equal(absorb_padding(network, x)(x), expected)
 
 
 @pytest.mark.gpu

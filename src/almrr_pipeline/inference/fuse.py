@@ -3,6 +3,8 @@
 What is linear, with nothing nonlinear up to the next linear map, is composed with that map:
 
 - batch norms go into the convolutions before them;
+- where a backbone copies its maps to pad them (TensorFlow's uneven padding), a zero row and column
+  of the kernel take the copy's place;
 - the standardization, the 1x1 convolution and the patch embedding become one convolution per stage.
   Where the stage's map has no more cells than there are tokens, the product with the channels comes
   before the resizing, so that the stage is never resized with all its channels;
@@ -20,10 +22,12 @@ from __future__ import annotations
 import copy
 import importlib.util
 import logging
-from functools import cache
+from collections import defaultdict
+from functools import cache, partial
 
 import torch
 from einops import rearrange
+from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.utils.fusion import fuse_conv_bn_weights
@@ -129,7 +133,7 @@ class FusedBackbone(nn.Module):
         self.register_buffer("scale", 1 / backbone.std)
         self.register_buffer("shift", -backbone.mean / backbone.std)
         example = _draw_example(3, *image_size).to(backbone.mean)
-        self.network = fuse_batch_norms(backbone.network, example)
+        self.network = absorb_padding(fuse_batch_norms(backbone.network, example), example)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Extract features, as `Backbone.forward` does."""
@@ -384,6 +388,57 @@ def fuse_batch_norms(network: nn.Module, *example: Tensor) -> nn.Module:
         logger.warning("The batch norms of %s cannot be fused; inference runs with them.", name)
         return plain
     return fused.requires_grad_(False)
+
+
+def absorb_padding(network: nn.Module, example: Tensor) -> nn.Module:
+    """Pad in the convolutions of a network instead of before them, where timm's Conv2dSame does.
+
+    Its padding, TensorFlow's, may have one row and column more at the end than at the start. With a
+    zero row and column before the kernel an even padding gives the same sums, and nothing is
+    copied.
+
+    Args:
+        network: changed in place; from now on for maps of the example's size alone.
+        example: an input of the network.
+    """
+    for name, sides in _input_sides(network, example, Conv2dSame).items():
+        old = network.get_submodule(name)
+        assert isinstance(old, Conv2dSame)
+        steps = zip(sides, old.kernel_size, old.stride, strict=True)
+        rows, columns = (max(0, (-(-n // s) - 1) * s + k - n) for n, k, s in steps)
+        if old.dilation != (1, 1):
+            continue
+        weight = F.pad(old.weight.detach(), (columns % 2, 0, rows % 2, 0))
+        new = nn.Conv2d(
+            old.in_channels,
+            old.out_channels,
+            (weight.shape[2], weight.shape[3]),
+            (old.stride[0], old.stride[1]),
+            (-(-rows // 2), -(-columns // 2)),
+            groups=old.groups,
+            bias=old.bias is not None,
+        )
+        new.weight, new.bias = nn.Parameter(weight, requires_grad=False), old.bias
+        network.set_submodule(name, new.train(old.training))
+    return network
+
+
+def _input_sides(
+    network: nn.Module, example: Tensor, kind: type[nn.Module]
+) -> dict[str, tuple[int, int]]:
+    """Rows and columns of the maps that modules of a type take, by name; of those that take one."""
+    sides: dict[str, list[tuple[int, int]]] = defaultdict(list)
+
+    def note(name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        sides[name].append((inputs[0].shape[2], inputs[0].shape[3]))
+
+    modules = [(name, each) for name, each in network.named_modules() if isinstance(each, kind)]
+    handles = [each.register_forward_pre_hook(partial(note, name)) for name, each in modules]
+    with torch.no_grad():
+        network(example)
+    for handle in handles:
+        handle.remove()
+    return {name: found[0] for name, found in sides.items() if len(found) == 1}
 
 
 def _convolutions_before_norms(
