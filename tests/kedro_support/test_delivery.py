@@ -6,97 +6,65 @@ import json
 import logging
 import os
 import shutil
+import signal
 import socket
 import sqlite3
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
-from contexts import RUN, build_context
-from kedro.io import DataCatalog
-from kedro.pipeline import Node, Pipeline
+from tracked_training import begin, end, wait_until_it_answers
 
 from almrr_pipeline.common.errors import AlmrrError
-from almrr_pipeline.kedro_support.mlflow_hook import OUTBOXES, TrackingHook
+from almrr_pipeline.kedro_support.mlflow_hook import OUTBOXES
 from almrr_pipeline.kedro_support.outbox import Outbox, metrics_event
-from almrr_pipeline.kedro_support.tracking import live_logger
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "training"))
-from tiny_training import build_model, build_synthetic_set, train
-
-STEPS, DIES_AT = 8, 5
-NAMED = RUN | {"pipeline_names": ["train"], "namespaces": ["sample_brick.seed_0"]}
+STEPS, DIES_AT = 400, 5
 OWN_RUNS = "SELECT status FROM runs WHERE name = 'train sample_brick.seed_0'"
 """Without those of the experiment and of the category, in which they are."""
-NODE = Node(
-    lambda seed: seed, "params:seed", "model", name="train", namespace="sample_brick.seed_0"
-)
-
-
-class Tracker:
-    """MLflow's own server over a database, in a thread; it can die and come back."""
-
-    def __init__(self, database: Path) -> None:
-        from mlflow.server import ARTIFACT_ROOT_ENV_VAR, BACKEND_STORE_URI_ENV_VAR, app
-
-        os.environ[BACKEND_STORE_URI_ENV_VAR] = f"sqlite:///{database}"
-        os.environ[ARTIFACT_ROOT_ENV_VAR] = str(database.parent / "artifacts")
-        os.environ["MLFLOW_SERVER_DISABLE_SECURITY_MIDDLEWARE"] = "true"
-        self._app, self._server = app, None
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port: int = free.getsockname()[1]
-
-    def start(self) -> None:
-        from werkzeug.serving import make_server
-
-        self._server = make_server("127.0.0.1", self.port, self._app, threaded=True)
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    def die(self) -> None:
-        assert self._server is not None
-        self._server.shutdown()
-        self._server.server_close()
+CURVE = "SELECT step, value FROM metrics WHERE key = 'loss' ORDER BY 1"
 
 
 @pytest.fixture
 def copy(project: Path, tmp_path: Path) -> Path:
     """The project's configuration alone."""
     shutil.copytree(project / "conf", tmp_path / "conf")
-    shutil.copy(project / "params.yaml", tmp_path)
+    for name in ("params.yaml", "pyproject.toml"):
+        shutil.copy(project / name, tmp_path)
+    (tmp_path / "src").mkdir()
     return tmp_path
 
 
-@pytest.fixture
-def tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tracker]:
-    started = Tracker(tmp_path / "server.db")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{started.port}")
-    started.start()
-    yield started
-    started.die()
-
-
-def build_hook(project: Path) -> TrackingHook:
-    hook = TrackingHook()
-    hook.after_context_created(build_context(project))
-    return hook
-
-
-def begin(project: Path) -> TrackingHook:
-    hook = build_hook(project)
-    hook.before_pipeline_run(NAMED, Pipeline([NODE]), DataCatalog())
-    hook.before_node_run(NODE, DataCatalog(), {}, False)
-    return hook
-
-
-def end(hook: TrackingHook) -> None:
-    hook.after_node_run(NODE)
-    hook.after_pipeline_run(NAMED, Pipeline([NODE]), DataCatalog())
+@contextmanager
+def tracker(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """`mlflow server` in a process group of its own, over server.db in the folder."""
+    store = ["--backend-store-uri", f"sqlite:///{folder / 'server.db'}"]
+    files = ["--artifacts-destination", str(folder / "artifacts")]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+        *store,
+        *files,
+    ]
+    process = subprocess.Popen(command, cwd=folder, process_group=0)
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def read(database: Path, query: str) -> list[tuple[Any, ...]]:
@@ -104,40 +72,39 @@ def read(database: Path, query: str) -> list[tuple[Any, ...]]:
         return connection.execute(query).fetchall()
 
 
-def test_a_tracker_that_dies_in_a_training_gets_its_curves_later_and_changes_no_weight(
-    copy: Path, tracker: Tracker, caplog: pytest.LogCaptureFixture
+def test_a_tracker_that_dies_at_step_5_of_400_gets_all_curves_later_and_changes_no_weight(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {"steps": STEPS, "log_every": 1, "batch_size": 2, "accelerator": "cpu"}
-    undisturbed, model, samples = build_model(), build_model(), build_synthetic_set()
-    history = train(undisturbed, samples, scratch=copy / "one", **settings)
-    hook = begin(copy)
-    log = live_logger()
-    assert log is not None
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    script, alone = Path(__file__).with_name("tracked_training.py"), copy / "undisturbed"
+    with tracker(copy, port) as server:
+        ended = subprocess.run(
+            [sys.executable, script, copy, str(STEPS), str(server.pid), str(DIES_AT)],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+        )  # fmt: skip
+        assert ended.returncode == 0, ended.stdout
+        assert server.wait(60) == -signal.SIGKILL
+    assert " ".join(ended.stdout.split()).count("takes nothing now") == 1
+    assert "Traceback" not in ended.stdout
+    assert (copy / "history.csv").read_bytes() == (alone / "history.csv").read_bytes()
+    undisturbed, weights = (torch.load(folder / "weights.pt") for folder in (alone, copy))
+    assert all(map(torch.equal, undisturbed.values(), weights.values()))
+    assert len(read(copy / "server.db", CURVE)) < DIES_AT
 
-    def log_and_let_the_tracker_die(step: int, values: Any) -> None:
-        if step == DIES_AT:
-            tracker.die()
-        log(step, values)
-
-    train(
-        model, samples, scratch=copy / "other", on_metrics=log_and_let_the_tracker_die, **settings
-    )
-    end(hook)
-    assert all(map(torch.equal, undisturbed.state_dict().values(), model.state_dict().values()))
-    (warning,) = own_warnings(caplog)
-    assert "takes nothing now" in warning.getMessage()
-    assert warning.exc_info is None
-    (kept,) = (copy / OUTBOXES).glob("*.jsonl")
-    kept.rename(kept.with_name(f"{socket.gethostname()}@{dead_process()}@0.jsonl"))
-
-    tracker.start()
-    assert build_hook(copy).delivery.deliver_now() > 0
+    with tracker(copy, port):
+        wait_until_it_answers(os.environ["MLFLOW_TRACKING_URI"])
+        synced = subprocess.run(
+            [sys.executable, "-m", "almrr_pipeline", "sync"],
+            cwd=copy, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    assert "Delivered" in synced.stdout
     assert [*(copy / OUTBOXES).glob("*.jsonl")] == []
-    curve = read(
-        copy / "server.db", "SELECT step, value FROM metrics WHERE key = 'loss' ORDER BY 1"
-    )
-    assert history is not None
-    assert curve == [*zip(history["step"].tolist(), history["loss"].tolist(), strict=True)]
+    history = pd.read_csv(copy / "history.csv", float_precision="round_trip")
+    assert read(copy / "server.db", CURVE) == [*zip(history["step"], history["loss"], strict=True)]
+    assert [*history["step"]] == [*range(1, STEPS + 1)]
     assert read(copy / "server.db", OWN_RUNS) == [("FINISHED",)]
 
 
