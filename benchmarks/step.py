@@ -19,6 +19,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from almrr_pipeline.model.almrr import ALMRR
 
 HERE = Path(__file__).resolve()
 
@@ -106,8 +112,10 @@ def make_step(arguments: argparse.Namespace) -> Callable[[], None]:
     augmented[::2, :, :32, :32], mask[::2, :32, :32] = 0.0, 1.0
     maps = model.backbone(torch.cat([normal, augmented[::2]]).to(memory_format=torch.channels_last))
 
+    frozen = freeze(model)
+
     def step() -> None:
-        recall = (lambda _images, _chosen: maps) if arguments.kept else None
+        recall = (lambda _images, _chosen: maps) if arguments.kept else frozen
         embedded = model.embed_both(normal, augmented, recall)
         output = model.training_forward(normal, augmented, embedded)
         loss = compute_losses(output, mask, parameters.train)[0]
@@ -116,6 +124,18 @@ def make_step(arguments: argparse.Namespace) -> Callable[[], None]:
         optimizer.step()
 
     return step
+
+
+def freeze(model: ALMRR) -> Callable[[Tensor, Tensor], list[Tensor]] | None:
+    """What embeds images in a training: the fused backbone, in trees that have one."""
+    try:
+        from almrr_pipeline.model.fused_backbone import FusedBackbone
+    except ModuleNotFoundError:
+        return None
+    import torch
+
+    fused = FusedBackbone(model.backbone, model.image_size).to(memory_format=torch.channels_last)
+    return lambda images, _chosen: fused(images.contiguous(memory_format=torch.channels_last))
 
 
 if __name__ == "__main__":

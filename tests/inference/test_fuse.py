@@ -13,10 +13,9 @@ from almrr_pipeline.inference.fuse import (
     EmbedThenResize,
     FusedALMRR,
     ResizeThenEmbed,
-    absorb_padding,
     fuse,
-    fuse_batch_norms,
 )
+from almrr_pipeline.model.fused_backbone import absorb_padding, fuse_batch_norms
 from almrr_pipeline.training.runtime import algorithms
 
 SIZE = (128, 160)

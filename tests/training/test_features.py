@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from tiny_training import SIDE, build_model, build_synthetic_set
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from almrr_pipeline.config import BackboneSettings
 from almrr_pipeline.model.backbone import build_backbone
+from almrr_pipeline.model.fused_backbone import FusedBackbone
 from almrr_pipeline.synthesis.synthetic_set import SyntheticSet
 from almrr_pipeline.training.features import FeatureCache
 
@@ -30,8 +32,13 @@ def train_and_count(train: Any, synthetic_set: SyntheticSet, **settings: Any) ->
     """The weights after a few steps, and how many images the backbone embedded."""
     model = build_model(memory_size=0)
     embedded: list[int] = []
-    model.backbone.register_forward_hook(lambda _, inputs, maps: embedded.append(len(inputs[0])))
-    train(model, synthetic_set, **{"steps": STEPS, "batch_size": 4, **settings})
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...], _: object) -> None:
+        if isinstance(module, FusedBackbone):
+            embedded.append(len(inputs[0]))
+
+    with register_module_forward_hook(count):
+        train(model, synthetic_set, **{"steps": STEPS, "batch_size": 4, **settings})
     return model.state_dict(), sum(embedded)
 
 

@@ -29,7 +29,7 @@ from almrr_pipeline.model.inputs import (
     find_counted_cells,
 )
 from almrr_pipeline.model.kernels.composed import resize_bilinear
-from almrr_pipeline.model.kernels.scan.reference import widen
+from almrr_pipeline.model.kernels.pointwise import convolve_pointwise, mix_residuals
 from almrr_pipeline.model.memory import FeatureMemory
 from almrr_pipeline.model.mfrm import MFRM
 from almrr_pipeline.model.posterior import to_probability, weigh_odds
@@ -188,7 +188,7 @@ class ALMRR(nn.Module):
         features: Tensor = self.regional_features(maps)
         if self.settings.standardize:
             mean, std = self.feature_mean.to(features.dtype), self.feature_std.to(features.dtype)
-            features = (features - mean[:, None, None]) / std[:, None, None]
+            features = features.sub_(mean[:, None, None]).div_(std[:, None, None])
         return features
 
     def reconstruct(self, features: Tensor) -> Tensor:
@@ -241,10 +241,10 @@ class ALMRR(nn.Module):
         else:
             chosen = torch.cat([torch.ones_like(changed), changed]).nonzero()[:, 0]
             embedded = self.pool(recall(images, chosen))
-        target = embedded[: len(normal)]
-        features = target.clone()
-        features[changed] = embedded[len(normal) :]
-        return target, features
+        rows = torch.arange(len(normal))
+        rows[changed] = torch.arange(len(normal), len(embedded))
+        innermost = embedded.permute(0, 2, 3, 1)  # rows are copied in the order of the memory
+        return embedded[: len(normal)], innermost[rows].permute(0, 3, 1, 2)
 
     @torch.no_grad()
     def fit_standardization(self, batches: Iterable[Tensor]) -> None:
@@ -406,6 +406,10 @@ class ChannelProjection(nn.Conv2d):
         with torch.no_grad():
             self.weight.copy_((orthonormal / channels**0.5).T[:, :, None, None])  # (k, C, 1, 1)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Project the channels."""
+        return convolve_pointwise(x, self.weight, None)
+
 
 class ResidualMixture(nn.Conv2d):
     """Learned mixtures of log(1 + (F - F_hat)^2): (B, C, h, w) twice -> (B, r, h, w).
@@ -420,6 +424,6 @@ class ResidualMixture(nn.Conv2d):
         nn.init.zeros_(self.bias)  # type: ignore[arg-type]
 
     def forward(self, features: Tensor, reconstruction: Tensor) -> Tensor:  # type: ignore[override]
-        """Mix the logarithms; at least float32 up to there, since half precision overflows."""
-        difference = widen(features) - widen(reconstruction)
-        return super().forward(difference.square().log1p().to(self.weight.dtype))
+        """Mix the logarithms."""
+        assert self.bias is not None
+        return mix_residuals(features, reconstruction, self.weight, self.bias)

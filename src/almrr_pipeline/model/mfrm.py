@@ -17,6 +17,7 @@ from almrr_pipeline.model.kernels.composed import (
     composing_pays,
     resize_bilinear,
 )
+from almrr_pipeline.model.kernels.pointwise import convolve_pointwise
 
 POSITION_STD = 0.02
 """Initial std of the position embedding, Vision Mamba's."""
@@ -55,7 +56,8 @@ class MFRM(nn.Module):
         tokens = self.embed(features) + self.position  # (B, n, dim), row by row
         tokens = self.encoder(tokens)  # (B, n, dim)
         latent = self.decoder(to_map(tokens, self.token_grid))  # (B, latent, h, w)
-        return self.expand(latent)  # type: ignore[no-any-return] # (B, C, h, w)
+        # (B, C, h, w)
+        return convolve_pointwise(latent, self.expand.weight, self.expand.bias)
 
     def embed(self, features: Tensor) -> Tensor:
         """Features (B, C, h, w) -> tokens (B, n, dim), without the position."""

@@ -11,13 +11,12 @@ import logging
 import shutil
 import tempfile
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from almrr_pipeline.model.backbone import Backbone
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +38,14 @@ class FeatureCache:
             that the preferred ones cannot fill.
     """
 
-    def __init__(self, backbone: Backbone, folder: Path, *, limit: float, preferred: int) -> None:
+    def __init__(
+        self,
+        backbone: Callable[[Tensor], list[Tensor]],
+        folder: Path,
+        *,
+        limit: float,
+        preferred: int,
+    ) -> None:
         self._backbone = backbone
         folder.mkdir(parents=True, exist_ok=True)
         self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115

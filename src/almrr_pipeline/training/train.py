@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import pandas as pd
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from almrr_pipeline.config import TrainSettings
 from almrr_pipeline.model.almrr import ALMRR
+from almrr_pipeline.model.fused_backbone import FusedBackbone
 from almrr_pipeline.model.inputs import find_counted
 from almrr_pipeline.synthesis.synthetic_set import SyntheticSet
 from almrr_pipeline.training import checkpoints
@@ -35,6 +36,8 @@ from almrr_pipeline.training.runtime import (
     training_environment,
 )
 
+FrozenBackbone = Callable[[Tensor, Tensor], list[Tensor]]
+"""From images (B, 3, H, W) and their keys (B,) to the backbone's maps."""
 NOT_DECISIVE = {"accelerator", "checkpoint_every", "devices", "nodes", "workers"}
 """Settings that may change between an interruption and the next run."""
 STANDARDIZATION_IMAGES = 256
@@ -96,9 +99,9 @@ def fit(
         history = History(settings, fabric, on_metrics)
         selection = ValidationSelection(synthetic_set, settings, fabric, history)
         optimizer = build_optimizer(model, settings)
-        recall = _open_cache(model, synthetic_set, settings, resuming, fabric)
+        backbone = _freeze_backbone(model, synthetic_set, settings, resuming, fabric)
         training_step = TrainingStep(
-            model, settings, recall, owners.to(fabric.device), has_region=synthetic_set.has_region
+            model, settings, backbone, owners.to(fabric.device), has_region=synthetic_set.has_region
         )
         forward, optimizer = fabric.setup(training_step, optimizer)
         parts = {"model": model, "optimizer": optimizer, "scaler": fabric.strategy.precision}
@@ -149,7 +152,7 @@ class TrainingStep(nn.Module):
         self,
         model: ALMRR,
         settings: TrainSettings,
-        recall: FeatureCache | None = None,
+        backbone: FrozenBackbone | None = None,
         owners: Tensor | None = None,
         *,
         has_region: bool = False,
@@ -158,7 +161,7 @@ class TrainingStep(nn.Module):
         self.model = model
         self._has_region = has_region
         self._owners = owners
-        self._recall = recall
+        self._backbone = backbone
         self._settings = settings
         forward = model.training_forward
         self._forward = torch.compile(forward) if settings.compile else forward
@@ -169,10 +172,10 @@ class TrainingStep(nn.Module):
         normal = to_images(batch["normal"], channels_last=channels_last)
         augmented = to_images(batch["augmented"], channels_last=channels_last)
         embedded = None
-        if (recall := self._recall) is not None:
+        if (backbone := self._backbone) is not None:
             keys = batch["keys"].flatten()
             embedded = self.model.embed_both(
-                normal, augmented, lambda images, chosen: recall(images, keys[chosen])
+                normal, augmented, lambda images, chosen: backbone(images, keys[chosen])
             )
         owners = None
         if self.model.memory is not None and self._owners is not None:
@@ -182,19 +185,25 @@ class TrainingStep(nn.Module):
         return compute_losses(output, batch["mask"], self._settings, counted)
 
 
-def _open_cache(
+def _freeze_backbone(
     model: ALMRR,
     synthetic_set: SyntheticSet,
     settings: TrainSettings,
     resuming: Resuming,
     fabric: Fabric,
-) -> FeatureCache | None:
-    """Where the frozen backbone's maps are kept; None on a GPU, and where none are to be kept."""
-    if settings.feature_cache_gb <= 0 or fabric.device.type != "cpu":
+) -> FrozenBackbone | None:
+    """What embeds images in the backbone's place on a CPU: fused, and with a cache if one is set.
+
+    None on a GPU, where the model embeds them itself.
+    """
+    if fabric.device.type != "cpu":
         return None
+    fused = FusedBackbone(model.backbone, model.image_size).to(memory_format=torch.channels_last)
+    if settings.feature_cache_gb <= 0:
+        return lambda images, _keys: fused(images.contiguous(memory_format=torch.channels_last))
     limit = settings.feature_cache_gb * 1e9 / fabric.world_size
     preferred = 8 * len(synthetic_set.normals)  # each in eight flips and turns
-    return FeatureCache(model.backbone, resuming.scratch, limit=limit, preferred=preferred)
+    return FeatureCache(fused, resuming.scratch, limit=limit, preferred=preferred)
 
 
 def _show_normals(
