@@ -13,7 +13,8 @@ time; PatchCore's memory has the size that its defaults keep of 200 images. On p
 bfloat16 OpenVINO computes in it unless told otherwise: then a second row has float32, as ours do.
 
 All ways take turns, every round on the same files; slow ones take the first of them, as many as
-about --seconds allow. anomalib is not a dependency: `pip install 'almrr-pipeline[peers]'`.
+about --seconds allow, ours never fewer than four batches. anomalib is not a dependency:
+`pip install 'almrr-pipeline[peers]'`.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--side", type=int, default=700, help="of the files, in pixels")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=8, help="about, of a way in a round")
+    parser.add_argument("--seconds", type=float, default=3, help="about, of a way in a round")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, default=list(RUNTIMES))
     parser.add_argument(
@@ -268,12 +269,13 @@ def set_thresholds(post_processor: Any) -> None:  # noqa: ANN401
 def take_turns(ways: Sequence[Way], files: list[Path], *, rounds: int, seconds: float) -> None:
     """Fill in every way's rates, after a warm-up that also decides how many images it takes."""
     for way in ways:
-        way.run(files[:8])
-        rate = way.run(files[:2] if not way.is_ours else files[:16])
-        way.images = len(files) if way.is_ours else int(min(len(files), max(2, rate * seconds)))
-    for _ in range(rounds):
+        way.run(files[:8] if way.is_ours else files[:2])
+        rate = way.run(files[:16] if way.is_ours else files[:2])
+        way.images = int(min(len(files), max(32 if way.is_ours else 2, rate * seconds)))
+    for number in range(rounds):
         for way in ways:
             way.rates.append(way.run(files[: way.images]))
+            print(f"round {number + 1}: {way.rates[-1]:.2f} {way.name}", file=sys.stderr)
 
 
 def print_table(ways: Sequence[Way]) -> None:
