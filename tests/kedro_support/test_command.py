@@ -53,10 +53,13 @@ def test_a_disk_that_refuses_what_kedro_saves_is_named_in_a_sentence() -> None:
         command._with_plain_endings(loading)()
 
 
-def test_an_interrupted_training_ends_with_the_status_of_sigterm() -> None:
+def test_an_interrupted_training_says_so_and_ends_with_the_status_of_sigterm(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with pytest.raises(SystemExit) as ended:
-        command._with_plain_endings(_raise(TrainingInterrupted("stopped")))()
+        command._with_plain_endings(_raise(TrainingInterrupted("Stopped after step 5.")))()
     assert ended.value.code == 128 + signal.SIGTERM == 143
+    assert capsys.readouterr().err == "Stopped after step 5. A further run goes on from there.\n"
 
 
 def test_any_other_error_keeps_its_traceback() -> None:

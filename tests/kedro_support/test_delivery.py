@@ -19,9 +19,11 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from mlflow.exceptions import MlflowException
 from tracked_training import begin, end, wait_until_it_answers
 
 from almrr_pipeline.common.errors import AlmrrError
+from almrr_pipeline.kedro_support.delivery import _first_fault, _first_line
 from almrr_pipeline.kedro_support.mlflow_hook import OUTBOXES
 from almrr_pipeline.kedro_support.outbox import Outbox, metrics_event
 
@@ -190,3 +192,23 @@ def test_an_outbox_on_a_disk_that_takes_nothing_still_delivers(tmp_path: Path) -
     assert len(box.head()) == 1
     box.done(1)
     assert len(box) == 0
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["", "(raised as a result of Query-invoked autoflush; consider using a block)\n"],
+)
+def test_of_a_database_s_error_the_warning_has_what_the_database_says(prefix: str) -> None:
+    error = MlflowException(
+        f"{prefix}(sqlite3.OperationalError) database or disk is full\n[SQL: INSERT INTO runs]"
+    )
+    assert _first_line(error) == "database or disk is full"
+
+
+def test_of_many_files_that_a_full_disk_refuses_one_is_named(tmp_path: Path) -> None:
+    (tmp_path / "from").mkdir()
+    for name in "ab":
+        (tmp_path / "from" / name).symlink_to(tmp_path / "absent")
+    with pytest.raises(shutil.Error) as caught:
+        shutil.copytree(tmp_path / "from", tmp_path / "to")
+    assert _first_fault(caught.value).startswith("[Errno 2] No such file or directory: ")

@@ -51,7 +51,8 @@ def _with_plain_endings(command: Callable[..., Any]) -> Callable[..., Any]:
                 raise click.ClickException(sentence) from None
             from almrr_pipeline.training.train import TrainingInterrupted  # slow: brings torch
 
-            if any(_find(TrainingInterrupted, error)):  # a further run resumes the training
+            for interrupted in _find(TrainingInterrupted, error):
+                click.echo(f"{interrupted} A further run goes on from there.", err=True)
                 sys.exit(TERMINATED)
             raise
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+import shutil
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
@@ -34,6 +36,7 @@ _SQLITE = "sqlite:///"
 _PARAMS = 100  # that MLflow takes in one request
 _PASSING = frozenset({401, 403, 408, 429})  # client errors that another try may not meet
 _GONE = 404
+_DATABASE_SAYS = re.compile(r"^\([\w.]+Error\) (.{1,200})", re.MULTILINE)  # in SQLAlchemy's words
 
 
 class TrackerAwayError(Exception):
@@ -219,7 +222,8 @@ class Delivery:
             except requests.RequestException:
                 raise
             except (AlmrrError, OSError) as error:  # of a disk: the rest of the run can go on
-                logger.warning("MLflow gets a part of a run's files alone: %s", error)
+                reason = _first_fault(error)
+                logger.warning("MLflow gets a part of a run's files alone: %s", reason)
         elif "tags" in event:
             client.log_batch(remote, tags=[RunTag(*item) for item in event["tags"].items()])
         else:
@@ -344,7 +348,17 @@ def _identify(address: str) -> tuple[int, int] | None:
     return None
 
 
+def _first_fault(error: Exception) -> str:
+    """What an error says; of one for many files, what it says of the first."""
+    if isinstance(error, shutil.Error) and isinstance(error.args[0], list) and error.args[0]:
+        return str(error.args[0][0][-1])
+    return str(error)
+
+
 def _first_line(error: Exception) -> str:
+    """What an error says first; of a database's, what the database says."""
+    if found := _DATABASE_SAYS.search(str(error)):
+        return found[1].rstrip(".")
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")
 
 
