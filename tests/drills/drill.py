@@ -1,6 +1,6 @@
 """Faults around the stages, on a copy of the project: what is lost or wrong, what a user reads.
 
-    python tests/drills/drill.py --tries 50 --table docs/faults.md
+    python tests/drills/drill.py --kills 50 --tries 20 --table docs/faults.md
 
 A result, any file of data/, is lost if it is not there after the fault and a further `dvc repro`,
 and wrong if it is not the one of an undisturbed run to the last bit. The copy is on a small disk in
@@ -25,13 +25,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.request import urlopen
 
 import numpy as np
+import yaml
 from PIL import Image
 from skimage.data import brick
 
@@ -157,6 +158,19 @@ class Copy:
         """The command that makes DVC run one stage, stale or not."""
         return "dvc", "repro", "--force", "--single-item", STAGES[stage]
 
+    def begin_afresh(self, stage: str) -> subprocess.Popen[str]:
+        """Start a stage that DVC has no record of, and so cannot take from its cache later."""
+        self.forget(stage)
+        return self.begin(*self.force(stage))
+
+    def forget(self, stage: str) -> list[Path]:
+        """Remove DVC's record of a stage; its outputs."""
+        path = self.folder / "dvc.lock"
+        record = yaml.safe_load(path.read_text())
+        forgotten = record["stages"].pop(STAGES[stage])
+        path.write_text(yaml.safe_dump(record, sort_keys=False, allow_unicode=True))
+        return [self.folder / out["path"] for out in forgotten["outs"]]
+
     def duration(self, stage: str) -> float:
         """Seconds of a stage, undisturbed."""
         if stage not in self.seconds:
@@ -235,41 +249,79 @@ class Row:
     lost: int = 0
     wrong: int = 0
     sentence: str = ""
+    seconds: float = 0.0
     error: str = ""  # why it was not tried, or what was not as it should be
 
     def __str__(self) -> str:
         return f"| {self.fault} | {self.tries} | {self.lost} | {self.wrong} | {self.sentence} |"
 
 
-def sentence_of(printed: str, folder: Path = PROJECT) -> str:
-    """What a user reads: the error, else the warning, on one line, without this machine's paths."""
+def sentence_of(printed: str, patterns: Sequence[str], folder: Path = PROJECT) -> str:
+    """The first pattern's last match, on one line, without this machine's paths; or nothing."""
     text = " ".join(re.sub(r"\s+\w+\.py:\d+", "", printed).split()).replace(f"{folder}/", "")
-    for pattern in SENTENCES:
+    for pattern in patterns:
         if found := re.findall(pattern, text):
-            sentence = re.sub(r"\S*/(?=[^/\s]+)", "", found[-1])
+            sentence = re.sub(r"(?<![\w./])(?!\.dvc)[^\s'(]*/(?=[^/\s]+)", "", found[-1])
             for chance, name in CHANCES.items():
                 sentence = re.sub(chance, name, sentence)
             return sentence
     return ""
 
 
+def read_by_user(during: str, after: str, folder: Path, *, ends: bool) -> tuple[int, str]:
+    """What a user reads, and its rank: of several tries the row gets that of the lowest.
+
+    Args:
+        during: printed by the commands that met the fault.
+        after: printed by the `dvc repro` that followed.
+        folder: the project's.
+        ends: whether a command that met the fault may have ended well, and then said so.
+    """
+    patterns = (*SENTENCES, ENDS) if ends else SENTENCES
+    for rank, pattern in enumerate(patterns):
+        if sentence := sentence_of(during, [pattern], folder):
+            if pattern != ABORTED:
+                return rank, sentence
+            break
+    text = during + after  # a stage is begun again in the fault too
+    for rank, pattern in enumerate(NEXT, start=len(patterns)):
+        if then := sentence_of(text, [pattern], folder):
+            said = f"{sentence or 'Nothing'}{'' if sentence.endswith('!') else '.'}"
+            return rank, f"{said} Then `dvc repro`: {then}"
+    return len(patterns) + len(NEXT), sentence
+
+
 CHANCES = {
     r"\(PID \d+\)": "(PID N)",
     r":\d{4,5}\b": ":PORT",
     r"\S+@\S+\.jsonl": "FILE.jsonl",
-    r" (?:Stage '|Use `dvc push`).*": "",
+    r"\.staging@[^\s,]+": "FOLDER",
+    r"\.dvc/cache/[\w/]+": ".dvc/cache/...",
+    r"\bin [\d.]+ s\.": "in N s.",
+    r" (?:Stage '|Running stage|Use `dvc push`).*": "",
 }
 """What differs from try to try, or is said of other stages, and what the table has for it."""
 
 
+ABORTED = r"(Aborted!|ERROR: interrupted by the user)"
 SENTENCES = (
-    r"(?:Error|ERROR): (?!failed to reproduce \S+ failed to run)(.+?\.)(?: |$)",
+    r"(SIGTERM: stopped after step \d+\. .+?\.)(?: |$)",
+    r"(?<!\w)(?:Error|ERROR): (?!failed to reproduce \S+ (?:failed to run|\[Errno)|interrupted)"
+    r"(?!.{,60}RWLock-file|\S+dvc.lock' validation failed)(.+?\.)(?: |$)",
     r"(MLflow at .+? it\.|Checkpoint .+? the previous one\.)",
+    r"ERROR: (failed to reproduce \S+ \[Errno \d+\] (?:No space left on device|.+?'))(?: |$)",
+    ABORTED,
+)
+"""The first that a command has printed is what a user reads: errors, then warnings."""
+ENDS = r"INFO (\d+ nodes in [\d.]+ s\.)"
+NEXT = (
+    r"(Checkpoint .+? the previous one\.)",
     r"(Resuming from the checkpoint .+?\.ckpt\.)",
-    r"(Running stage '.+?':)",
+    r"(Stage '[^']+' is cached - skipping run, checking out outputs)",
+    r"(Running stage '[^']+':)",
     r"(Data and pipelines are up to date\.)",
 )
-"""The first that is there is what a user reads: an error, a warning, how the next run goes on."""
+"""How the next run goes on."""
 
 Fault = Callable[[Copy, random.Random], int | None]
 """Makes a fault, lets a command meet it, and undoes it; how often, if not once."""
@@ -283,14 +335,14 @@ def end_by(sign: signal.Signals, stage: str) -> Fault:
     """
 
     def fault(copy: Copy, rng: random.Random) -> int:
-        command, met = copy.force(stage), 0
+        done, met = True, 0
         for _ in range(CHAIN):
             moment = rng.uniform(0.1, copy.duration(stage) + 0.1)
-            process = copy.begin(*command)
+            process = copy.begin_afresh(stage) if done else copy.begin(*REPRO)
             with suppress(subprocess.TimeoutExpired):
                 process.wait(moment)
             met += process.poll() is None
-            command = copy.force(stage) if copy.end(process, sign) == 0 else REPRO
+            done = copy.end(process, sign) == 0
         return met
 
     return fault
@@ -298,7 +350,7 @@ def end_by(sign: signal.Signals, stage: str) -> Fault:
 
 def kill_before_the_record(copy: Copy, rng: random.Random) -> None:
     """Kill when the last checkpoint is gone, and DVC has not yet recorded the model."""
-    process = copy.begin(*copy.force("train"))
+    process = copy.begin_afresh("train")
     wait_for(process, lambda: bool(checkpoints(copy)))
     wait_for(process, lambda: not checkpoints(copy))
     time.sleep(rng.uniform(0.0, 1.0))
@@ -320,7 +372,7 @@ def wait_for(
 
 def damage_checkpoint(copy: Copy, rng: random.Random) -> None:
     """Kill a training as soon as it has a checkpoint, damage that, and train again."""
-    process = copy.begin(*copy.force("train"))
+    process = copy.begin_afresh("train")
     wait_for(process, lambda: bool(checkpoints(copy)))
     copy.end(process, signal.SIGKILL)
     for path in checkpoints(copy):
@@ -509,23 +561,38 @@ def mount(*arguments: str) -> None:
         raise PermissionError("this user may mount no disk")
 
 
-def fill_disk(stage: str) -> Fault:
-    """Leave 4 to 4096 KB of the disk, so that another write of the stage is the one that fails."""
+LEAST_LEFT = 1 << 15
+"""Bytes, of which some are left where a stage writes less."""
 
-    def fault(copy: Copy, rng: random.Random) -> None:
+
+def fill_disk(stage: str) -> Fault:
+    """Leave less of the disk than a stage writes, so that another write is the one that fails."""
+
+    def fault(copy: Copy, rng: random.Random) -> int:
         if not copy.folder.parent.is_mount():
             raise PermissionError("this user may mount no disk")
-        left = 1024 * 2 ** rng.randrange(2, 13)
+        left = 4096 * rng.randrange(1 + max(remove(copy.forget(stage)), LEAST_LEFT) // 4096)
         filler = copy.folder.parent / "filler"
         with filler.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(copy.folder).free - left)
         try:
-            if copy.end(copy.begin(*copy.force(stage))) and "Traceback" in copy.printed:
+            code = copy.end(copy.begin(*copy.force(stage)))
+            if code and "Traceback" in copy.printed:
                 raise RuntimeError(f"a traceback with {left} bytes left:\n{copy.printed}")
         finally:
             filler.unlink()
+        return int(code != 0 or "takes nothing now" in copy.printed)
 
     return fault
+
+
+def remove(paths: list[Path]) -> int:
+    """Remove files and folders; how many bytes they had."""
+    files = [file for path in paths for file in (path, *path.rglob("*")) if file.is_file()]
+    size = sum(file.stat().st_size for file in files)
+    for file in files:
+        file.unlink()
+    return size
 
 
 def read_only_data(copy: Copy, rng: random.Random) -> None:
@@ -619,18 +686,33 @@ REPEATED = re.compile("SIG|Ctrl|disk full")
 """Faults whose moment is drawn: the others are tried once."""
 
 
-def drill(copy: Copy, names: list[str], *, tries: int, seed: int, until: float) -> Iterator[Row]:
+def share(name: str, *, tries: int, kills: int | None) -> int:
+    """How often a fault is to be tried."""
+    if kills is not None and (signals := re.match("SIGKILL in|SIGTERM in|Ctrl-C in", name)):
+        return math.ceil(kills * (0.4 if signals[0] == "SIGKILL in" else 0.3))
+    return tries if REPEATED.match(name) else 1
+
+
+def drill(copy: Copy, tries: dict[str, int], *, seed: int, until: float) -> Iterator[Row]:
     """Try each fault, then `dvc repro`, and compare with the undisturbed results."""
     copy.run("dvc", "repro")
     before = copy.results()
-    for name in names:
-        row, rng = Row(name), random.Random(f"{seed} {name}")
+    for name, wanted in tries.items():
+        row, rng, lowest, begin = Row(name), random.Random(f"{seed} {name}"), 99, time.monotonic()
         try:
-            while time.monotonic() < until and row.tries < (tries if REPEATED.match(name) else 1):
+            for _ in range(MOST_ROUNDS * wanted):
+                if row.tries >= wanted or time.monotonic() > until:
+                    break
                 copy.printed = ""
                 met = faults()[name](copy, rng)
+                during, copy.printed = copy.printed, ""
                 copy.repair()
-                row.sentence = sentence_of(copy.printed, copy.folder) or row.sentence
+                if met != 0:
+                    rank, sentence = read_by_user(
+                        during, copy.printed, copy.folder, ends=not REPEATED.match(name)
+                    )
+                    if rank <= lowest:
+                        lowest, row.sentence = rank, sentence
                 after = copy.results()
                 row.tries += 1 if met is None else met
                 lost = before.keys() - after.keys()
@@ -640,8 +722,13 @@ def drill(copy: Copy, names: list[str], *, tries: int, seed: int, until: float) 
         except (PermissionError, RuntimeError) as error:
             row.error = str(error)
             copy.repair()
+        row.seconds = time.monotonic() - begin
         if row.tries or row.error:
             yield row
+
+
+MOST_ROUNDS = 3
+"""For each try that is wanted: a fault may miss its command."""
 
 
 def merge(table: str, rows: list[Row], *, add: bool = False) -> str:
@@ -665,6 +752,7 @@ def main() -> None:
     """Run the drills and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tries", type=int, default=50, help="of faults whose moment is drawn")
+    parser.add_argument("--kills", type=int, help="of each stage, by its three signals together")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="regular expression for the faults' names")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no further try then")
@@ -679,13 +767,17 @@ def main() -> None:
         with suppress(PermissionError):
             if not (folder / "disk").is_mount():
                 stack.enter_context(small_disk(folder / "disk", kilobytes=1024 * DISK))
-        names = [name for name in faults() if re.search(arguments.only, name)]
+        tries = {
+            name: share(name, tries=arguments.tries, kills=arguments.kills)
+            for name in faults()
+            if re.search(arguments.only, name)
+        }
         copy = Copy(folder / "disk")
         if not arguments.cold:
             stack.enter_context(copy.warmed())
         until = time.monotonic() + 60 * arguments.minutes
-        for row in drill(copy, names, tries=arguments.tries, seed=arguments.seed, until=until):
-            print(row, row.error, flush=True)
+        for row in drill(copy, tries, seed=arguments.seed, until=until):
+            print(row, f"{row.seconds:.0f} s", row.error, flush=True)
             rows.append(row)
             if arguments.table:
                 text = arguments.table.read_text(encoding="utf-8")

@@ -110,8 +110,57 @@ def test_tries_of_several_rounds_add_up() -> None:
     assert table.splitlines()[2:] == ["| SIGKILL in train | 8 | 0 | 1 | Old. |"]
 
 
-def test_the_drills_read_the_sentence_that_a_user_reads() -> None:
-    assert drill.sentence_of("INFO  x\nError: /a b/c is damaged; copy\nit again.\n") != ""
-    assert drill.sentence_of("all is well") == ""
-    row = drill.Row("fault", 1, 0, 0, "A sentence.")
-    assert str(row) == "| fault | 1 | 0 | 0 | A sentence. |"
+@pytest.mark.parametrize(
+    ("during", "after", "read"),
+    [
+        (
+            "INFO  x\nError: /a/b/c is damaged; copy\nit again.\n",
+            "",
+            "c is damaged; copy it again.",
+        ),
+        (
+            "Running stage 'train':\nSIGTERM: stopped after step 3. All is well.\nAborted!",
+            "Resuming from the checkpoint a/step_3.ckpt.",
+            "SIGTERM: stopped after step 3. All is well.",
+        ),
+        (
+            "Running stage 'a':\n\nAborted!\nERROR: failed to reproduce 'a': failed to run: x",
+            "05:00:00 INFO    Resuming from the checkpoint .almrr/a/step_000000003.ckpt.",
+            "Aborted! Then `dvc repro`: Resuming from the checkpoint step_000000003.ckpt.",
+        ),
+        (
+            "ModuleNotFoundError: No module named 'a'\nKeyboardInterrupt\n"
+            "ERROR: interrupted by the user\n",
+            "Running stage 'a':",
+            "ERROR: interrupted by the user. Then `dvc repro`: Running stage 'a':",
+        ),
+        (
+            "",
+            "Stage 'a@b-0' is cached - skipping run, checking out outputs",
+            "Nothing. Then `dvc repro`: "
+            "Stage 'a@b-0' is cached - skipping run, checking out outputs",
+        ),
+        (
+            "ERROR: failed to reproduce 'a': [Errno 30] Read-only file system: "
+            "'/p q/.dvc/cache/runs/b7'\nUse `dvc push` to send your updates.",
+            "",
+            "failed to reproduce 'a': [Errno 30] Read-only file system: '.dvc/cache/...'",
+        ),
+    ],
+)
+def test_the_drills_read_the_sentence_that_a_user_reads(during: str, after: str, read: str) -> None:
+    assert drill.read_by_user(during, after, Path("/p q"), ends=False)[1] == read
+
+
+def test_the_row_of_a_fault_that_costs_nothing_has_the_run_s_last_line() -> None:
+    printed = "Running stage 'train':\n05:51:44 INFO    2 nodes in 1.7 s. In MLflow: x\n"
+    assert drill.read_by_user(printed, "", Path("/p"), ends=True)[1] == "2 nodes in N s."
+    assert str(drill.Row("fault", 1, 0, 0, "A sentence.")) == "| fault | 1 | 0 | 0 | A sentence. |"
+
+
+def test_the_kills_of_a_stage_are_those_of_three_signals() -> None:
+    signals = ("SIGKILL", "SIGTERM", "Ctrl-C")
+    counts = [drill.share(f"{each} in train", tries=3, kills=50) for each in signals]
+    assert counts == [20, 15, 15]
+    assert drill.share("disk full in train", tries=3, kills=50) == 3
+    assert drill.share("no git", tries=3, kills=50) == 1
