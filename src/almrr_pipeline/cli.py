@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable
 from importlib import import_module
@@ -689,6 +690,9 @@ def categories() -> None:
 
 def main() -> None:
     """Run the command line; the entry point of the console script."""
+    # Threads of OpenMP that wait sleep, before torch starts them: while they spin they take the
+    # cores from the threads that decode images, and from other programs.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     almrr(prog_name="almrr")
 
 

@@ -256,7 +256,7 @@ def _write_overlay(predictor: Predictor, image: Path, prediction: Prediction, ta
     for top in range(0, len(overlay), _STRIP):  # as a whole it would be copied twice
         canvas.paste(Image.fromarray(overlay[top : top + _STRIP]), (0, top))
         release_pages(overlay)
-    canvas.save(target)
+    canvas.save(target, compress_level=1)  # a fifth of the time of Pillow's 6, a tenth more bytes
 
 
 def _write_map(anomaly_map: AnomalyMap, target: Path) -> None:
