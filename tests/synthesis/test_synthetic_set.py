@@ -274,7 +274,7 @@ def test_synthetic_set_larger_than_the_disk_is_refused_before_any_work(
 
 
 @pytest.mark.parametrize(
-    "damage", ["no json", "no array", "cut array", "other shape", "no such folder"]
+    "damage", ["no json", "no array", "cut array", "other shape", "flipped bit", "no such folder"]
 )
 def test_incomplete_synthetic_set_is_refused(
     images: SimpleNamespace, tmp_path: Path, damage: str
@@ -289,6 +289,10 @@ def test_incomplete_synthetic_set_is_refused(
         (tmp_path / "masks.npy").write_bytes((tmp_path / "masks.npy").read_bytes()[:-100])
     elif damage == "other shape":
         np.save(tmp_path / "masks.npy", np.zeros((2, *SIZE), np.uint8))
+    elif damage == "flipped bit":
+        content = bytearray((tmp_path / "masks.npy").read_bytes())
+        content[-1] ^= 1
+        (tmp_path / "masks.npy").write_bytes(content)
     else:
         target = tmp_path / "elsewhere"
     with pytest.raises(AlmrrError, match="has no complete synthetic set"):

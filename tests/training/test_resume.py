@@ -124,15 +124,25 @@ def test_a_training_goes_on_if_all_that_decides_its_result_is_equal(
     assert f"from step {6 if resumes else 0} to" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("damaged", "then"), [(1, "; trying {older}."), (2, "; the training begins again.")]
+)
 def test_a_damaged_checkpoint_costs_steps_but_changes_nothing(
-    interrupted: Path, uninterrupted: Any, tmp_path: Path, caplog: Any
+    interrupted: Path,
+    uninterrupted: Any,
+    tmp_path: Path,
+    caplog: Any,
+    damaged: int,
+    then: str,
 ) -> None:
     scratch = shutil.copytree(interrupted, tmp_path / "scratch")
-    last = max(scratch.rglob("*.ckpt"))
-    last.write_bytes(last.read_bytes()[:1000])
+    checkpoints = sorted(scratch.rglob("*.ckpt"), reverse=True)
+    for path in checkpoints[:damaged]:
+        path.write_bytes(path.read_bytes()[:1000])
     model = build_model(standardize=True)
     history = train(model, build_synthetic_set(), scratch=scratch, **SETTINGS)
-    assert f"{last.name} is unusable" in caplog.text
+    assert f"{checkpoints[0].name} is unusable" in caplog.text
+    assert then.format(older=checkpoints[1].name) in caplog.text
     assert differences(model, uninterrupted[0]) == []
     pd.testing.assert_frame_equal(history, uninterrupted[1], check_exact=True)
 

@@ -70,10 +70,10 @@ class SyntheticSet:
 
     @staticmethod
     def load(folder: Path) -> SyntheticSet:
-        """Open the synthetic set that `synthesize` has written to a folder, without reading it.
+        """Open the synthetic set that `synthesize` has written to a folder; arrays stay on disk.
 
         Raises:
-            AlmrrError: a file is missing, or differs from its description.
+            AlmrrError: a file is missing, or differs from its description or checksum.
         """
         try:
             description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
@@ -213,4 +213,6 @@ def _open_array(file: Path, expected: dict[str, Any]) -> npt.NDArray[Any]:
     found, wanted = (list(array.shape), array.dtype.name), (expected["shape"], expected["dtype"])
     if found != wanted:
         raise ValueError(f"{file.name} has shape and dtype {found}, expected {wanted}")
+    if hash_file(file) != expected["sha256"]:
+        raise ValueError(f"{file.name} is not the file that was written: its checksum differs")
     return array

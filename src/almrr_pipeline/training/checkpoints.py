@@ -15,6 +15,7 @@ import zipfile
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Self
 
@@ -137,11 +138,13 @@ class CheckpointFolder:
 
     def newest(self) -> Path | None:
         """The newest checkpoint that is undamaged and of this training; None to start afresh."""
-        for path in self._all():
+        paths = self._all()
+        for path, older in zip_longest(paths, paths[1:]):
             fault = self._find_fault(path)
             if fault is None:
                 return path
-            logger.warning("Checkpoint %s is unusable: %s; trying the previous one.", path, fault)
+            then = f"trying {older.name}" if older else "the training begins again"
+            logger.warning("Checkpoint %s is unusable: %s; %s.", path, fault, then)
         return None
 
     def remove(self) -> None:
