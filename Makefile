@@ -30,7 +30,7 @@ check: $(VENV)/installed
 	lint-imports
 
 drill: $(VENV)/installed
-	python tests/drills/drill.py --tries 50 --table docs/faults.md
+	python tests/drills/drill.py --kills 50 --tries 3 --table docs/faults.md
 
 fuzz: $(VENV)/installed
 	FUZZ_SECONDS=$${FUZZ_SECONDS:-600} pytest tests/fuzz
