@@ -63,7 +63,7 @@ def focal_loss(
 
 def reconstruction_loss(reconstruction: Tensor, target: Tensor) -> Tensor:
     """Mean squared error of F_hat against phi, both (B, C, h, w): float32 scalar, at least 0."""
-    if reconstruction.is_cuda and reconstruction.dtype in (torch.float32, torch.bfloat16):
+    if reconstruction.dtype in (torch.float32, torch.bfloat16):
         return _SquaredError.apply(reconstruction, target)  # type: ignore[no-any-return]
     return F.mse_loss(reconstruction.float(), target.float())
 
@@ -83,8 +83,10 @@ def _weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
 class _SquaredError(torch.autograd.Function):
     """The mean squared error without float32 copies: 3 GB of memory traffic instead of 11.
 
-    At batch 32 of the paper's widths in bfloat16. The difference is kept in the type of F_hat, the
-    sum is taken in float32. Float16 does not hold the gradient, a difference over 10^8 elements.
+    At batch 32 of the paper's widths in bfloat16; on a CPU in float32 a third of `mse_loss`'s time.
+    The difference is kept in the type of F_hat, the sum is taken in float32, of a cell's channels
+    first: as one sum it is wrong by 3e-4 on a CPU. Float16 does not hold the gradient, a difference
+    over 10^8 elements.
     """
 
     @staticmethod
@@ -92,8 +94,8 @@ class _SquaredError(torch.autograd.Function):
         difference = reconstruction - target.to(reconstruction.dtype)
         ctx.save_for_backward(difference)
         with without_autocast(difference):  # which would copy the difference in float32
-            norm = torch.linalg.vector_norm(difference, dtype=torch.float32)
-        loss: Tensor = norm.square() / difference.numel()
+            norms = torch.linalg.vector_norm(difference, dim=1, dtype=torch.float32)  # (B, h, w)
+        loss: Tensor = norms.square().sum() / difference.numel()
         return loss
 
     @staticmethod
