@@ -14,6 +14,17 @@ def draw(*shape: int, innermost: bool = True) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if innermost else x
 
 
+def compare_gradients(given: Tensor, expected: Tensor, parameters: list[Tensor]) -> None:
+    slope = torch.randn_like(expected)
+    pairs = zip(
+        torch.autograd.grad(given, parameters, slope),
+        torch.autograd.grad(expected, parameters, slope),
+        strict=True,
+    )
+    for own, plain in pairs:
+        torch.testing.assert_close(own, plain)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(3)
@@ -28,14 +39,7 @@ def test_a_pointwise_convolution_is_one(innermost: bool, with_bias: bool) -> Non
     given, expected = convolve_pointwise(x, weight, bias), F.conv2d(x, weight, bias)
     torch.testing.assert_close(given, expected, check_stride=True)
     parameters = [each for each in (x, weight, bias) if each is not None]
-    slope = torch.randn_like(expected)
-    pairs = zip(
-        torch.autograd.grad(given, parameters, slope),
-        torch.autograd.grad(expected, parameters, slope),
-        strict=True,
-    )
-    for own, plain in pairs:
-        torch.testing.assert_close(own, plain)
+    compare_gradients(given, expected, parameters)
 
 
 @pytest.mark.parametrize("block", [1, 7 * 9, 1 << 16])
@@ -52,14 +56,7 @@ def test_mixed_residuals_are_those_of_the_formula(
     given = mix_residuals(features, hat, weight, bias)
     expected = F.conv2d((features - hat).square().add(1).log(), weight, bias)
     torch.testing.assert_close(given, expected)
-    slope, parameters = torch.randn_like(expected), (hat, weight, bias)
-    pairs = zip(
-        torch.autograd.grad(given, parameters, slope),
-        torch.autograd.grad(expected, parameters, slope),
-        strict=True,
-    )
-    for own, plain in pairs:
-        torch.testing.assert_close(own, plain)
+    compare_gradients(given, expected, [hat, weight, bias])
 
 
 def test_features_that_have_a_gradient_get_it() -> None:

@@ -232,6 +232,8 @@ def test_the_squared_error_without_copies_is_torchs(dtype: torch.dtype) -> None:
     assert loss.dtype == torch.float32
     rounding = 3e-4 if dtype == torch.bfloat16 else 1e-6  # of the differences
     assert loss.item() == pytest.approx(expected.item(), rel=rounding)
+    rounded = (given - target).double().square().mean()
+    assert loss.item() == pytest.approx(rounded.item(), rel=1e-6)
     (3 * loss).backward()
     (3 * expected).backward()
     torch.testing.assert_close(one.grad, other.grad, rtol=0.01, atol=1e-9)
