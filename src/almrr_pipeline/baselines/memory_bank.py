@@ -128,7 +128,9 @@ def build_memory_bank(
     generator = torch.Generator().manual_seed(settings.seed)
     per_image = max(1, -(-settings.pool // len(images)))
     collector = _FeatureCollector(backbone.to(target), per_image, generator, region is not None)
-    predictor = MapPredictor(collector.eval(), image_size, tiling, 8, target, reading, region)
+    predictor = MapPredictor(
+        collector.eval(), image_size, tiling, 8, target, reading, region, concurrent=False
+    )
     for _ in predictor.maps(images):
         pass
     features = torch.cat(collector.drawn)
@@ -136,4 +138,4 @@ def build_memory_bank(
     features = features[pool.to(target)]
     chosen = choose_core(features, settings.core, generator).to(target)
     bank = MemoryBank(backbone, features[chosen]).eval()
-    return replace(predictor, model=bank)
+    return replace(predictor, model=bank, concurrent=True)

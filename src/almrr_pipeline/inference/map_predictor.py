@@ -1,7 +1,8 @@
 """From images to anomaly maps, in bounded memory, whatever the images' number and size.
 
 The way of an image: decode (in threads) -> resize or scale -> cut into tiles -> batches, which
-tiles of several images share -> network -> blend -> map at the network's scale.
+tiles of several images share -> network (on a CPU several batches at a time) -> blend -> map at the
+network's scale.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple, Self, TypeAlias
 
@@ -29,6 +32,7 @@ from almrr_pipeline.config import InferenceSettings, Tiling
 from almrr_pipeline.inference.fuse import fuse
 from almrr_pipeline.inference.looks import Look, measure_look
 from almrr_pipeline.inference.streams import submit_ahead, take_batches
+from almrr_pipeline.inference.threads import batches_at_once, start_torch_workers
 from almrr_pipeline.inference.tiling import Blend, TileGrid
 from almrr_pipeline.inference.tta import average_flips
 from almrr_pipeline.model.almrr import ALMRR
@@ -83,6 +87,7 @@ class MapPredictor:
     device: torch.device
     reading: Reading | None = None  # of the files' values
     region: Region | None = None  # outside of it images are blank and maps 0
+    concurrent: bool = True  # whether threads may call the model at the same time, in any order
 
     def __post_init__(self) -> None:
         """Refuse values that no image can be mapped with."""
@@ -120,6 +125,9 @@ class MapPredictor:
     ) -> Iterator[ScaledMap]:
         """Compute the anomaly maps of images as they come, in their order.
 
+        On a CPU up to four batches are computed at a time, each by its part of torch's threads; a
+        single batch has them all.
+
         Args:
             images: paths, or uint8 RGB arrays of shape (H, W, 3); sizes may differ.
             on_unreadable: called in place of yielding a map; raises the error by default.
@@ -136,8 +144,8 @@ class MapPredictor:
         ahead = _LARGE_IMAGES_AHEAD if self.tiling.enabled else 2 * self.batch_size
         decoded = submit_ahead(self._decode_and_scale, enumerate(images), ahead=ahead)
         pending: deque[_Decoding] = deque()
-        for batch in take_batches(_cut_tiles(decoded, pending), self.batch_size):
-            maps = self._map_batch(np.stack([tile for tile, _ in batch]))
+        batches = take_batches(_cut_tiles(decoded, pending), self.batch_size)
+        for batch, maps in self._map_batches(batches):
             for (_, blend), tile_map in zip(batch, maps, strict=True):
                 blend.add(tile_map)
             yield from self._take_finished(pending, on_unreadable)
@@ -154,9 +162,21 @@ class MapPredictor:
         seen = scaled if self.region is None else scaled[self.region.box(target)]
         return _ScaledImage(scaled, size, Blend(grid), measure_look(seen))
 
+    def _map_batches(self, batches: Iterator[_Batch]) -> Iterator[tuple[_Batch, _Maps]]:
+        """Yield each batch with its maps, in order; on a CPU the next ones are mapped meanwhile."""
+        first = list(islice(batches, 2))
+        batches, at_once = chain(first, batches), batches_at_once()
+        if at_once == 1 or len(first) < 2 or self.device.type != "cpu" or not self.concurrent:
+            yield from ((batch, self._map_batch(batch)) for batch in batches)
+            return
+        start = partial(start_torch_workers, threads=torch.get_num_threads() // at_once)
+        mapped = submit_ahead(self._map_batch, batches, ahead=at_once, threads=at_once, start=start)
+        yield from ((batch, maps.result()) for batch, maps in mapped)
+
     @torch.inference_mode()
-    def _map_batch(self, tiles: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    def _map_batch(self, batch: _Batch) -> _Maps:
         """Map a batch of tiles: uint8 (B, H, W, 3) -> float32 (B, H, W)."""
+        tiles = np.stack([tile for tile, _ in batch])
         pixels = torch.from_numpy(tiles).to(self.device)  # a quarter of what floats would move
         images = pixels.permute(0, 3, 1, 2).float().div_(255)  # (B, 3, H, W)
         try:
@@ -223,6 +243,9 @@ class _ScaledImage(NamedTuple):
     look: Look
 
 
+_Batch: TypeAlias = list[tuple[ImageArray, Blend]]
+"""Tiles, uint8 (H, W, 3), each with the blend that its map is added to."""
+_Maps: TypeAlias = npt.NDArray[np.float32]
 _Decoding: TypeAlias = tuple[tuple[int, ImageInput], Future[_ScaledImage]]
 """An image, numbered, and what its decoding gives: pixels, or the reason why it cannot be read."""
 

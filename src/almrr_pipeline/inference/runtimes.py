@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from almrr_pipeline.common.errors import AlmrrError
 from almrr_pipeline.common.files import hash_file, report_disk_errors, write_atomically
 from almrr_pipeline.inference.export import INPUT, export_onnx
+from almrr_pipeline.inference.threads import batches_at_once
 from almrr_pipeline.model.almrr import ALMRR
 from almrr_pipeline.model.weights_io import WEIGHTS_FILE
 
@@ -24,6 +26,8 @@ _FORM = 1  # of the exported graph; a higher number makes graphs of earlier vers
 
 class ExportedNetwork(nn.Module):
     """A graph of `export_onnx` as a network: (B, 3, H, W) -> (B, H, W), on the CPU.
+
+    Several threads may call it at the same time.
 
     Args:
         path: the ONNX file.
@@ -75,12 +79,25 @@ def cached_graph(folder: Path, model: ALMRR, *, flips: bool) -> Path:
 def _load_onnxruntime(onnxruntime: Any, path: Path) -> Callable[..., Any]:  # noqa: ANN401
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    # Its threads, where they wait for work in a loop, take the cores from batches of other threads.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda images: session.run(None, {INPUT: images})[0]
 
 
 def _load_openvino(openvino: Any, path: Path) -> Callable[..., Any]:  # noqa: ANN401
-    # float32 also where the processor has bfloat16, so that scores are those of torch.
-    hints = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    hints = {
+        # float32 also where the processor has bfloat16, so that scores are those of torch.
+        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "NUM_STREAMS": batches_at_once(),  # each a group of threads, which one call keeps busy
+    }
     compiled = openvino.Core().compile_model(path, "CPU", hints)
-    return lambda images: compiled(images)[0].copy()  # its output is overwritten by the next call
+    own = threading.local()  # a request is one thread's: another's call would end in an error
+
+    def infer(images: Any) -> Any:  # noqa: ANN401
+        if not hasattr(own, "request"):
+            own.request = compiled.create_infer_request()
+        return own.request.infer([images])[0].copy()  # overwritten by the next call
+
+    return infer

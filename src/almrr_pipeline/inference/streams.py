@@ -13,19 +13,25 @@ Result = TypeVar("Result")
 
 
 def submit_ahead(
-    function: Callable[[Item], Result], items: Iterable[Item], *, ahead: int, threads: int = 4
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    *,
+    ahead: int,
+    threads: int = 4,
+    start: Callable[[int], ThreadPoolExecutor] = ThreadPoolExecutor,
 ) -> Iterator[tuple[Item, Future[Result]]]:
     """Apply `function` in threads to at most `ahead` items beyond the one that is being used.
 
     The items, which may be endless, are drawn in the caller's thread; no more than `ahead` + 1 are
-    ever in hand. At most `threads` calls, one or more, run at the same time.
+    ever in hand. At most `threads` calls, one or more, run at the same time, in threads that
+    `start` makes for their number.
 
     Yields:
         Each item with its finished future, in the order of the items.
     """
     remaining = iter(items)
     running: deque[tuple[Item, Future[Result]]] = deque()
-    executor = ThreadPoolExecutor(max_workers=min(threads, ahead))
+    executor = start(min(threads, ahead))
     try:
         running.extend((item, executor.submit(function, item)) for item in islice(remaining, ahead))
         while running:
