@@ -293,7 +293,9 @@ def _to_array(image: Image.Image) -> ImageArray:
     pixels: ImageArray = allocate((image.height, image.width, 3), np.uint8)
     for top in range(0, image.height, _STRIP):
         strip = image.crop((0, top, image.width, min(top + _STRIP, image.height)))
-        pixels[top : top + _STRIP] = np.asarray(strip.convert("RGB"))
+        pixels[top : top + _STRIP] = np.asarray(
+            strip if strip.mode == "RGB" else strip.convert("RGB")
+        )
         release_pages(pixels)
     return pixels
 

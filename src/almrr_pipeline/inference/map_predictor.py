@@ -67,7 +67,7 @@ class ScaledMap:
             return self.anomaly_map
         image = Image.fromarray(self.anomaly_map)
         resized = np.array(image.resize(self.size[::-1], Image.Resampling.BILINEAR))
-        resized = resized.clip(0.0, 1.0)  # rounding alone can leave [0, 1]
+        resized.clip(0.0, 1.0, out=resized)  # rounding alone can leave [0, 1]
         return resized if self.region is None else self.region.cut(resized)
 
 

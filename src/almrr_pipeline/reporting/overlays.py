@@ -12,7 +12,6 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
-from scipy import ndimage
 
 from almrr_pipeline.common.arrays import (
     AnomalyMap,
@@ -67,11 +66,16 @@ def color_map(anomaly_map: npt.NDArray[np.floating], end: float = 1.0) -> ImageA
     Values outside take the color of the nearer end, NaN that of 0. The colors are matplotlib's
     "inferno": its lightness rises evenly, so that equal steps look equal, in gray print too.
     """
+    values = np.fmin(np.fmax(anomaly_map / end, 0.0), 1.0)  # of NaN and a number the number
+    return np.asarray(_color_table().take(np.rint(values * 255).astype(np.uint8), axis=0))
+
+
+@cache
+def _color_table() -> ImageArray:
+    """The colors of the values k / 255, (256, 3): a look-up is a third of matplotlib's work."""
     from matplotlib import colormaps  # slow to import, and not needed to predict without overlays
 
-    values = np.clip(np.nan_to_num(anomaly_map, nan=0.0) / end, 0.0, 1.0)
-    table = colormaps["inferno"](np.arange(256), bytes=True)[:, :3]  # a look-up is a third the work
-    return np.asarray(table[np.rint(values * 255).astype(np.uint8)])
+    return np.ascontiguousarray(colormaps["inferno"](np.arange(256), bytes=True)[:, :3])
 
 
 def draw_panel(
@@ -151,8 +155,9 @@ def _warm(image: ImageArray, heat: AnomalyMap, threshold: float | None) -> Image
     """Draw heat and outline over an image."""
     end = heat_end(threshold)
     opacity = _HEAT_OPACITY * np.clip(heat / end, 0.0, 1.0)[..., None]
-    warm = np.rint((1.0 - opacity) * image + opacity * color_map(heat, end)).astype(np.uint8)
-    return _draw_outlines(warm, None, heat, threshold)
+    warm = (1.0 - opacity) * image
+    warm += opacity * color_map(heat, end)
+    return _draw_outlines(np.rint(warm, out=warm).astype(np.uint8), None, heat, threshold)
 
 
 def encode_image(image: ImageArray) -> bytes:
@@ -164,8 +169,14 @@ def encode_image(image: ImageArray) -> bytes:
 
 def outline(region: MaskArray, *, width: int) -> MaskArray:
     """Mark the line of `width` pixels just around a region; bool (H, W) in and out."""
-    grown = ndimage.binary_dilation(region, np.ones((3, 3), dtype=bool), iterations=width)
-    return np.asarray(grown & ~region)
+    grown = region
+    for _ in ("rows", "columns"):  # a square is a line along each axis: a tenth of scipy's time
+        line = grown.copy()
+        for step in range(1, width + 1):
+            line[step:] |= grown[:-step]
+            line[:-step] |= grown[step:]
+        grown = line.T
+    return grown & ~region
 
 
 def _checked_size(

@@ -11,6 +11,7 @@ import csv
 import logging
 import os
 import shutil
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -256,7 +257,8 @@ def _write_overlay(predictor: Predictor, image: Path, prediction: Prediction, ta
     for top in range(0, len(overlay), _STRIP):  # as a whole it would be copied twice
         canvas.paste(Image.fromarray(overlay[top : top + _STRIP]), (0, top))
         release_pages(overlay)
-    canvas.save(target, compress_level=1)  # a fifth of the time of Pillow's 6, a tenth more bytes
+    # a fifth of the time of Pillow's own choice, a tenth more bytes
+    canvas.save(target, compress_level=1, compress_type=zlib.Z_RLE)
 
 
 def _write_map(anomaly_map: AnomalyMap, target: Path) -> None:
