@@ -5,7 +5,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from almrr_pipeline.model.kernels import pointwise
 from almrr_pipeline.model.kernels.pointwise import convolve_pointwise, mix_residuals
 
 
@@ -25,6 +24,16 @@ def compare_gradients(given: Tensor, expected: Tensor, parameters: list[Tensor])
         torch.testing.assert_close(own, plain)
 
 
+def list_operations(x: Tensor) -> str:
+    """The names of a result's last three operations, which autograd keeps."""
+    names: list[str] = []
+    node = x.grad_fn
+    while node is not None and len(names) < 3:
+        names.append(node.name())
+        node = node.next_functions[0][0]
+    return " ".join(names)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(3)
@@ -42,13 +51,9 @@ def test_a_pointwise_convolution_is_one(innermost: bool, with_bias: bool) -> Non
     compare_gradients(given, expected, parameters)
 
 
-@pytest.mark.parametrize("block", [1, 7 * 9, 1 << 16])
 @pytest.mark.parametrize("innermost", [True, False])
-def test_mixed_residuals_are_those_of_the_formula(
-    monkeypatch: pytest.MonkeyPatch, block: int, innermost: bool
-) -> None:
-    """Forward and backward, in blocks of one cell, of nine, and in one."""
-    monkeypatch.setattr(pointwise, "_BLOCK", block)
+def test_mixed_residuals_are_those_of_the_formula(innermost: bool) -> None:
+    """In float64, which the CPU's kernels do not take."""
     features = draw(2, 7, 5, 6, innermost=innermost)
     hat = draw(2, 7, 5, 6, innermost=innermost).requires_grad_()
     weight = draw(3, 7, 1, 1).requires_grad_()
@@ -57,6 +62,44 @@ def test_mixed_residuals_are_those_of_the_formula(
     expected = F.conv2d((features - hat).square().add(1).log(), weight, bias)
     torch.testing.assert_close(given, expected)
     compare_gradients(given, expected, [hat, weight, bias])
+
+
+@pytest.mark.parametrize("own", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("other", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 7, 5, 6), (3, 176, 20, 30)])
+def test_mixed_residuals_by_kernels_round_once(
+    own: torch.dtype, other: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    """Against float64, in which the result is rounded to the type of F_hat; up to four tasks."""
+    scale = 10 ** draw(*shape)  # differences from 1e-4 to 1e4
+    features, hat = (draw(*shape) * scale).to(own), (draw(*shape) * scale).to(other)
+    weight, bias = draw(8, shape[1], 1, 1).float(), torch.randn(8)
+    leaves = [x.requires_grad_() for x in (hat, weight, bias)]
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    given = mix_residuals(features, *leaves)
+    expected = mix_residuals(features.double(), *exact)
+    assert given.dtype == other
+    assert "MixedResiduals" in list_operations(given)
+    precision = {torch.float32: 1e-5, torch.bfloat16: 2**-8}[other]
+    torch.testing.assert_close(given.double(), expected, rtol=precision, atol=1e-5)
+    slope = torch.randn_like(given)
+    pairs = zip(
+        torch.autograd.grad(given, leaves, slope),
+        torch.autograd.grad(expected, exact, slope.double()),
+        leaves, strict=True,
+    )  # fmt: skip
+    for gradient, plain, leaf in pairs:
+        assert gradient.dtype == leaf.dtype
+        accurate = precision if leaf is leaves[0] else 1e-5
+        torch.testing.assert_close(gradient.double(), plain, rtol=accurate, atol=1e-3)
+
+
+def test_a_residual_that_is_not_finite_stays_so() -> None:
+    features, hat = draw(1, 4, 2, 2).float(), draw(1, 4, 2, 2).float()
+    hat[0, 1, 0, 1] = torch.nan
+    mixed = mix_residuals(features, hat, torch.ones(2, 4, 1, 1), torch.zeros(2))
+    assert mixed.isnan().sum() == 2
+    assert mixed[0, :, 0, 1].isnan().all()
 
 
 def test_features_that_have_a_gradient_get_it() -> None:

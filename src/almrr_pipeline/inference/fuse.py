@@ -19,8 +19,6 @@ The rest is the order of work that measured fastest; see docs/performance.md.
 from __future__ import annotations
 
 import copy
-import importlib.util
-from functools import cache
 
 import torch
 from einops import rearrange
@@ -36,6 +34,7 @@ from almrr_pipeline.model.kernels.composed import (
     compose_convolutions,
     resize_bilinear,
 )
+from almrr_pipeline.model.kernels.pointwise import has_numba
 from almrr_pipeline.model.kernels.scan.reference import without_autocast
 from almrr_pipeline.model.mfrm import Decoder, to_map, to_tokens
 from almrr_pipeline.model.posterior import to_probability, weigh_odds
@@ -317,12 +316,7 @@ def _alternate(even: Tensor, odd: Tensor, *, dim: int) -> Tensor:
 def _runs_numba(x: Tensor) -> bool:
     """Whether the fused kernels can take this tensor: on the CPU, float32, and not into a graph."""
     on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
-    return on_cpu and not torch.compiler.is_compiling() and _has_numba()
-
-
-@cache
-def _has_numba() -> bool:
-    return importlib.util.find_spec("numba") is not None
+    return on_cpu and not torch.compiler.is_compiling() and has_numba()
 
 
 def normalize(x: Tensor) -> Tensor:

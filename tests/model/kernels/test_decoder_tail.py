@@ -80,7 +80,7 @@ def test_the_fused_map_does_not_depend_on_the_kernels(
 ) -> None:
     fused = fuse(build_model(refinement_input="projection", refinement_channels=2))
     with_kernels = fused(images)
-    monkeypatch.setattr("almrr_pipeline.inference.fuse._has_numba", lambda: False)
+    monkeypatch.setattr("almrr_pipeline.inference.fuse.has_numba", lambda: False)
     torch.testing.assert_close(fused(images), with_kernels, rtol=0, atol=1e-4)
 
 

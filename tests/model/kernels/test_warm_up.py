@@ -9,7 +9,7 @@ from almrr_pipeline.config import BackboneSettings, ModelSettings
 from almrr_pipeline.inference.fuse import fuse
 from almrr_pipeline.model.almrr import ALMRR
 from almrr_pipeline.model.backbone import build_backbone
-from almrr_pipeline.model.kernels import decoder_tail
+from almrr_pipeline.model.kernels import decoder_tail, residual_kernels
 from almrr_pipeline.model.kernels.scan import numba_kernels as scan
 from almrr_pipeline.model.kernels.warm_up import warm_up
 
@@ -20,23 +20,28 @@ kernels = {
     "conv_backward": scan.conv_backward,
     "measure_channels": decoder_tail.measure_channels,
     "sum_channels": decoder_tail.sum_channels,
+    "mix": residual_kernels.mix,
+    "differentiate": residual_kernels.differentiate,
 }
 print(sorted(name for name, kernel in kernels.items() if kernel.signatures))
 warm_up()
 print(sorted(name for name, kernel in kernels.items() if not kernel.signatures))
+compiled = {name: len(kernel.signatures) for name, kernel in kernels.items()}
 
 settings = ModelSettings(
     latent=16, dim=16, depth=1, decoder=(8, 8), refinement_width=4,
-    refinement_input="projection", refinement_channels=2,
+    refinement_input="projection", refinement_channels=2, residual_channels=2,
 )
 backbone = build_backbone(BackboneSettings(name="test_resnet"), weights=None)
 model = ALMRR(backbone, settings, image_size=(128, 128)).train()
 images = torch.rand(2, 3, 128, 128)
-output = model.training_forward(images, images.flip(0))
-(output.logits.mean() + output.reconstruction.mean()).backward()
+for half in (False, True):
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        output = model.training_forward(images, images.flip(0))
+    (output.logits.mean() + output.reconstruction.mean()).backward()
 with torch.inference_mode():
     fuse(model.eval())(images)
-print(sorted(name for name, kernel in kernels.items() if len(kernel.signatures) != 1))
+print(sorted(name for name, kernel in kernels.items() if len(kernel.signatures) != compiled[name]))
 """
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import pairwise
@@ -29,6 +29,26 @@ def compile_kernel(function: _Function) -> _Function:
     except RuntimeError:  # "cannot cache function: no locator available"
         compiled = njit(**_OPTIONS)(function)
     return compiled
+
+
+def compile_part(function: _Function) -> _Function:
+    """Compile a function that only kernels call, whose order of additions is part of the formula.
+
+    Fused multiply-add is free. Inlined without exception: a call would reach one of two copies,
+    which round differently, by whether the kernel was compiled in this process or comes from the
+    cache.
+    """
+    return make_part({"contract"})(function)
+
+
+def make_part(fastmath: Iterable[str]) -> Callable[[_Function], _Function]:
+    """`compile_part` with LLVM's freedoms `fastmath`; without entry points for Python and C."""
+    options: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    options["forceinline"] = True
+    inner: Callable[[_Function], _Function] = njit(
+        nogil=True, error_model="numpy", fastmath=set(fastmath), **options
+    )
+    return inner
 
 
 def spread(kernel: Callable[..., None], tasks: int, *arguments: object) -> None:

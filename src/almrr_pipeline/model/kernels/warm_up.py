@@ -12,6 +12,7 @@ import logging
 import torch
 
 from almrr_pipeline.model.kernels.decoder_tail import summarize_phases
+from almrr_pipeline.model.kernels.pointwise import mix_residuals
 from almrr_pipeline.model.kernels.scan import causal_conv, selective_scan
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,10 @@ def warm_up() -> None:
     scanned.sum().backward()  # type: ignore[no-untyped-call]
     phases = [[torch.rand(1, d, 2 - i, 2 - j) for j in (0, 1)] for i in (0, 1)]
     summarize_phases(phases, torch.rand(1, d), torch.rand(1), size=(3, 3), epsilon=1e-5)
+    for dtype in (torch.float32, torch.bfloat16):
+        maps = torch.rand(2, 1, 1, 1, dtype=dtype, requires_grad=True)
+        mixed = mix_residuals(maps.detach(), maps, torch.rand(1, 1, 1, 1), torch.rand(1))
+        mixed.sum().backward()  # type: ignore[no-untyped-call]
     logger.info("The CPU kernels are compiled.")
 
 

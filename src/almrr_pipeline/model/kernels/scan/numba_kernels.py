@@ -15,20 +15,23 @@ What keeps the innermost loops vectorized, and has to be kept when they are chan
 # ruff: noqa: N803, N806, ANN401 - names are those of the formulas; numba's scalars have no Python type
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
-from almrr_pipeline.model.kernels.cpu_kernels import ANY_ORDER, Array, compile_kernel
+from almrr_pipeline.model.kernels.cpu_kernels import (
+    ANY_ORDER,
+    Array,
+    compile_kernel,
+    compile_part,
+    make_part,
+)
 
 BLOCK = 64
 """Channels of a task: four registers of AVX-512, eight of AVX2, sixteen of NEON."""
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class Rows(NamedTuple):
@@ -82,8 +85,6 @@ class ConvInputs(NamedTuple):
     reverse: bool
 
 
-_EXACT = frozenset({"contract"})  # fused multiply-add only: _exp2 subtracts what it has just added
-
 _ZERO, _ONE, _TWO = np.float32(0.0), np.float32(1.0), np.float32(2.0)
 _LOG2_E = np.float32(np.log2(np.e))
 _LN_2 = np.float32(np.log(2.0))
@@ -95,20 +96,6 @@ _E1, _E2, _E3 = np.float32(6.93147206e-01), np.float32(2.40226469e-01), np.float
 _E4, _E5, _E6 = np.float32(9.61848896e-03), np.float32(1.33999312e-03), np.float32(1.53458120e-04)
 _L0, _L1, _L2 = np.float32(2.00000001), np.float32(0.66666315), np.float32(0.4002491)
 _L3, _L4 = np.float32(0.27960603), np.float32(0.28178335)
-
-
-def _part(fastmath: frozenset[str]) -> Callable[[_Function], _Function]:
-    """Compile a function that only kernels call: without entry points for Python and C.
-
-    Inlined without exception: a call would reach one of two copies, which round differently, by
-    whether the kernel was compiled in this process or comes from the cache.
-    """
-    options: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-    options["forceinline"] = True
-    inner: Callable[[_Function], _Function] = njit(
-        nogil=True, error_model="numpy", fastmath=set(fastmath), **options
-    )
-    return inner
 
 
 @intrinsic
@@ -123,7 +110,7 @@ def _power_of_two(context: Any, rounded: Any) -> Any:
     return types.float32(types.float32), generate
 
 
-@_part(_EXACT)
+@compile_part  # it subtracts what it has just added
 def _exp2(x: Any) -> Any:
     """2^x to 1e-7; saturates at 2^-126 and 2^126, NaN stays NaN."""
     x = _LOWEST if x < _LOWEST else x
@@ -134,12 +121,12 @@ def _exp2(x: Any) -> Any:
     return p * _power_of_two(rounded)  # type: ignore[call-arg]
 
 
-@_part(_EXACT)
+@compile_part
 def _sigmoid(x: Any) -> Any:
     return _ONE / (_ONE + _exp2(-_LOG2_E * x))
 
 
-@_part(_EXACT)
+@compile_part
 def _softplus(x: Any) -> Any:
     """log(1 + e^x) = max(x, 0) + log(1 + e), e = e^-|x|, with log(1 + e) = 2 atanh(e / (2 + e))."""
     e = _exp2(-_LOG2_E * abs(x))
@@ -212,7 +199,7 @@ def scratch_size(length: int, states: int) -> int:
     return BLOCK * (length + (length + 1) * states)
 
 
-@_part(ANY_ORDER)
+@make_part(ANY_ORDER)
 def _remember(
     history: Array, lanes: Array, rows: Array,
     inputs: ScanInputs, batch: int, start: int, width: int,
@@ -229,7 +216,7 @@ def _remember(
                 after[c] = before[c] * _exp2(lanes[c] * row[c]) + lanes[BLOCK + c] * B_n
 
 
-@_part(ANY_ORDER)
+@make_part(ANY_ORDER)
 def _ungate(
     g_row: Array, dz_row: Array, state: Array, lanes: Array,
     inputs: ScanInputs, batch: int, t: int, start: int, width: int,
@@ -252,7 +239,7 @@ def _ungate(
         g_row[c] *= z_row[c] * gate
 
 
-@_part(ANY_ORDER)
+@make_part(ANY_ORDER)
 def _walk_back(
     history: Array, ungated: Array, lanes: Array, rows: Array,
     inputs: ScanInputs, gradients: ScanGradients,
@@ -287,7 +274,7 @@ def _walk_back(
         _store_gradients(lanes, inputs, gradients, batch, t, start, width)
 
 
-@_part(ANY_ORDER)
+@make_part(ANY_ORDER)
 def _store_gradients(
     lanes: Array, inputs: ScanInputs, gradients: ScanGradients,
     batch: int, t: int, start: int, width: int,
@@ -362,7 +349,7 @@ def conv_backward(
                     _spread_tap(dx_row, d_weight_row, x_row, inner[target], weight_row)
 
 
-@_part(ANY_ORDER)
+@make_part(ANY_ORDER)
 def _spread_tap(
     dx_row: Array, d_weight_row: Array, x_row: Array, inner_row: Array, weight_row: Array
 ) -> None:
@@ -372,7 +359,7 @@ def _spread_tap(
         d_weight_row[c] += inner_row[c] * x_row[c]
 
 
-@_part(ANY_ORDER)
+@make_part(ANY_ORDER)
 def _convolve(lanes: Array, inputs: ConvInputs, batch: int, t: int, start: int, width: int) -> None:
     """Put bias + sum over k of weight_k x_(t - taps + 1 + k) into the lanes."""
     taps = inputs.weight.shape[0]
@@ -387,25 +374,25 @@ def _convolve(lanes: Array, inputs: ConvInputs, batch: int, t: int, start: int, 
                 lanes[c] += x_row[c] * weight_row[c]
 
 
-@_part(_EXACT)
+@compile_part
 def _blocks(channels: int) -> int:
     return (channels + BLOCK - 1) // BLOCK
 
 
-@_part(_EXACT)
+@compile_part
 def _locate(task: int, channels: int) -> tuple[int, int, int]:
     """Image, first channel and number of channels of a task."""
     start = task % _blocks(channels) * BLOCK
     return task // _blocks(channels), start, min(BLOCK, channels - start)
 
 
-@_part(_EXACT)
+@compile_part
 def _row(rows: Rows, batch: int, t: int, start: int, width: int) -> Array:
     at = batch * rows.by_image + t * rows.by_token + start
     return rows.values[at : at + width]
 
 
-@_part(_EXACT)
+@compile_part
 def _begin(lanes: Array, rows: Array, A: Array, start: int, width: int) -> None:
     """Put A into the rows' first BLOCK, and zeros into all else."""
     lanes[:] = _ZERO
@@ -414,7 +401,7 @@ def _begin(lanes: Array, rows: Array, A: Array, start: int, width: int) -> None:
         rows[n, :width] = A[n, start : start + width]
 
 
-@_part(_EXACT)
+@compile_part
 def _load(lanes: Array, inputs: ScanInputs, batch: int, t: int, start: int, width: int) -> None:
     """Put a token's step sizes, and those times the input, into the lanes' first two BLOCKs."""
     delta_row = _row(inputs.delta, batch, t, start, width)
@@ -429,7 +416,7 @@ def _load(lanes: Array, inputs: ScanInputs, batch: int, t: int, start: int, widt
         lanes[BLOCK + c] = lanes[c] * u_row[c]
 
 
-@_part(_EXACT)
+@compile_part
 def _skip_and_gate(
     out_row: Array, lanes: Array, inputs: ScanInputs, batch: int, t: int, start: int, width: int
 ) -> None:
