@@ -1,12 +1,14 @@
-"""A training step of this tree against another commit's: CPU time on one thread, in turns.
+"""A training step of this tree against another commit's, in turns: time, and CPU time.
 
     git worktree add ../before COMMIT
     python benchmarks/step.py ../before [--size 256] [--width 32] [--batch 8] [--steps 8]
+        [--threads 2] [--precision bf16-mixed]
 
 The light network of params.yaml with random weights, half of the samples with an anomaly; forward,
 loss, backward and AdamW. Once with all images embedded anew and once, in this tree alone, with kept
-features. Each tree has a process of its own; they take turns, so that other work on the machine
-disturbs both alike.
+features; with `--precision bf16-mixed` both again in bfloat16. Each tree has a process of its own;
+they take turns, so that other work on the machine disturbs all alike. CPU time is that of all
+threads together.
 """
 
 from __future__ import annotations
@@ -27,10 +29,32 @@ if TYPE_CHECKING:
     from almrr_pipeline.model.almrr import ALMRR
 
 HERE = Path(__file__).resolve()
+Step = Callable[[], tuple[float, float]]
+"""Takes a step and gives its wall and CPU seconds."""
+PRECISIONS = ("32-true", "bf16-mixed")
 
 
 def main() -> None:
     """Print a table, or work for the process that does."""
+    arguments = parse_arguments()
+    if arguments.before is None:
+        answer(make_step(arguments))
+        return
+    rounds = {"before": start(arguments.before, arguments.threads)}
+    for precision in dict.fromkeys(("32-true", arguments.precision)):
+        for kept in (False, True):
+            name = "now" + ", bfloat16" * (precision != "32-true") + ", kept features" * kept
+            words = ["--precision", precision, *["--kept"] * kept]
+            rounds[name] = start(HERE.parents[1], arguments.threads, words)
+    measured: dict[str, list[tuple[float, float]]] = {name: [] for name in rounds}
+    for _ in range(arguments.steps + 2):  # two that do not count
+        for name, step in rounds.items():
+            measured[name].append(step())
+    print(tabulate({name: each[2:] for name, each in measured.items()}))
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -39,54 +63,56 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=32, help="base width of the U-Net")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0])
     parser.add_argument("--kept", action="store_true", help="embed once (for a process below this)")
-    arguments = parser.parse_args()
-    if arguments.before is None:
-        answer(make_step(arguments))
-        return
-    trees = {
-        "before": arguments.before,
-        "now": HERE.parents[1],
-        "now, kept features": HERE.parents[1],
+    return parser.parse_args()
+
+
+def tabulate(measured: dict[str, list[tuple[float, float]]]) -> str:
+    """A row per way: medians of wall and CPU seconds, and their ratios to the first way's."""
+    medians = {
+        name: [statistics.median(values) for values in zip(*each, strict=True)]
+        for name, each in measured.items()
     }
-    rounds = {name: start(tree, kept="kept" in name) for name, tree in trees.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in trees}
-    for _ in range(arguments.steps + 2):  # two that do not count
-        for name, step in rounds.items():
-            seconds[name].append(step())
-    medians = {name: statistics.median(each[2:]) for name, each in seconds.items()}
-    print("| way | CPU ms a step | over before |\n| --- | --- | --- |")
-    for name, median in medians.items():
-        print(f"| {name} | {1e3 * median:.0f} | {median / medians['before']:.2f} |")
+    first = next(iter(medians.values()))
+    lines = ["| way | ms a step | over before | CPU ms | over before |", "| --- " * 5 + "|"]
+    for name, (wall, cpu) in medians.items():
+        ratios = wall / first[0], cpu / first[1]
+        cells = f"{1e3 * wall:.0f} | {ratios[0]:.2f} | {1e3 * cpu:.0f} | {ratios[1]:.2f}"
+        lines.append(f"| {name} | {cells} |")
+    return "\n".join(lines)
 
 
-def start(tree: Path, *, kept: bool) -> Callable[[], float]:
-    """A process on a tree's code; each call is a step of it and gives its CPU seconds."""
-    words = [word for word in sys.argv[1:] if not Path(word).is_dir()] + ["--kept"] * kept
+def start(tree: Path, threads: int, words: list[str] | None = None) -> Step:
+    """A process on a tree's code; each call is a step of it and gives its wall and CPU seconds."""
+    sizes = [word for word in sys.argv[1:] if not Path(word).is_dir()]
     path = str(tree.resolve() / "src")
     process = subprocess.Popen(
-        [sys.executable, str(HERE), *words],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        # The last of two equal options counts.
+        [sys.executable, str(HERE), *sizes, "--precision", PRECISIONS[0], *(words or [])],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)},
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdin is not None
     assert process.stdout is not None
     send, answers = process.stdin, process.stdout
 
-    def step() -> float:
+    def step() -> tuple[float, float]:
         send.write("step\n")
         send.flush()
-        return float(answers.readline())
+        wall, cpu = map(float, answers.readline().split())
+        return wall, cpu
 
     return step
 
 
 def answer(step: Callable[[], None]) -> None:
-    """Take a step for each line of the standard input, and print its CPU seconds."""
+    """Take a step for each line of the standard input, and print its wall and CPU seconds."""
     for _ in sys.stdin:
-        begun = time.process_time()
+        wall, cpu = time.perf_counter(), time.process_time()
         step()
-        print(time.process_time() - begun, flush=True)
+        print(time.perf_counter() - wall, time.process_time() - cpu, flush=True)
 
 
 def make_step(arguments: argparse.Namespace) -> Callable[[], None]:
@@ -106,24 +132,41 @@ def make_step(arguments: argparse.Namespace) -> Callable[[], None]:
     settings = parameters.model.model_copy(update={"refinement_width": arguments.width})
     backbone = build_backbone(parameters.backbone, weights=None)
     model = ALMRR(backbone, settings, image_size=(arguments.size, arguments.size)).train()
+    if prefers_innermost():
+        model.to(memory_format=torch.channels_last)
     optimizer = build_optimizer(model, parameters.train)
     normal = torch.rand(arguments.batch, 3, arguments.size, arguments.size)
     augmented, mask = normal.clone(), torch.zeros(len(normal), *normal.shape[2:])
     augmented[::2, :, :32, :32], mask[::2, :32, :32] = 0.0, 1.0
-    maps = model.backbone(torch.cat([normal, augmented[::2]]).to(memory_format=torch.channels_last))
-
     frozen = freeze(model)
+    # As `fit` calls the model; without the cache, as there.
+    half = arguments.precision == "bf16-mixed"
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=False)
+    images = torch.cat([normal, augmented[::2]]).to(memory_format=torch.channels_last)
+    with autocast, torch.no_grad():
+        maps = model.backbone(images)
 
     def step() -> None:
         recall = (lambda _images, _chosen: maps) if arguments.kept else frozen
-        embedded = model.embed_both(normal, augmented, recall)
-        output = model.training_forward(normal, augmented, embedded)
-        loss = compute_losses(output, mask, parameters.train)[0]
+        with autocast:
+            embedded = model.embed_both(normal, augmented, recall)
+            output = model.training_forward(normal, augmented, embedded)
+            loss = compute_losses(output, mask, parameters.train)[0]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
     return step
+
+
+def prefers_innermost() -> bool:
+    """Whether this tree's training has the weights' channels innermost on a CPU."""
+    import torch
+
+    from almrr_pipeline.config import TrainSettings
+    from almrr_pipeline.training.runtime import prefers_channels_last
+
+    return prefers_channels_last(TrainSettings(), torch.device("cpu"))
 
 
 def freeze(model: ALMRR) -> Callable[[Tensor, Tensor], list[Tensor]] | None:

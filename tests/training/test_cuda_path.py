@@ -454,12 +454,13 @@ def test_the_callers_choice_by_the_newer_flags_alone_is_restored() -> None:
     [
         ("auto", "cuda", "bf16-mixed", True),
         ("auto", "cuda", "32-true", False),
-        ("auto", "cpu", "bf16-mixed", False),
-        (True, "cpu", "32-true", True),
+        ("auto", "cpu", "bf16-mixed", True),
+        ("auto", "cpu", "32-true", True),
+        (False, "cpu", "32-true", False),
         (False, "cuda", "bf16-mixed", False),
     ],
 )
-def test_channels_are_innermost_where_tensor_cores_work(
+def test_channels_are_innermost_where_convolutions_gain(
     setting: Any, device: str, precision: Any, innermost: bool
 ) -> None:
     settings = TrainSettings(channels_last=setting, precision=precision)

@@ -70,11 +70,13 @@ def training_environment(
 def prefers_channels_last(settings: TrainSettings, device: torch.device) -> bool:
     """Whether images and weights shall have their channels innermost.
 
-    `auto`: on GPUs in half precision, whose tensor cores need it. In float32 cuDNN's convolutions
-    do not gain; on a CPU the model arranges its features by itself.
+    `auto`: on a CPU, whose features the model arranges so by itself, and on GPUs in half precision,
+    whose tensor cores need it. In float32 cuDNN's convolutions do not gain.
     """
     if settings.channels_last == "auto":
-        return device.type == "cuda" and settings.precision.endswith("mixed")
+        return device.type == "cpu" or (
+            device.type == "cuda" and settings.precision.endswith("mixed")
+        )
     return settings.channels_last
 
 
