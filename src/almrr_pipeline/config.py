@@ -251,7 +251,7 @@ class TrainSettings(Section):
     selection: Literal["last", "validation"] = "last"
     deterministic: bool = True  # deterministic algorithms of torch (on a CPU they cost nothing)
     compile: bool = False  # torch.compile the trained modules
-    channels_last: bool | Literal["auto"] = "auto"  # channels innermost; auto: not on GPUs in float32
+    channels_last: bool | Literal["auto"] = "auto"  # innermost; auto: not on GPUs in float32
 
     def for_images(self, count: int) -> TrainSettings:
         """With the steps that so many normal images or crops are trained for.

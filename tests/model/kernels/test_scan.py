@@ -272,6 +272,30 @@ def test_threads_do_not_change_a_bit() -> None:
         assert_all_close(result, results[0], relative=0)
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_cpu_kernels_in_bfloat16_are_those_in_float32_rounded(reverse: bool) -> None:
+    """To the bit, forward and backward: nothing but what they read and write is bfloat16."""
+    torch.manual_seed(5)
+    x, delta, z, slope = (torch.randn(2, 9, 70).bfloat16() for _ in range(4))
+    A, B, C = -torch.rand(70, 3), torch.randn(2, 9, 3), torch.randn(2, 9, 3)  # noqa: N806
+    weight, vector = torch.randn(70, 4).requires_grad_(), torch.randn(70).requires_grad_()
+
+    def run(dtype: torch.dtype) -> list[Tensor]:
+        read = [each.to(dtype).requires_grad_() for each in (x, delta, z)]
+        u = causal_conv(read[0], weight, vector, reverse=reverse, backend="numba")
+        operands = (read[1], A, B, C, vector)
+        out = selective_scan(
+            u.to(torch.bfloat16).to(dtype), *operands, z=read[2], reverse=reverse, backend="numba"
+        )
+        assert u.dtype == out.dtype == dtype
+        convolved = torch.autograd.grad(u, [read[0], weight, vector], slope.to(dtype), True)
+        scanned = torch.autograd.grad(out, [*read[1:], vector], slope.to(dtype))
+        return [each.detach().bfloat16() for each in (u, out, *convolved, *scanned)]
+
+    pairs = zip(run(torch.bfloat16), run(torch.float32), strict=True)
+    assert all(torch.equal(half, full) for half, full in pairs)
+
+
 def test_two_python_threads_may_scan_at_once() -> None:
     case = draw_case((2, 63, 70, 16))
     alone = case.run(selective_scan, backend="numba")

@@ -22,6 +22,7 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 from numba.extending import intrinsic
 
+from almrr_pipeline.model.kernels.bits import Bits, narrow, widen
 from almrr_pipeline.model.kernels.cpu_kernels import (
     ANY_ORDER,
     Array,
@@ -35,9 +36,12 @@ BLOCK = 64
 
 
 class Rows(NamedTuple):
-    """A tensor (b, l, channels) with contiguous channels: its storage, and the other strides."""
+    """A tensor (b, l, channels) with contiguous channels: its storage, and the other strides.
 
-    values: Array
+    float32, or bfloat16, which becomes float32 where it is read.
+    """
+
+    values: Array | Bits
     by_image: int
     by_token: int
 
@@ -65,13 +69,13 @@ class ScanInputs(NamedTuple):
 class ScanGradients(NamedTuple):
     """What the backward pass writes, flat; the shapes are those of `gather_gradients`."""
 
-    u: Array
-    delta: Array
+    u: Array | Bits
+    delta: Array | Bits
     A: Array
     B: Array
     C: Array
     D: Array
-    z: Array
+    z: Array | Bits
     bias: Array
 
 
@@ -136,7 +140,7 @@ def _softplus(x: Any) -> Any:
 
 
 @compile_kernel
-def scan_forward(first: int, last: int, inputs: ScanInputs, out: Array) -> None:
+def scan_forward(first: int, last: int, inputs: ScanInputs, out: Array | Bits) -> None:
     """Write out (b, l, d), flat."""
     states, channels = inputs.A.shape
     lanes = np.empty(3 * BLOCK, np.float32)  # step size | step size x input | output
@@ -161,8 +165,9 @@ def scan_forward(first: int, last: int, inputs: ScanInputs, out: Array) -> None:
 
 @compile_kernel
 def scan_backward(
-    first: int, last: int, inputs: ScanInputs, g: Array, gradients: ScanGradients, scratch: Array
-) -> None:
+    first: int, last: int, inputs: ScanInputs, g: Array | Bits,
+    gradients: ScanGradients, scratch: Array,
+) -> None:  # fmt: skip
     """Write the gradients for the gradient g (b, l, d) of the output.
 
     The states are computed again. `scratch` has room for `scratch_size` numbers, of any value.
@@ -183,7 +188,7 @@ def scan_backward(
         for step in range(length):
             t = length - 1 - step if inputs.reverse else step
             at = (batch * length + t) * channels + start
-            ungated[step, :width] = g[at : at + width]
+            _widen_row(ungated[step], g[at : at + width])
             if inputs.gated:
                 dz_row = gradients.z[at : at + width]
                 state = history[step + 1]
@@ -218,7 +223,7 @@ def _remember(
 
 @make_part(ANY_ORDER)
 def _ungate(
-    g_row: Array, dz_row: Array, state: Array, lanes: Array,
+    g_row: Array, dz_row: Array | Bits, state: Array, lanes: Array,
     inputs: ScanInputs, batch: int, t: int, start: int, width: int,
 ) -> None:  # fmt: skip
     """Gradient of the gate, and, in place, the output's gradient before the gate."""
@@ -233,10 +238,11 @@ def _ungate(
     z_row = _row(inputs.z, batch, t, start, width)
     D_row = inputs.D[start : start + width]
     for c in range(width):
-        gate = _sigmoid(z_row[c])
-        y = lanes[2 * BLOCK + c] + D_row[c] * u_row[c]
-        dz_row[c] = g_row[c] * y * gate * (_ONE + z_row[c] * (_ONE - gate))
-        g_row[c] *= z_row[c] * gate
+        z = widen(z_row[c])
+        gate = _sigmoid(z)
+        y = lanes[2 * BLOCK + c] + D_row[c] * widen(u_row[c])
+        dz_row[c] = narrow(g_row[c] * y * gate * (_ONE + z * (_ONE - gate)), dz_row[c])
+        g_row[c] *= z * gate
 
 
 @make_part(ANY_ORDER)
@@ -289,20 +295,23 @@ def _store_gradients(
     dD_row = gradients.D[sums_at : sums_at + width]
     d_bias_row = gradients.bias[sums_at : sums_at + width]
     for c in range(width):
-        du_row[c] = lanes[2 * BLOCK + c] * lanes[c] + lanes[4 * BLOCK + c] * D_row[c]
+        du = lanes[2 * BLOCK + c] * lanes[c] + lanes[4 * BLOCK + c] * D_row[c]
+        du_row[c] = narrow(du, du_row[c])
     for c in range(width):
-        dD_row[c] += lanes[4 * BLOCK + c] * u_row[c]
+        dD_row[c] += lanes[4 * BLOCK + c] * widen(u_row[c])
     for c in range(width):
-        d_delta_row[c] = lanes[3 * BLOCK + c] * _LN_2 + lanes[2 * BLOCK + c] * u_row[c]
+        lanes[3 * BLOCK + c] = lanes[3 * BLOCK + c] * _LN_2 + lanes[2 * BLOCK + c] * widen(u_row[c])
     if inputs.softplus:
         for c in range(width):
-            d_delta_row[c] *= _sigmoid(delta_row[c] + bias_row[c])
+            lanes[3 * BLOCK + c] *= _sigmoid(widen(delta_row[c]) + bias_row[c])
     for c in range(width):
-        d_bias_row[c] += d_delta_row[c]
+        d_delta_row[c] = narrow(lanes[3 * BLOCK + c], d_delta_row[c])
+    for c in range(width):
+        d_bias_row[c] += lanes[3 * BLOCK + c]
 
 
 @compile_kernel
-def conv_forward(first: int, last: int, inputs: ConvInputs, out: Array) -> None:
+def conv_forward(first: int, last: int, inputs: ConvInputs, out: Array | Bits) -> None:
     """Write the SiLU of the causal depthwise convolution, (b, l, d), flat."""
     channels = inputs.weight.shape[1]
     lanes = np.zeros(BLOCK, np.float32)
@@ -313,14 +322,15 @@ def conv_forward(first: int, last: int, inputs: ConvInputs, out: Array) -> None:
             at = (batch * inputs.length + t) * channels + start
             out_row = out[at : at + width]
             for c in range(width):
-                out_row[c] = lanes[c] * _sigmoid(lanes[c])
+                out_row[c] = narrow(lanes[c] * _sigmoid(lanes[c]), out_row[c])
 
 
 @compile_kernel
 def conv_backward(
-    first: int, last: int, inputs: ConvInputs, g: Array, dx: Array, d_weight: Array, d_bias: Array
-) -> None:
-    """Add to dx (b, l, d), and per image to d_weight (b, taps, d) and d_bias (b, d); all flat."""
+    first: int, last: int, inputs: ConvInputs, g: Array | Bits, dx: Array | Bits,
+    d_weight: Array, d_bias: Array,
+) -> None:  # fmt: skip
+    """Write dx (b, l, d); add per image to d_weight (b, taps, d) and d_bias (b, d); all flat."""
     taps, channels = inputs.weight.shape
     lanes = np.zeros(BLOCK, np.float32)
     inner = np.zeros((inputs.length, BLOCK), np.float32)  # gradient before the SiLU
@@ -333,12 +343,13 @@ def conv_backward(
             g_row, inner_row = g[at : at + width], inner[t]
             for c in range(width):
                 gate = _sigmoid(lanes[c])
-                inner_row[c] = g_row[c] * gate * (_ONE + lanes[c] * (_ONE - gate))
+                inner_row[c] = widen(g_row[c]) * gate * (_ONE + lanes[c] * (_ONE - gate))
             for c in range(width):
                 d_bias_row[c] += inner_row[c]
         for t in range(inputs.length):
             at = (batch * inputs.length + t) * channels + start
             dx_row, x_row = dx[at : at + width], _row(inputs.x, batch, t, start, width)
+            lanes[:] = _ZERO
             for k in range(taps):
                 distance = taps - 1 - k
                 target = t - distance if inputs.reverse else t + distance  # its tap k is this one
@@ -346,17 +357,19 @@ def conv_backward(
                     at = (batch * taps + k) * channels + start
                     weight_row = inputs.weight[k, start : start + width]
                     d_weight_row = d_weight[at : at + width]
-                    _spread_tap(dx_row, d_weight_row, x_row, inner[target], weight_row)
+                    _spread_tap(lanes, d_weight_row, x_row, inner[target], weight_row)
+            for c in range(width):
+                dx_row[c] = narrow(lanes[c], dx_row[c])
 
 
 @make_part(ANY_ORDER)
 def _spread_tap(
-    dx_row: Array, d_weight_row: Array, x_row: Array, inner_row: Array, weight_row: Array
+    sums: Array, d_weight_row: Array, x_row: Array | Bits, inner_row: Array, weight_row: Array
 ) -> None:
-    for c in range(dx_row.size):
-        dx_row[c] += weight_row[c] * inner_row[c]
-    for c in range(dx_row.size):
-        d_weight_row[c] += inner_row[c] * x_row[c]
+    for c in range(d_weight_row.size):
+        sums[c] += weight_row[c] * inner_row[c]
+    for c in range(d_weight_row.size):
+        d_weight_row[c] += inner_row[c] * widen(x_row[c])
 
 
 @make_part(ANY_ORDER)
@@ -371,7 +384,7 @@ def _convolve(lanes: Array, inputs: ConvInputs, batch: int, t: int, start: int, 
             x_row = _row(inputs.x, batch, neighbor, start, width)
             weight_row = inputs.weight[k, start : start + width]
             for c in range(width):
-                lanes[c] += x_row[c] * weight_row[c]
+                lanes[c] += widen(x_row[c]) * weight_row[c]
 
 
 @compile_part
@@ -387,7 +400,13 @@ def _locate(task: int, channels: int) -> tuple[int, int, int]:
 
 
 @compile_part
-def _row(rows: Rows, batch: int, t: int, start: int, width: int) -> Array:
+def _widen_row(out: Array, row: Array | Bits) -> None:
+    for c in range(row.size):
+        out[c] = widen(row[c])
+
+
+@compile_part
+def _row(rows: Rows, batch: int, t: int, start: int, width: int) -> Array | Bits:
     at = batch * rows.by_image + t * rows.by_token + start
     return rows.values[at : at + width]
 
@@ -408,23 +427,27 @@ def _load(lanes: Array, inputs: ScanInputs, batch: int, t: int, start: int, widt
     u_row = _row(inputs.u, batch, t, start, width)
     bias_row = inputs.bias[start : start + width]
     for c in range(width):
-        lanes[c] = delta_row[c] + bias_row[c]
+        lanes[c] = widen(delta_row[c]) + bias_row[c]
     if inputs.softplus:
         for c in range(width):
             lanes[c] = _softplus(lanes[c])
     for c in range(width):
-        lanes[BLOCK + c] = lanes[c] * u_row[c]
+        lanes[BLOCK + c] = lanes[c] * widen(u_row[c])
 
 
 @compile_part
 def _skip_and_gate(
-    out_row: Array, lanes: Array, inputs: ScanInputs, batch: int, t: int, start: int, width: int
-) -> None:
+    out_row: Array | Bits, lanes: Array, inputs: ScanInputs,
+    batch: int, t: int, start: int, width: int,
+) -> None:  # fmt: skip
     """(y + D u) silu(z) of one token, y being in the third BLOCK of the lanes."""
     u_row, D_row = _row(inputs.u, batch, t, start, width), inputs.D[start : start + width]
     for c in range(width):
-        out_row[c] = lanes[2 * BLOCK + c] + D_row[c] * u_row[c]
+        lanes[2 * BLOCK + c] += D_row[c] * widen(u_row[c])
     if inputs.gated:
         z_row = _row(inputs.z, batch, t, start, width)
         for c in range(width):
-            out_row[c] *= z_row[c] * _sigmoid(z_row[c])
+            z = widen(z_row[c])
+            lanes[2 * BLOCK + c] *= z * _sigmoid(z)
+    for c in range(width):
+        out_row[c] = narrow(lanes[2 * BLOCK + c], out_row[c])
