@@ -22,6 +22,9 @@ from almrr_pipeline.model.weights_io import WEIGHTS_FILE
 
 _EXTRAS = {"onnxruntime": "onnx", "openvino": "openvino"}
 _FORM = 1  # of the exported graph; a higher number makes graphs of earlier versions unused
+_FIRST_CALL = threading.Lock()
+"""OpenVINO's binding fills its tables at the first call: two threads that do so at the same time
+wait for each other forever, one with the interpreter's lock and one with the table's."""
 
 
 class ExportedNetwork(nn.Module):
@@ -97,7 +100,9 @@ def _load_openvino(openvino: Any, path: Path) -> Callable[..., Any]:  # noqa: AN
 
     def infer(images: Any) -> Any:  # noqa: ANN401
         if not hasattr(own, "request"):
-            own.request = compiled.create_infer_request()
+            with _FIRST_CALL:
+                own.request = compiled.create_infer_request()
+                return own.request.infer([images])[0].copy()
         return own.request.infer([images])[0].copy()  # overwritten by the next call
 
     return infer
