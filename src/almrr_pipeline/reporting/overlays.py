@@ -12,6 +12,7 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
 
 from almrr_pipeline.common.arrays import (
     AnomalyMap,
@@ -169,14 +170,9 @@ def encode_image(image: ImageArray) -> bytes:
 
 def outline(region: MaskArray, *, width: int) -> MaskArray:
     """Mark the line of `width` pixels just around a region; bool (H, W) in and out."""
-    grown = region
-    for _ in ("rows", "columns"):  # a square is a line along each axis: a tenth of scipy's time
-        line = grown.copy()
-        for step in range(1, width + 1):
-            line[step:] |= grown[:-step]
-            line[:-step] |= grown[step:]
-        grown = line.T
-    return grown & ~region
+    # By its largest value a square grows along one axis after the other: half of dilation's time.
+    grown = ndimage.maximum_filter(region, size=2 * width + 1, mode="constant")
+    return np.asarray(grown & ~region)
 
 
 def _checked_size(
