@@ -13,7 +13,6 @@ conf/budget/laptop.yaml at 256 x 256 with random weights, which take the same ti
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from pathlib import Path
 
 import torch
 from prediction import save_model
+from timing import read_clocks, tabulate_clocks
 from torch import Tensor
 
 from almrr_pipeline.inference.export import export_onnx
@@ -56,11 +56,18 @@ def main() -> None:
     with start_torch_workers(at_once, threads=arguments.threads // at_once) as workers:
         for _ in range(arguments.repeats + 2):  # two that do not count
             for name, way in ways.items():
-                together[name].append(measure(partial(call_in_all, workers, at_once, way)))
-                alone[name].append(measure(way))
+                together[name].append(read_clocks(partial(call_in_all, workers, at_once, way)))
+                alone[name].append(read_clocks(way))
     print_table(f"{at_once} batches at a time", together, at_once * arguments.batch)
     if at_once > 1:
         print_table("Batch after batch", alone, arguments.batch)
+
+
+def print_table(title: str, times: Times, images: int) -> None:
+    """Times an image; two rounds do not count."""
+    counted = {name: each[2:] for name, each in times.items()}
+    table = tabulate_clocks(counted, unit="an image", over="the backbone", units=images)
+    print(f"\n{title}:\n\n{table}")
 
 
 def load_model(folder: Path | None, own: Path) -> ALMRR:
@@ -96,29 +103,6 @@ def call_in_all(workers: ThreadPoolExecutor, count: int, way: Way) -> None:
     """Map as many batches as there are workers, at the same time."""
     for mapped in [workers.submit(way) for _ in range(count)]:
         mapped.result()
-
-
-def measure(work: Way) -> tuple[float, float]:
-    """Wall-clock and CPU seconds."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    work()
-    return time.perf_counter() - wall, time.process_time() - cpu
-
-
-def print_table(title: str, times: Times, images: int) -> None:
-    """Medians an image, and over the backbone."""
-    print(f"\n{title}:\n\n| way | ms an image | over the backbone | CPU ms an image | over it |")
-    print("| --- | --- | --- | --- | --- |")
-    medians = {
-        name: [statistics.median(column) for column in zip(*each[2:], strict=True)]
-        for name, each in times.items()
-    }
-    for name, seconds in medians.items():
-        cells = [
-            f"{own * 1e3 / images:.1f} | {own / of_backbone:.2f}"
-            for own, of_backbone in zip(seconds, medians[BACKBONE], strict=True)
-        ]
-        print(f"| {name} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from timing import read_clocks, tabulate_clocks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,7 +50,8 @@ def main() -> None:
     for _ in range(arguments.steps + 2):  # two that do not count
         for name, step in rounds.items():
             measured[name].append(step())
-    print(tabulate({name: each[2:] for name, each in measured.items()}))
+    counted = {name: each[2:] for name, each in measured.items()}
+    print(tabulate_clocks(counted, unit="a step", over="before"))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -67,21 +68,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0])
     parser.add_argument("--kept", action="store_true", help="embed once (for a process below this)")
     return parser.parse_args()
-
-
-def tabulate(measured: dict[str, list[tuple[float, float]]]) -> str:
-    """A row per way: medians of wall and CPU seconds, and their ratios to the first way's."""
-    medians = {
-        name: [statistics.median(values) for values in zip(*each, strict=True)]
-        for name, each in measured.items()
-    }
-    first = next(iter(medians.values()))
-    lines = ["| way | ms a step | over before | CPU ms | over before |", "| --- " * 5 + "|"]
-    for name, (wall, cpu) in medians.items():
-        ratios = wall / first[0], cpu / first[1]
-        cells = f"{1e3 * wall:.0f} | {ratios[0]:.2f} | {1e3 * cpu:.0f} | {ratios[1]:.2f}"
-        lines.append(f"| {name} | {cells} |")
-    return "\n".join(lines)
 
 
 def start(tree: Path, threads: int, words: list[str] | None = None) -> Step:
@@ -110,9 +96,7 @@ def start(tree: Path, threads: int, words: list[str] | None = None) -> Step:
 def answer(step: Callable[[], None]) -> None:
     """Take a step for each line of the standard input, and print its wall and CPU seconds."""
     for _ in sys.stdin:
-        wall, cpu = time.perf_counter(), time.process_time()
-        step()
-        print(time.perf_counter() - wall, time.process_time() - cpu, flush=True)
+        print(*read_clocks(step), flush=True)
 
 
 def make_step(arguments: argparse.Namespace) -> Callable[[], None]:

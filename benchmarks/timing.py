@@ -8,7 +8,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +44,37 @@ def measure(
         statistics.quantiles(seconds, n=4, method="inclusive") if repeats > 1 else seconds * 3
     )
     return Timing(statistics.median(seconds), low, high)
+
+
+def read_clocks(fn: Callable[[], object]) -> tuple[float, float]:
+    """Wall-clock seconds of a call, and CPU seconds of all threads meanwhile."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    fn()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def tabulate_clocks(
+    times: Mapping[str, Sequence[tuple[float, float]]], *, unit: str, over: str, units: int = 1
+) -> str:
+    """A row per way: median milliseconds a unit by both clocks, each over the first way's.
+
+    Args:
+        times: of each way the calls' `read_clocks`.
+        unit: what a time is of, as the table's head says it: "an image".
+        over: what the head calls the first way.
+        units: how many a call works on.
+    """
+    medians = {
+        name: [1e3 * statistics.median(clock) / units for clock in zip(*calls, strict=True)]
+        for name, calls in times.items()
+    }
+    first = next(iter(medians.values()))
+    lines = [f"| way | ms {unit} | over {over} | CPU ms {unit} | over {over} |", "| --- " * 5 + "|"]
+    for name, clocks in medians.items():
+        pairs = zip(clocks, first, strict=True)
+        cells = [f"{own:.1f} | {own / reference:.2f}" for own, reference in pairs]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def measure_peak_memory(
