@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +48,14 @@ def shared() -> Path:
     if not (folder / "data").is_dir():
         pytest.skip(f"the real data sets are not here: no {folder / 'data'} (set ALMRR_SHARED)")
     return folder
+
+
+@pytest.fixture
+def set_torch_threads() -> Iterator[Callable[[int], None]]:
+    """`torch.set_num_threads`; after the test the number is again what it was."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

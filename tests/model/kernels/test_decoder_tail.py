@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -85,17 +87,13 @@ def test_the_fused_map_does_not_depend_on_the_kernels(
 
 
 @pytest.mark.parametrize("tasks", [1, 2, 7])
-def test_every_task_is_done_once(tasks: int) -> None:
+def test_every_task_is_done_once(tasks: int, set_torch_threads: Callable[[int], None]) -> None:
     done = [0] * tasks
 
     def work(first: int, last: int, counts: list[int]) -> None:
         for task in range(first, last):
             counts[task] += 1
 
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
-        spread(work, tasks, done)
-    finally:
-        torch.set_num_threads(threads)
+    set_torch_threads(3)
+    spread(work, tasks, done)
     assert done == [1] * tasks

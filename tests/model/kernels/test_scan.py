@@ -261,13 +261,11 @@ def test_autocast_does_not_reach_the_recurrence(backend: str) -> None:
     )
 
 
-def test_threads_do_not_change_a_bit() -> None:
-    case, threads = draw_case((3, 20, 150, 16)), torch.get_num_threads()
-    results = []
+def test_threads_do_not_change_a_bit(set_torch_threads: Callable[[int], None]) -> None:
+    case, results = draw_case((3, 20, 150, 16)), []
     for count in (1, 2, 3, 5):
-        torch.set_num_threads(count)
+        set_torch_threads(count)
         results.append(case.run(selective_scan, backend="numba"))
-    torch.set_num_threads(threads)
     for result in results[1:]:
         assert_all_close(result, results[0], relative=0)
 
@@ -328,9 +326,11 @@ def test_triton_cpu_carries_states_over_spans(
     "fork" not in multiprocessing.get_all_start_methods(), reason="there is no fork on this system"
 )
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_forked_process_scans_with_threads_of_its_own() -> None:
-    case, threads = draw_case((2, 9, 70, 4)), torch.get_num_threads()
-    torch.set_num_threads(2)
+def test_a_forked_process_scans_with_threads_of_its_own(
+    set_torch_threads: Callable[[int], None],
+) -> None:
+    case = draw_case((2, 9, 70, 4))
+    set_torch_threads(2)
     expected = case.run(selective_scan, backend="numba")["out"]
 
     def scan_again() -> None:
@@ -341,7 +341,6 @@ def test_a_forked_process_scans_with_threads_of_its_own() -> None:
     child = multiprocessing.get_context("fork").Process(target=scan_again)
     child.start()
     child.join(timeout=60)
-    torch.set_num_threads(threads)
     assert child.exitcode == 0
 
 
