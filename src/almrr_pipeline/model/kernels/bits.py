@@ -15,6 +15,10 @@ from torch import Tensor
 
 Bits = npt.NDArray[np.uint16]
 """Of bfloat16."""
+FRACTION_BITS = np.int32(23)
+"""Of a float32; above them are those of the exponent."""
+ONE_BITS = np.int32(0x3F800000)
+"""The bits of 1.0."""
 _INTEGER = ir.IntType(32)
 
 

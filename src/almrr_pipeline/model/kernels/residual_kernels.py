@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812
 
 from almrr_pipeline.model.kernels.bits import (
+    FRACTION_BITS,
     Bits,
     as_float32,
     as_integer,
@@ -34,7 +35,6 @@ LANES = 64
 _ZERO, _ONE, _TWO = np.float32(0.0), np.float32(1.0), np.float32(2.0)
 _LN_2 = np.float32(np.log(2.0))
 _SQRT_HALF = np.int32(0x3F3504F3)  # the bits of sqrt(1/2)
-_FRACTION = np.int32(23)  # bits of a float32's fraction
 # 2 atanh(x) / x in x^2 on [0, 0.0295] to 2e-9, by its Taylor series.
 _L0, _L1, _L2 = np.float32(2.0), np.float32(2.0 / 3.0), np.float32(2.0 / 5.0)
 _L3, _L4 = np.float32(2.0 / 7.0), np.float32(2.0 / 9.0)
@@ -129,8 +129,8 @@ def _log1p(x: Any) -> Any:
     1 + x = 2^k m with m in [sqrt(1/2), sqrt(2)), and log m = 2 atanh((m - 1) / (m + 1)).
     """
     bits = as_integer(_ONE + x)
-    k = (bits - _SQRT_HALF) >> _FRACTION
-    beyond = as_float32(bits - (k << _FRACTION)) - _ONE
+    k = (bits - _SQRT_HALF) >> FRACTION_BITS
+    beyond = as_float32(bits - (k << FRACTION_BITS)) - _ONE
     beyond = x if k == 0 else beyond  # without the rounding of 1 + x
     s = beyond / (_TWO + beyond)
     q = s * s

@@ -18,11 +18,16 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from llvmlite import ir  # type: ignore[import-untyped]
-from numba import types
-from numba.extending import intrinsic
 
-from almrr_pipeline.model.kernels.bits import Bits, narrow, widen
+from almrr_pipeline.model.kernels.bits import (
+    FRACTION_BITS,
+    ONE_BITS,
+    Bits,
+    as_float32,
+    as_integer,
+    narrow,
+    widen,
+)
 from almrr_pipeline.model.kernels.cpu_kernels import (
     ANY_ORDER,
     Array,
@@ -102,16 +107,10 @@ _L0, _L1, _L2 = np.float32(2.00000001), np.float32(0.66666315), np.float32(0.400
 _L3, _L4 = np.float32(0.27960603), np.float32(0.28178335)
 
 
-@intrinsic
-def _power_of_two(context: Any, rounded: Any) -> Any:
+@compile_part
+def _power_of_two(rounded: Any) -> Any:
     """2^k from the float32 k + _TO_INTEGER: moves k from the lowest bits to the exponent's."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        integer = ir.IntType(32)
-        exponent = builder.shl(builder.bitcast(arguments[0], integer), integer(23))
-        return builder.bitcast(builder.add(exponent, integer(0x3F800000)), ir.FloatType())
-
-    return types.float32(types.float32), generate
+    return as_float32((as_integer(rounded) << FRACTION_BITS) + ONE_BITS)
 
 
 @compile_part  # it subtracts what it has just added
@@ -122,7 +121,7 @@ def _exp2(x: Any) -> Any:
     rounded = x + _TO_INTEGER
     r = x - (rounded - _TO_INTEGER)
     p = (((((_E6 * r + _E5) * r + _E4) * r + _E3) * r + _E2) * r + _E1) * r + _ONE
-    return p * _power_of_two(rounded)  # type: ignore[call-arg]
+    return p * _power_of_two(rounded)
 
 
 @compile_part
