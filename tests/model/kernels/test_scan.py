@@ -450,6 +450,8 @@ def test_without_numba_auto_takes_torch_and_a_named_numba_is_an_error(
     for module in ("numba_backend", "numba_kernels"):
         monkeypatch.delitem(sys.modules, f"{scan.__name__}.{module}", raising=False)
         monkeypatch.delattr(scan, module, raising=False)
+    for module in ("bits", "cpu_kernels"):  # these import numba, wherever it is present
+        monkeypatch.delitem(sys.modules, f"almrr_pipeline.model.kernels.{module}", raising=False)
     monkeypatch.setitem(sys.modules, "numba", None)
     assert resolve_backend("auto", "cpu") == "torch"
     case = draw_case((1, 3, 2, 2))
